@@ -1,0 +1,306 @@
+"""Read, write and report adapter files."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, OutputError, nearest
+from dora_diffusion.formats import diffusers as dialect
+from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Description, identify_base
+from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_into
+from dora_diffusion.layers import FrozenLayer
+
+__all__ = [
+    "AdapterFile",
+    "denoiser_of",
+    "load_adapter",
+    "read_adapter_file",
+    "save_adapter",
+    "write_safetensors",
+]
+
+MENTIONED = 5  # keys named in one message; the rest is counted
+OTHER_DIALECTS = {
+    "dora_scale": "kohya / LyCORIS DoRA",
+    "lora_down": "kohya / LyCORIS LoRA",
+    "weight_m_wdecomp": "NVlabs DoRA",
+    "hada_w": "LyCORIS LoHa",
+    "lokr_w": "LyCORIS LoKr",
+}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as read from its file: `tensors` by `<layer>.lora_A`, `.lora_B`, `.magnitude`."""
+
+    path: Path
+    prefix: str
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    description: Description | None
+
+    @property
+    def layers(self) -> list[str]:
+        return [name.removesuffix(".lora_A") for name in self.tensors if name.endswith(".lora_A")]
+
+    @property
+    def base(self) -> BaseIdentity:
+        return self.description.base if self.description else BaseIdentity()
+
+
+def denoiser_of(pipe_or_model: object) -> nn.Module:
+    """The UNet or transformer of a pipeline, or the module itself. Raises AdapterMismatchError."""
+    for name in ("unet", "transformer"):
+        module = getattr(pipe_or_model, name, None)
+        # A text encoder has a `transformer` too; a pipeline is no module.
+        if isinstance(module, nn.Module) and not isinstance(pipe_or_model, nn.Module):
+            return module
+    if isinstance(pipe_or_model, nn.Module):
+        return pipe_or_model
+    raise AdapterMismatchError(
+        f"cannot load an adapter into a {type(pipe_or_model).__name__}: "
+        "give a diffusers pipeline with a unet or a transformer, or one of these models itself."
+    )
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    training: Mapping[str, str | int | float | None] | None = None,
+    base_name: str | None = None,
+) -> Path:
+    """Write the adapter in PEFT/diffusers layout, which stock `pipe.load_lora_weights(path)` reads too.
+
+    The header carries the configuration, the base's identity and `training`, a summary of the run. The file appears
+    under its name only when it is whole. Raises OutputError.
+    """
+    layers = list(adapter.layers)
+    if not layers:
+        adapter._require_layers("save")
+    prefix = "transformer" if "Transformer" in type(adapter.model).__name__ else "unet"
+    base = identify_base(adapter.model)
+    config = adapter.config
+    description = Description(
+        kind=config.kind,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        target_modules=config.target_modules,
+        base=base.model_copy(update={"name": base_name}) if base_name else base,
+        training=dict(training or {}),
+    )
+    tensors = {name: p.detach().to("cpu", torch.float32) for name, p in adapter.named_parameters().items()}
+    metadata = {
+        "format": "pt",
+        dialect.METADATA_KEY: dialect.peft_config(config, layers, prefix),
+        HEADER_KEY: description.model_dump_json(),
+    }
+    return write_safetensors(dialect.to_keys(tensors, prefix), Path(path), metadata)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
+    """Write whole or not at all: into a temporary file beside it, then renamed. Raises OutputError."""
+    contiguous = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata))
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {path}: {error}. Choose an output folder that you may write to.") from error
+    return path
+
+
+def read_safetensors(path: Path, what: str = "adapter") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file; nothing is ever unpickled. Raises AdapterFileError."""
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.safetensors"))
+        hint = f" Did you mean {path / inside[0]}?" if inside else ""
+        raise AdapterFileError(f"{path} is a folder, not an {what} file.{hint}")
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.safetensors")]) if path.parent.is_dir() else []
+        hint = f" Near names there: {', '.join(near)}." if near else " Check the path."
+        raise AdapterFileError(f"no {what} file at {path}.{hint}")
+    start = path.read_bytes()[:4] if path.stat().st_size < 16 else _first_bytes(path)
+    if start[:1] == b"\x80" or start[:2] == b"PK":
+        raise AdapterFileError(
+            f"{path} is a pickle, which can run any code when it is opened, so it is never loaded here. "
+            "Get the .safetensors version of it, or convert it in a sandbox you trust."
+        )
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path} is no sound safetensors file ({error}). It is damaged or cut short: download or train it again."
+        ) from error
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4)
+
+
+def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
+    """Read an adapter in PEFT/diffusers layout. Raises AdapterFileError."""
+    path = Path(path)
+    raw, header = read_safetensors(path)
+    prefix, tensors, unknown = dialect.from_keys(raw)
+    if unknown or not tensors:
+        raise AdapterFileError(_unreadable(path, unknown))
+    layers = sorted({name.rpartition(".")[0] for name in tensors})
+    halves = [f"{layer}.{p}" for layer in layers for p in ("lora_A", "lora_B") if f"{layer}.{p}" not in tensors]
+    kind = "dora" if any(name.endswith(".magnitude") for name in tensors) else "lora"
+    if kind == "dora":
+        halves += [f"{layer}.magnitude" for layer in layers if f"{layer}.magnitude" not in tensors]
+    if halves:
+        raise AdapterFileError(f"{path} is incomplete: {_some(halves)} missing. Download or train it again.")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if broken:
+        raise AdapterFileError(
+            f"{path} holds values that are not finite, in {_some(broken)}. Its training went wrong: "
+            "use an earlier checkpoint, or train again with a lower learning rate."
+        )
+    try:
+        description = Description.model_validate_json(header[HEADER_KEY]) if HEADER_KEY in header else None
+        config = _config(kind, layers, tensors, dialect.scales(header.get(dialect.METADATA_KEY), prefix), description)
+    except (ValidationError, ValueError, TypeError) as error:
+        raise AdapterFileError(f"{path} has a damaged header ({error}). Download or save it again.") from error
+    return AdapterFile(path, prefix, config, tensors, description)
+
+
+def _config(
+    kind: str,
+    layers: list[str],
+    tensors: Mapping[str, Tensor],
+    peft: Mapping[str, object],
+    description: Description | None,
+) -> AdapterConfig:
+    """Ranks come from the tensors, alphas from the header; without one alpha is the rank, as diffusers has it."""
+    ranks = {layer: tensors[f"{layer}.lora_A"].shape[0] for layer in layers}
+    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    patterns = peft.get("alpha_pattern") or {}
+    assert isinstance(patterns, dict)
+    default = peft.get("lora_alpha")
+    alphas = {layer: float(default if default is not None else ranks[layer]) for layer in layers}  # type: ignore[arg-type]
+    for pattern, value in patterns.items():
+        for layer in layers:
+            if layer == pattern.lstrip("^") or layer.endswith("." + pattern.lstrip("^")):
+                alphas[layer] = float(value)
+    alpha = float(default if default is not None else rank)  # type: ignore[arg-type]
+    return AdapterConfig(
+        kind=kind,  # type: ignore[arg-type]
+        rank=rank,
+        alpha=alpha,
+        dropout=description.dropout if description else 0.0,
+        target_modules=description.target_modules if description else tuple(layers),
+        use_rslora=bool(peft.get("use_rslora", False)),
+        rank_pattern={layer: r for layer, r in ranks.items() if r != rank},
+        alpha_pattern={layer: a for layer, a in alphas.items() if a != alpha},
+    )
+
+
+def load_adapter(
+    pipe_or_model: object,
+    path: str | os.PathLike[str],
+    *,
+    strength: float = 1.0,
+    name: str | None = None,
+) -> Adapter:
+    """Load an adapter file into a diffusers pipeline, or into a bare UNet or transformer.
+
+    Raises AdapterFileError for a file that is no sound adapter and AdapterMismatchError when any of its layers is not
+    in the model or has another shape: nothing is loaded in part. Warns when the base has other weights.
+    """
+    model = denoiser_of(pipe_or_model)
+    return attach(model, read_adapter_file(path), strength=strength, name=name)
+
+
+def attach(model: nn.Module, file: AdapterFile, *, strength: float = 1.0, name: str | None = None) -> Adapter:
+    """`load_adapter` for a file that was read already."""
+    views = adaptable_layers(model)
+    problems = _misfits(file, views)
+    here = identify_base(model, list(file.base.sketch) or None)
+    if problems:
+        raise AdapterMismatchError(_mismatch(file, here, problems))
+    if not file.base.same_weights(here):
+        warnings.warn(
+            f"{file.path.name} was trained on {file.base.name!r} (fingerprint {file.base.fingerprint}), this base is "
+            f"{here.name!r} ({here.fingerprint}): same layers, other weights. It is loaded; its effect may differ.",
+            stacklevel=3,
+        )
+    config = replace(file.config, dropout=0.0)
+    adapter = inject_into(model, config, {layer: views[layer] for layer in file.layers}, name=name)
+    adapter.load(file.tensors)
+    adapter.strength = strength
+    return adapter
+
+
+def _misfits(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> list[str]:
+    """One line for each layer of the file that the model lacks or has in another shape."""
+    problems = []
+    for layer in file.layers:
+        if layer not in views:
+            near = nearest(layer, views, 1)
+            problems.append(f"{layer}: not in this model" + (f" (nearest: {near[0]})" if near else ""))
+            continue
+        view = views[layer]
+        A, B = file.tensors[f"{layer}.lora_A"], file.tensors[f"{layer}.lora_B"]
+        if tuple(A.shape[1:]) != view.in_shape or B.shape[0] != view.out_features:
+            problems.append(
+                f"{layer}: adapter for {B.shape[0]} x {list(A.shape[1:])}, "
+                f"this layer has {view.out_features} x {list(view.in_shape)}"
+            )
+        elif (m := file.tensors.get(f"{layer}.magnitude")) is not None and m.numel() != view.out_features:
+            problems.append(f"{layer}: magnitude of {m.numel()} values for {view.out_features} outputs")
+    return problems
+
+
+def _mismatch(file: AdapterFile, here: BaseIdentity, problems: list[str]) -> str:
+    fitting = len(file.layers) - len(problems)
+    lines = "\n  ".join(problems[:MENTIONED])
+    more = f"\n  and {len(problems) - MENTIONED} more" if len(problems) > MENTIONED else ""
+    return (
+        f"{file.path} does not fit this base: {fitting} of {len(file.layers)} layers match.\n  {lines}{more}\n"
+        f"Trained on {file.base.name!r} ({file.base.model_class}, fingerprint {file.base.fingerprint}); "
+        f"this base is {here.name!r} ({here.model_class}, {here.fingerprint}). Load it with the base it was trained on."
+    )
+
+
+def _unreadable(path: Path, unknown: list[str]) -> str:
+    for mark, program in OTHER_DIALECTS.items():
+        if any(mark in key for key in unknown):
+            return (
+                f"{path} is written as {program} ('{unknown[0]}'), which this version does not read yet. "
+                "Give a file in PEFT/diffusers layout (keys with lora_A and lora_B)."
+            )
+    return (
+        f"{path} is no adapter that this version reads: {_some(unknown) or 'it has no tensors'}. "
+        "Give a file in PEFT/diffusers layout (keys with lora_A and lora_B)."
+    )
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - MENTIONED} more" if len(keys) > MENTIONED else ""
+    return ", ".join(keys[:MENTIONED]) + more

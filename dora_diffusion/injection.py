@@ -1,0 +1,282 @@
+"""Put adapters into a model and take them out again.
+
+`inject_adapter` replaces the layers that the configuration names by `AdaptedLayer`s and returns the `Adapter`, the
+handle for everything after: its parameters to train, its strength, fusing, and `eject`, which exactly undoes it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
+from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, FrozenLayer, LoRAUpdate, freeze_view
+
+__all__ = ["ATTENTION_TARGETS", "Adapter", "AdapterConfig", "Kind", "adaptable_layers", "inject_adapter", "inject_into", "matching_layers"]
+
+Kind = Literal["dora", "lora"]
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+UPDATES: dict[str, type[LoRAUpdate]] = {"dora": DoRAUpdate, "lora": LoRAUpdate}
+_FROZEN = "_frozen_for_adapters"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What to inject.
+
+    target_modules are suffixes of module names ("to_q" matches "...attn1.to_q") or regular expressions that match the
+    whole name. The low-rank product is scaled by alpha / rank, with use_rslora by alpha / sqrt(rank) (Kalajdzievski
+    2023). The patterns override rank and alpha for single modules by their full name. Raises ConfigError.
+    """
+
+    kind: Kind = "dora"
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ATTENTION_TARGETS
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.kind not in UPDATES:
+            raise ConfigError(f"kind is {self.kind!r}; it must be 'dora' or 'lora'.")
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1 (4 to 64 is usual).")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if not math.isfinite(alpha) or alpha <= 0:
+                raise ConfigError(f"alpha is {alpha!r}; it must be a number above 0 (often equal to the rank).")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
+        if not self.target_modules or not all(isinstance(t, str) and t for t in self.target_modules):
+            raise TargetError(f"target_modules is {self.target_modules!r}; name at least one layer, such as 'to_q'.")
+
+    def rank_of(self, name: str) -> int:
+        return self.rank_pattern.get(name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        return self.alpha_pattern.get(name, self.alpha)
+
+    def scale_of(self, name: str) -> float:
+        """s in W0 + s B A for the module of this name."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+class Adapter:
+    """One adapter in one model. Made by `inject_adapter`; all layers share one name and one strength."""
+
+    def __init__(self, model: nn.Module, config: AdapterConfig, name: str, layers: dict[str, AdaptedLayer]) -> None:
+        self.model = model
+        self.config = config
+        self.name = name
+        self.layers = layers
+        self._strength = 1.0
+        self._fused = False
+
+    def __repr__(self) -> str:
+        state = "ejected" if not self.layers else f"strength {self.strength:g}" + (", fused" * self._fused)
+        return (
+            f"Adapter({self.name!r}, {self.config.kind}, rank {self.config.rank}, alpha {self.config.alpha:g}, "
+            f"{len(self.layers)} layers, {self.num_parameters():,} parameters, {state})"
+        )
+
+    def updates(self) -> dict[str, LoRAUpdate]:
+        """This adapter's update of each layer, by the layer's name in the model."""
+        return {path: layer.updates[self.name] for path, layer in self.layers.items()}  # type: ignore[misc]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters, for an optimizer."""
+        for update in self.updates().values():
+            yield from update.parameters()
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """`<layer>.lora_A`, `.lora_B` and, for DoRA, `.magnitude`."""
+        return {
+            f"{path}.{leaf}": p for path, update in self.updates().items() for leaf, p in update.named_parameters()
+        }
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy values into all parameters; the names and shapes are those of `named_parameters`."""
+        parameters = self.named_parameters()
+        assert parameters.keys() == tensors.keys(), "callers check the names first"
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+    @property
+    def strength(self) -> float:
+        """w in W0 + w (W' - W0): 0 is the base bit for bit, 1 the trained adapter. Changing it touches no weight,
+        unless the adapter is fused."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise ConfigError(f"strength is {value!r}; it must be a finite number, usually between 0 and 1.5.")
+        self._strength = float(value)
+        for update in self.updates().values():
+            update.strength = self._strength
+        if self._fused:
+            self.fuse()
+
+    @property
+    def is_fused(self) -> bool:
+        return self._fused
+
+    def fuse(self) -> None:
+        """Write the update at its present strength into the base's weights, so that it costs nothing to run.
+
+        The original weights are kept until `unfuse`, which brings back their bits.
+        """
+        self._require_layers("fuse")
+        for layer in self.layers.values():
+            layer.set_fused(tuple(dict.fromkeys((*layer.fused, self.name))))
+        self._fused = True
+
+    def unfuse(self) -> None:
+        """Take the update out of the base's weights again."""
+        self._require_layers("unfuse")
+        for layer in self.layers.values():
+            layer.set_fused(tuple(name for name in layer.fused if name != self.name))
+        self._fused = False
+
+    def eject(self) -> None:
+        """Take the adapter out of the model: the same modules, names, weights and requires_grad as before."""
+        self._require_layers("eject")
+        if self._fused:
+            self.unfuse()
+        for path, layer in self.layers.items():
+            del layer.updates[self.name]
+            if not layer.updates:
+                _replace(self.model, path, layer.base)
+        self.layers = {}
+        if not any(isinstance(module, AdaptedLayer) for module in self.model.modules()):
+            for parameter in self.model.__dict__.pop(_FROZEN, ()):
+                parameter.requires_grad_(True)
+
+    def _require_layers(self, action: str) -> None:
+        if not self.layers:
+            raise AdapterStateError(f"cannot {action} adapter {self.name!r}: it was ejected. Inject or load it again.")
+
+
+def inject_adapter(
+    model: nn.Module, config: AdapterConfig, *, name: str | None = None, seed: int | None = None
+) -> Adapter:
+    """Adapt the layers of a UNet, a DiT or any other module that config.target_modules names.
+
+    The model is frozen; at the start its output is unchanged. `seed` makes the random start of A repeatable. Further
+    calls add further adapters, whose differences to the base add up. Raises TargetError when nothing matches.
+    """
+    return inject_into(model, config, matching_layers(model, config.target_modules), name=name, seed=seed)
+
+
+def inject_into(
+    model: nn.Module,
+    config: AdapterConfig,
+    views: Mapping[str, FrozenLayer],
+    *,
+    name: str | None = None,
+    seed: int | None = None,
+) -> Adapter:
+    """`inject_adapter` at exactly these layers of the model, whatever config.target_modules says."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    names = _adapter_names(model)
+    name = name or next(n for i in range(len(names) + 1) if (n := f"adapter_{i}") not in names)
+    if name in names or "." in name:
+        raise ConfigError(f"an adapter named {name!r} is in the model already, or its name has a dot; choose another.")
+    _freeze(model)
+    layers = {}
+    for path, frozen in views.items():
+        current = model.get_submodule(path)
+        layer = current if isinstance(current, AdaptedLayer) else AdaptedLayer(current, frozen)
+        update = UPDATES[config.kind](
+            layer.frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator
+        )
+        layer.updates[name] = update.train(layer.training)
+        if layer is not current:
+            _replace(model, path, layer)
+        layers[path] = layer
+    return Adapter(model, config, name, layers)
+
+
+def matching_layers(model: nn.Module, target_modules: Iterable[str]) -> dict[str, FrozenLayer]:
+    """The layers that the targets name, by their full name, in the model's order. Raises TargetError."""
+    candidates = adaptable_layers(model)
+    wanted: set[str] = set()
+    for target in target_modules:
+        matched = [path for path in candidates if _matches(path, target)]
+        if not matched:
+            raise TargetError(_no_match(model, target, candidates))
+        wanted.update(matched)
+    return {path: frozen for path, frozen in candidates.items() if path in wanted}
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, FrozenLayer]:
+    """Every layer that could be adapted; one that is adapted already shows its base's name, not its own parts."""
+    layers: dict[str, FrozenLayer] = {}
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        if isinstance(module, AdaptedLayer):
+            layers[path] = module.frozen
+            inside = (*inside, path + ".")
+        elif path and (frozen := freeze_view(module)) is not None:
+            layers[path] = frozen
+    return layers
+
+
+def _matches(path: str, target: str) -> bool:
+    if path == target or path.endswith("." + target):
+        return True
+    try:
+        return re.fullmatch(target, path) is not None
+    except re.error as error:
+        raise TargetError(
+            f"target_modules: {target!r} is neither the end of a layer's name nor a regular expression ({error})."
+        ) from error
+
+
+def _no_match(model: nn.Module, target: str, candidates: Iterable[str]) -> str:
+    leaves = {_leaf(path) for path in candidates}
+    near = nearest(target, leaves) or sorted(leaves)[:8]
+    return (
+        f"target_modules: {target!r} matches no layer of {type(model).__name__}. "
+        f"Near or usual names there: {', '.join(near) or 'none: it has no linear or convolutional layer'}."
+    )
+
+
+def _leaf(path: str) -> str:
+    """The end of a name that tells layers apart: "to_out.0", not "0"."""
+    parts = path.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+def _adapter_names(model: nn.Module) -> set[str]:
+    return {name for module in model.modules() if isinstance(module, AdaptedLayer) for name in module.updates}
+
+
+def _freeze(model: nn.Module) -> None:
+    """Freeze the model's own parameters once, and remember on the model which were trainable."""
+    if _FROZEN not in model.__dict__:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        model.__dict__[_FROZEN] = trainable
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

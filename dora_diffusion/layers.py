@@ -1,0 +1,374 @@
+"""DoRA and LoRA on frozen linear and convolutional layers.
+
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, sections 3 and 4.3:
+
+    V  = W0 + s B A          direction, before normalising
+    n  = ||V|| per output    a constant in the backward pass (section 4.3)
+    W' = (m / n) V           row-wise
+    y  = x W'^T + b          the bias is added last and never scaled
+
+and LoRA: W' = W0 + s B A. An adapter at strength w adds w (W' - W0), so several adapters add up in any order and
+strength 0 is the base. The file goes from the formula to the modules: `row_norms`, then how a frozen layer is asked
+for what the formula needs (`FrozenLinear`, `FrozenConv2d`), then one adapter's update of one layer (`LoRAUpdate`,
+`DoRAUpdate`), then the layer that carries them (`AdaptedLayer`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_diffusion.errors import AdapterStateError
+
+__all__ = [
+    "AdaptedLayer",
+    "DoRAUpdate",
+    "FrozenConv2d",
+    "FrozenLayer",
+    "FrozenLinear",
+    "LoRAUpdate",
+    "freeze_view",
+    "row_norms",
+]
+
+# Below this a row counts as zero; it keeps m / n finite where a row of W0 is zero and B still is.
+NORM_FLOOR = 1e-12
+
+
+def row_norms(base_squared: Tensor, W0_At: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """||W0 + s B A|| of every output row without building B A.
+
+    base_squared [out] is ||W0||^2 per row, W0_At [out, r] is W0 A^T, A [r, in], B [out, r]; all float32. Returns [out].
+    The square of a sum, written out: ||W0||^2 + 2 s <W0, BA> + s^2 ||BA||^2, the last two in products of size r.
+    """
+    cross = (W0_At * B).sum(1)  # [out]
+    low_rank = ((B @ (A @ A.T)) * B).sum(1)  # [out]
+    return (base_squared + 2 * s * cross + s * s * low_rank).clamp_min(0).sqrt()
+
+
+class FrozenLayer(Protocol):
+    """What the updates ask of the frozen layer under them; one class per kind of layer."""
+
+    module: nn.Module
+    original: Tensor | None
+    out_features: int
+    in_shape: tuple[int, ...]
+    up_shape: tuple[int, ...]
+
+    @property
+    def weight(self) -> Tensor: ...
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor: ...
+    def unbiased(self, x: Tensor) -> Tensor: ...
+    def without_bias(self, y: Tensor) -> Tensor: ...
+    def per_output(self, v: Tensor) -> Tensor: ...
+    def times_weight(self, A: Tensor) -> Tensor: ...
+    def squared_norms(self) -> Tensor: ...
+
+
+class FrozenLinear:
+    """A frozen linear map: nn.Linear, a quantised subclass of it, or anything with in_features and out_features.
+
+    Only `weight` (needed to fuse) wants a dense matrix. What the formulas need of W0 is got by sending rows through
+    the layer itself, so a layer that keeps its weight packed works without code that unpacks it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.original: Tensor | None = None  # W0 while an adapter is fused into module.weight
+        self.in_features = int(module.in_features)  # type: ignore[arg-type]
+        self.out_features = int(module.out_features)  # type: ignore[arg-type]
+        self.in_shape: tuple[int, ...] = (self.in_features,)
+        self.up_shape: tuple[int, ...] = ()
+
+    @property
+    def is_dense(self) -> bool:
+        weight = getattr(self.module, "weight", None)
+        return (
+            isinstance(weight, Tensor)
+            and weight.is_floating_point()
+            and tuple(weight.shape) == (self.out_features, self.in_features)
+            and type(weight) in (Tensor, nn.Parameter)
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        if self.original is not None:
+            return self.original
+        if not self.is_dense:
+            raise AdapterStateError(
+                f"cannot fuse into a {type(self.module).__name__}: its weight is packed, not a dense matrix. "
+                "Keep the adapter unfused, or load the base without quantisation."
+            )
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """x (B A)^T: [..., in] to [..., out]."""
+        return F.linear(F.linear(x, A), B)
+
+    def unbiased(self, x: Tensor) -> Tensor:
+        """x W0^T without the bias: [..., in] to [..., out]."""
+        if self.is_dense:
+            return F.linear(x, self.weight.to(x.dtype))
+        return self.without_bias(self.module(x))
+
+    def without_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y - self.bias.to(y.dtype)
+
+    def per_output(self, v: Tensor) -> Tensor:
+        return v  # [out], the last axis of y
+
+    def times_weight(self, A: Tensor) -> Tensor:
+        """W0 A^T [out, r], float32, from A [r, in]: A's rows as r extra tokens."""
+        if self.is_dense:
+            return F.linear(A, self.weight.float()).T
+        return self.unbiased(A).float().T
+
+    def squared_norms(self) -> Tensor:
+        """||W0||^2 of every output row, [out], float32."""
+        if self.is_dense:
+            return self.weight.float().square().sum(1)
+        eye = torch.eye(self.in_features, device=_device_of(self.module))
+        chunks = (self.unbiased(rows).float().square().sum(0) for rows in eye.split(256))  # no dense copy is kept
+        return torch.stack(list(chunks)).sum(0)
+
+
+class FrozenConv2d:
+    """A frozen nn.Conv2d. A has the base's kernel, B is 1x1; the norm runs over input channels and kernel."""
+
+    def __init__(self, module: nn.Conv2d) -> None:
+        self.module: nn.Conv2d = module
+        self.original: Tensor | None = None
+        self.out_features = module.out_channels
+        self.in_shape: tuple[int, ...] = (module.in_channels // module.groups, *module.kernel_size)
+        self.up_shape: tuple[int, ...] = (1, 1)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight if self.original is None else self.original
+
+    def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.module._conv_forward(x, weight, None)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """The convolution with B A: [batch, in, h, w] to [batch, out, h', w']."""
+        if self.module.groups == 1:
+            return F.conv2d(self._conv(x, A), B)
+        # Every group sees its own channels only, so B A is one grouped kernel and not two convolutions.
+        BA = B.flatten(1) @ A.flatten(1)
+        return self._conv(x, BA.reshape(self.module.weight.shape))
+
+    def unbiased(self, x: Tensor) -> Tensor:
+        return self._conv(x, self.weight.to(x.dtype))
+
+    def without_bias(self, y: Tensor) -> Tensor:
+        bias = self.module.bias
+        return y if bias is None else y - self.per_output(bias.to(y.dtype))
+
+    def per_output(self, v: Tensor) -> Tensor:
+        return v[:, None, None]  # [out, 1, 1]
+
+    def times_weight(self, A: Tensor) -> Tensor:
+        return self.weight.flatten(1).float() @ A.T
+
+    def squared_norms(self) -> Tensor:
+        return self.weight.flatten(1).float().square().sum(1)
+
+
+def freeze_view(module: nn.Module) -> FrozenLayer | None:
+    """The view of a layer that can be adapted, or None for every other module."""
+    if isinstance(module, nn.Conv2d):
+        return FrozenConv2d(module)
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    ):
+        return FrozenLinear(module)
+    return None
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    tensor = next(module.parameters(), None)
+    if tensor is None:
+        tensor = next(module.buffers(), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+class LoRAUpdate(nn.Module):
+    """One adapter's change of one layer: W' - W0 = s B A (Hu et al. 2021).
+
+    lora_A [r, in] (for a convolution [r, in, kh, kw]), lora_B [out, r] ([out, r, 1, 1]), both float32; B starts at zero.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenLayer,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.scale = scale
+        self.strength = 1.0
+        self.dropout = nn.Dropout(dropout)
+        device = _device_of(frozen.module)
+        # The usual start of a linear layer, drawn on the CPU so that a seed means the same on every device.
+        bound = 1 / math.sqrt(math.prod(frozen.in_shape))
+        A = torch.empty(rank, *frozen.in_shape).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(frozen.out_features, rank, *frozen.up_shape, device=device))
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def drops(self) -> bool:
+        return self.training and self.dropout.p > 0
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """s x A^T B^T: [..., in] to [..., out]."""
+        return self.frozen.low_rank(x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)) * self.scale
+
+    def forward(self, x: Tensor, y0: Tensor) -> Tensor:
+        """x (W' - W0)^T, given y0 = x W0^T (not used by LoRA)."""
+        return self.low_rank(self.dropout(x))
+
+    def direction(self) -> Tensor:
+        """s B A in the shape of the weight, float32."""
+        BA = self.lora_B.detach().float().flatten(1) @ self.lora_A.detach().float().flatten(1)
+        return (self.scale * BA).reshape(self.frozen.out_features, *self.frozen.in_shape)
+
+    def delta_weight(self) -> Tensor:
+        """W' - W0, float32, in the shape of the weight."""
+        return self.direction()
+
+
+class DoRAUpdate(LoRAUpdate):
+    """One adapter's change of one layer: W' - W0 = (m / n) (W0 + s B A) - W0 (Liu et al. 2024, equation 5).
+
+    Beside lora_A and lora_B the magnitude m [out], which starts at ||W0||.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenLayer,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(frozen, rank, scale, dropout, generator)
+        # No buffer: model.half() would round a buffer, and the norm is float32 whatever the weights are.
+        with torch.no_grad():
+            self._base_squared = frozen.squared_norms()
+        self.magnitude = nn.Parameter(self._base_squared.sqrt())
+        self._norm_of: tuple[object, ...] | None = None
+        self._norm: Tensor | None = None
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """n = ||W0 + s B A|| per output, [out], float32 under autocast too; kept until A or B change."""
+        A, B = self.lora_A, self.lora_B
+        if torch.compiler.is_compiling():  # versions are not visible to the tracer
+            return self._fresh_norm()
+        state = (A._version, B._version, A.data_ptr(), B.data_ptr(), A.device, A.dtype)
+        if self._norm is None or self._norm_of != state:
+            self._norm, self._norm_of = self._fresh_norm(), state
+        return self._norm
+
+    def _fresh_norm(self) -> Tensor:
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            A, B = self.lora_A.detach().float().flatten(1), self.lora_B.detach().float().flatten(1)
+            return row_norms(self._base_squared.to(A.device), self.frozen.times_weight(A), A, B, self.scale)
+
+    def ratio(self) -> Tensor:
+        """m / n, [out]; 0 for a row that is zero, never NaN."""
+        n = self.norm()
+        return torch.where(n > NORM_FLOOR, self.magnitude.float() / n.clamp_min(NORM_FLOOR), 0.0)
+
+    def forward(self, x: Tensor, y0: Tensor) -> Tensor:
+        """x (W' - W0)^T = (m/n - 1) y0 + (m/n) s x A^T B^T, given y0 = x W0^T."""
+        if self.drops:  # as the authors do: dropout on the input of both terms, which costs a second base product
+            x = self.dropout(x)
+            y0 = self.frozen.unbiased(x)
+        g = self.frozen.per_output(self.ratio())
+        low_rank = self.low_rank(x)
+        return (g - 1).to(y0.dtype) * y0 + g.to(low_rank.dtype) * low_rank
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        W0 = self.frozen.weight.detach().float()
+        g = self.ratio().reshape(-1, *(1,) * (W0.dim() - 1))
+        return g * (W0 + self.direction()) - W0
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer and the updates that adapters make on it: y = base(x) + sum_k w_k x (W'_k - W0)^T.
+
+    It stands in the base's place; `base` is the very same module, so putting it back undoes everything.
+    """
+
+    def __init__(self, base: nn.Module, frozen: FrozenLayer) -> None:
+        super().__init__()
+        self.base = base
+        self.frozen = frozen
+        self.updates = nn.ModuleDict()
+        self.fused: tuple[str, ...] = ()
+        self.train(base.training)
+
+    @property
+    def weight(self) -> Tensor:  # models look at to_q.weight.dtype and the like
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base, "bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        # Strength 0 skips the update, so that the base's bits come out and no time is spent.
+        active = [u for name, u in self.updates.items() if name not in self.fused and u.strength != 0]
+        if not active:
+            return y
+        if self.fused:  # then base(x) is not x W0^T any more
+            y0 = self.frozen.unbiased(x)
+        else:
+            y0 = self.frozen.without_bias(y)
+        for update in active:
+            change = update(x, y0)
+            y = y + (change if update.strength == 1 else update.strength * change)
+        return y
+
+    @torch.no_grad()
+    def merged_weight(self, names: tuple[str, ...] | None = None) -> Tensor:
+        """W0 + sum_k w_k (W'_k - W0) over the named updates (all by default), in the base's dtype."""
+        W0 = self.frozen.weight.detach()
+        W = W0.float()
+        for name in self.updates if names is None else names:
+            update = self.updates[name]
+            if update.strength != 0:
+                W = W + update.strength * update.delta_weight()  # type: ignore[operator]
+        return W.to(W0.dtype)
+
+    @torch.no_grad()
+    def set_fused(self, names: tuple[str, ...]) -> None:
+        """Write exactly these updates into the base's weight; with none, the original bits come back."""
+        if not names and not self.fused:
+            return
+        original = self.frozen.original
+        if original is None:
+            original = self.frozen.original = self.frozen.weight.detach().clone()
+        # A requires-grad weight is written through .data: this is no step that autograd should see.
+        self.base.weight.data.copy_(self.merged_weight(names) if names else original)  # type: ignore[union-attr]
+        self.fused = names
+        if not names:
+            self.frozen.original = None
