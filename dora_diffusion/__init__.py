@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dora_diffusion.injection import Adapter, AdapterConfig, inject_adapter
     from dora_diffusion.models.loading import load_base
     from dora_diffusion.training.config import TrainConfig
-    from dora_diffusion.training.loop import train
+    from dora_diffusion.training.run import train
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _HOME = {
     "load_base": "models.loading",
     "read_adapter_file": "formats.files",
     "save_adapter": "formats.files",
-    "train": "training.loop",
+    "train": "training.run",
 }
 
 __all__ = [

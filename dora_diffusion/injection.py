@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
 from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, FrozenLayer, LoRAUpdate, freeze_view
 
-__all__ = ["ATTENTION_TARGETS", "Adapter", "AdapterConfig", "Kind", "adaptable_layers", "inject_adapter", "inject_into", "matching_layers"]
+__all__ = [
+    "ATTENTION_TARGETS",
+    "Adapter",
+    "AdapterConfig",
+    "Kind",
+    "adaptable_layers",
+    "inject_adapter",
+    "inject_into",
+    "matching_layers",
+]
 
 Kind = Literal["dora", "lora"]
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -58,6 +67,11 @@ class AdapterConfig:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
         if not self.target_modules or not all(isinstance(t, str) and t for t in self.target_modules):
             raise TargetError(f"target_modules is {self.target_modules!r}; name at least one layer, such as 'to_q'.")
+
+    @property
+    def kind_label(self) -> str:
+        """The kind as people write it."""
+        return {"dora": "DoRA", "lora": "LoRA"}[self.kind]
 
     def rank_of(self, name: str) -> int:
         return self.rank_pattern.get(name, self.rank)
@@ -100,9 +114,7 @@ class Adapter:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """`<layer>.lora_A`, `.lora_B` and, for DoRA, `.magnitude`."""
-        return {
-            f"{path}.{leaf}": p for path, update in self.updates().items() for leaf, p in update.named_parameters()
-        }
+        return {f"{path}.{leaf}": p for path, update in self.updates().items() for leaf, p in update.named_parameters()}
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -53,12 +53,13 @@ def row_norms(base_squared: Tensor, W0_At: Tensor, A: Tensor, B: Tensor, s: floa
 class FrozenLayer(Protocol):
     """What the updates ask of the frozen layer under them; one class per kind of layer."""
 
-    module: nn.Module
     original: Tensor | None
     out_features: int
     in_shape: tuple[int, ...]
     up_shape: tuple[int, ...]
 
+    @property
+    def module(self) -> nn.Module: ...
     @property
     def weight(self) -> Tensor: ...
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor: ...
@@ -120,7 +121,7 @@ class FrozenLinear:
         return self.without_bias(self.module(x))
 
     def without_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y - self.bias.to(y.dtype)
+        return y if self.bias is None else y - self.bias.detach().to(y.dtype)
 
     def per_output(self, v: Tensor) -> Tensor:
         return v  # [out], the last axis of y
@@ -170,7 +171,7 @@ class FrozenConv2d:
 
     def without_bias(self, y: Tensor) -> Tensor:
         bias = self.module.bias
-        return y if bias is None else y - self.per_output(bias.to(y.dtype))
+        return y if bias is None else y - self.per_output(bias.detach().to(y.dtype))
 
     def per_output(self, v: Tensor) -> Tensor:
         return v[:, None, None]  # [out, 1, 1]
@@ -186,24 +187,21 @@ def freeze_view(module: nn.Module) -> FrozenLayer | None:
     """The view of a layer that can be adapted, or None for every other module."""
     if isinstance(module, nn.Conv2d):
         return FrozenConv2d(module)
-    if isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    ):
+    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
         return FrozenLinear(module)
     return None
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    tensor = next(module.parameters(), None)
-    if tensor is None:
-        tensor = next(module.buffers(), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    tensors = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 class LoRAUpdate(nn.Module):
     """One adapter's change of one layer: W' - W0 = s B A (Hu et al. 2021).
 
-    lora_A [r, in] (for a convolution [r, in, kh, kw]), lora_B [out, r] ([out, r, 1, 1]), both float32; B starts at zero.
+    lora_A [r, in] (for a convolution [r, in, kh, kw]), lora_B [out, r] ([out, r, 1, 1]), both float32;
+    B starts at zero.
     """
 
     def __init__(
@@ -243,8 +241,9 @@ class LoRAUpdate(nn.Module):
         return self.low_rank(self.dropout(x))
 
     def direction(self) -> Tensor:
-        """s B A in the shape of the weight, float32."""
-        BA = self.lora_B.detach().float().flatten(1) @ self.lora_A.detach().float().flatten(1)
+        """s B A in the shape of the weight, float32 under autocast too."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            BA = self.lora_B.detach().float().flatten(1) @ self.lora_A.detach().float().flatten(1)
         return (self.scale * BA).reshape(self.frozen.out_features, *self.frozen.in_shape)
 
     def delta_weight(self) -> Tensor:
@@ -339,10 +338,8 @@ class AdaptedLayer(nn.Module):
         active = [u for name, u in self.updates.items() if name not in self.fused and u.strength != 0]
         if not active:
             return y
-        if self.fused:  # then base(x) is not x W0^T any more
-            y0 = self.frozen.unbiased(x)
-        else:
-            y0 = self.frozen.without_bias(y)
+        # While something is fused, base(x) is not x W0^T.
+        y0 = self.frozen.unbiased(x) if self.fused else self.frozen.without_bias(y)
         for update in active:
             change = update(x, y0)
             y = y + (change if update.strength == 1 else update.strength * change)
@@ -368,7 +365,7 @@ class AdaptedLayer(nn.Module):
         if original is None:
             original = self.frozen.original = self.frozen.weight.detach().clone()
         # A requires-grad weight is written through .data: this is no step that autograd should see.
-        self.base.weight.data.copy_(self.merged_weight(names) if names else original)  # type: ignore[union-attr]
+        self.base.weight.data.copy_(self.merged_weight(names) if names else original)  # type: ignore[union-attr, operator]
         self.fused = names
         if not names:
             self.frozen.original = None

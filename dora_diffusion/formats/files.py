@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, OutputError, nearest
+from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
 from dora_diffusion.formats import diffusers as dialect
 from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Description, identify_base
 from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_into
 from dora_diffusion.layers import FrozenLayer
+from dora_diffusion.outputs import whole_file
 
 __all__ = [
     "AdapterFile",
@@ -115,19 +114,8 @@ def save_adapter(
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
     """Write whole or not at all: into a temporary file beside it, then renamed. Raises OutputError."""
     contiguous = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(contiguous, temporary, metadata=dict(metadata))
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}. Choose an output folder that you may write to.") from error
+    with whole_file(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict(metadata))
     return path
 
 

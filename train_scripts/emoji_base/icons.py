@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,22 +149,22 @@ def spoken(name: str) -> str:
     return name.replace("-", " ")
 
 
-def _wanted_names(sets: list[IconSet]) -> set[str]:
-    wanted = {
-        name for s in sets for c in CATEGORIES for name in s.categories.get(c, ())
-    }  # fmt: skip
+def _wanted_names(sets: list[IconSet], categories: Sequence[str]) -> set[str]:
+    wanted = {name for s in sets for c in categories for name in s.categories.get(c, ())}
     return {name for name in wanted if not LEFT_OUT.search(name)}
 
 
-def select_icons(sets: list[IconSet], least_sets: int, most_words: int = 3) -> list[Icon]:
-    """Icons of the wanted categories whose thing stands in at least `least_sets` of the sets."""
-    wanted = _wanted_names(sets)
+def select_icons(sets: list[IconSet], most_words: int = 3) -> list[Icon]:
+    """Icons of the wanted categories: animals and foods of three sets, other things of all four."""
+    wanted = _wanted_names(sets, CATEGORIES)
+    living = _wanted_names(sets, CATEGORIES[:2])
     icons: list[Icon] = []
     for chief, group in sorted(NameIndex(sets).groups().items()):
         if not wanted.intersection(group) or any(LEFT_OUT.search(n) for n in group):
             continue
         found = [(s, next((n for n in [chief, *group] if n in s.names()), None)) for s in sets]
-        if sum(name is not None for _, name in found) < least_sets:
+        least = len(sets) - 1 if living.intersection(group) else len(sets)
+        if sum(name is not None for _, name in found) < least:
             continue
         if len(chief.split("-")) > most_words:
             continue
@@ -173,6 +173,12 @@ def select_icons(sets: list[IconSet], least_sets: int, most_words: int = 3) -> l
             Icon(spoken(chief), variants, s.info.style, s.svg(name)) for s, name in found if name
         ]
     return icons
+
+
+def vocabulary(sets: Iterable[IconSet]) -> set[str]:
+    """Every plain word in the sets' names, for the tokenizer."""
+    names = {n for s in sets for n in s.names() if "flag" not in n and "skin" not in n}
+    return {w for n in names for w in n.split("-") if re.fullmatch("[a-z]{2,14}", w)}
 
 
 def caption(icon: Icon, draw: random.Random) -> str:

@@ -47,7 +47,7 @@ def autoencoder_pixels(icons_root: Path, work: Path) -> tuple[Pixels, Pixels]:
         sets = load_sets(icons_root, BASE_SETS)
         plain = render_all([v for v in _every_svg(sets, 0.0) if len(v) < 60_000])
         outlined = render_all([v for v in _every_svg(sets, 1.6)[::2] if len(v) < 60_000])
-        with write_atomically(store) as temporary:
-            np.savez(temporary, plain=plain, outlined=outlined)
+        with write_atomically(store) as temporary, temporary.open("wb") as file:
+            np.savez(file, plain=plain, outlined=outlined)
     arrays = np.load(store)
     return arrays["plain"], arrays["outlined"]

@@ -1,0 +1,272 @@
+"""The command line. Each command reads its options, calls the package and says where the results lie."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+
+from dora_diffusion.errors import ConfigError, DoraDiffusionError
+
+# torch and diffusers are imported inside the commands, so that --help and mistyped options answer at once.
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="dora-diffusion",
+    help="Fine-tune diffusion models with DoRA and LoRA, and compare them on the same prompts and seeds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+class KindOption(str, Enum):
+    dora = "dora"
+    lora = "lora"
+    both = "both"
+
+
+BaseOption = Annotated[str, typer.Option("--base", help="emoji (embedded), a folder, a .safetensors file or a hub id.")]
+SeedsOption = Annotated[str, typer.Option("--seeds", help="Whole numbers with commas between: 1,2,3.")]
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of ten; a rougher style.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("outputs/demo"),
+) -> None:
+    """Train a LoRA and a DoRA on a sample style and lay them beside the base. Needs no GPU and no network."""
+    from dora_diffusion.demo import DEMO, QUICK, next_commands, run_demo
+
+    with _stop_on_ctrl_c() as should_stop:
+        made = run_demo(out, QUICK if quick else DEMO, console, should_stop)
+    if not made:
+        raise typer.Exit(130)
+    console.print("\n[bold]Look at[/bold]")
+    for path in reversed(made):
+        console.print(f"  {path}")
+    console.print("\n[bold]Try next[/bold]")
+    for command in next_commands(out):
+        console.print(f"  {command}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file; options given beside it win.")] = None,
+    images: Annotated[str | None, typer.Option(help="A folder of pictures.")] = None,
+    instance_prompt: Annotated[
+        str | None,
+        typer.Option(help="The caption of pictures that have none, such as 'a photo of sks dog'."),
+    ] = None,
+    kind: Annotated[KindOption | None, typer.Option(help="both trains twins, alike in all but the kind.")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder for the adapters and everything else.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="emoji (embedded), a folder, a .safetensors file or a hub id."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures in a step.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank update.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="The update is scaled by alpha / rank.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: what suits the base.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side in pixels. Default: the base's.")] = None,
+    class_prompt: Annotated[
+        str | None,
+        typer.Option(help="Turns on prior preservation, such as 'a photo of a dog'."),
+    ] = None,
+    validation_images: Annotated[
+        str | None, typer.Option(help="A folder to measure the loss on. Default: some of the images, if there are 8.")
+    ] = None,
+    preview_prompt: Annotated[list[str] | None, typer.Option(help="Drawn on the way; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same machine: same bits.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other key of the configuration; may be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")] = False,
+) -> None:
+    """Train an adapter on a folder of pictures."""
+    from dora_diffusion.console import show_training
+    from dora_diffusion.training.config import parse_assignments, resolve_config
+    from dora_diffusion.training.run import Stopped
+    from dora_diffusion.training.run import train as run_training
+
+    options: dict[str, object] = {
+        "images": images,
+        "instance_prompt": instance_prompt,
+        "kind": kind.value if kind else None,
+        "out": out,
+        "base": base,
+        "steps": steps,
+        "batch_size": batch_size,
+        "rank": rank,
+        "alpha": alpha,
+        "learning_rate": learning_rate,
+        "resolution": resolution,
+        "class_prompt": class_prompt,
+        "validation_images": validation_images,
+        "preview_prompts": preview_prompt or None,
+        "seed": seed,
+    }
+    given = {key: value for key, value in options.items() if value is not None} | parse_assignments(set_ or [])
+    resolved = resolve_config(config, given, resume=resume)
+    with _stop_on_ctrl_c() as should_stop:
+        events = show_training(
+            run_training(resolved, resume=resume, overwrite=overwrite, should_stop=should_stop), console
+        )
+    if any(isinstance(event, Stopped) for event in events):
+        raise typer.Exit(130)
+    console.print(f"The whole configuration is in {Path(resolved.out) / 'config.toml'}.")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", help="What to draw.")],
+    out: Annotated[Path, typer.Option("--out", help="A folder for the pictures.")] = Path("outputs/pictures"),
+    adapter: Annotated[list[Path] | None, typer.Option(help="An adapter file; repeat it to add several.")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")] = None,
+    seeds: SeedsOption = "1",
+    base: BaseOption = "emoji",
+    negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")] = None,
+) -> None:
+    """Draw pictures, with adapters or without."""
+    from dora_diffusion.formats.files import load_adapter
+    from dora_diffusion.generation import GenerationRequest
+    from dora_diffusion.generation import generate as draw
+    from dora_diffusion.models.loading import load_base
+    from dora_diffusion.outputs import make_folder, save_png
+
+    strengths = strength or [1.0] * len(adapter or [])
+    if len(strengths) != len(adapter or []):
+        raise ConfigError(f"{len(adapter or [])} adapters and {len(strengths)} strengths: give one for each.")
+    requests = [GenerationRequest(prompt, seed, negative_prompt, steps, guidance) for seed in _whole_numbers(seeds)]
+    make_folder(out)
+    loaded = load_base(base)
+    for path, value in zip(adapter or [], strengths, strict=True):
+        console.print(str(load_adapter(loaded.pipe, path, strength=value)))
+    for request in requests:
+        image = draw(loaded, request)
+        metadata = {"prompt": prompt, "seed": str(request.seed), "base": base}
+        console.print(f"{save_png(image, out / f'seed-{request.seed}.png', metadata)}")
+
+
+# Several files after one --adapters, as the README writes it, is not in typer's grammar: extra arguments are allowed,
+# and those that follow the options are further adapter files.
+@app.command(context_settings={"allow_interspersed_args": True})
+def compare(
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")],
+    adapters: Annotated[list[Path], typer.Option("--adapters", help="Adapter files: --adapters a b, or repeated.")],
+    more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    out: Annotated[Path, typer.Option("--out", help="A folder for the grid and the report.")] = Path("outputs/compare"),
+    seeds: SeedsOption = "1",
+    strength: Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")] = None,
+    base: BaseOption = "emoji",
+    negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")] = None,
+) -> None:
+    """Draw the base and each adapter side by side, on the same prompts and seeds."""
+    from dora_diffusion.comparison.compare import CompareRequest, columns_of
+    from dora_diffusion.comparison.compare import compare as draw
+    from dora_diffusion.comparison.grid import draw_grid
+    from dora_diffusion.comparison.report import write_report
+    from dora_diffusion.console import show_cells
+    from dora_diffusion.models.loading import load_base
+    from dora_diffusion.outputs import make_folder, save_png, write_text
+
+    request = CompareRequest(
+        prompts=tuple(prompt),
+        seeds=_whole_numbers(seeds),
+        adapters=columns_of([*adapters, *(more or [])], strength),
+        negative_prompt=negative_prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+    )
+    make_folder(out)
+    loaded = load_base(base)
+    cells = []
+    for cell in show_cells(draw(loaded, request), request, console):
+        column = request.columns[cell.column]
+        name = f"{cell.row + 1:02d}-{column.path.stem if column.path else 'base'}-seed{cell.seed}.png"
+        metadata = {"prompt": cell.prompt, "seed": str(cell.seed), "caption": cell.caption, "base": base}
+        save_png(cell.image, out / "pictures" / f"{cell.column}-{name}", metadata)
+        cells.append(cell)
+    console.print(str(save_png(draw_grid(request, cells), out / "comparison.png")))
+    html = write_report("Side by side", request, cells, base_name=loaded.name)
+    console.print(str(write_text(out / "report.html", html)))
+
+
+@app.command(name="app")
+def web_app(
+    base: BaseOption = "emoji",
+    outputs: Annotated[Path, typer.Option(help="Where runs and pictures are kept.")] = Path("outputs"),
+    port: Annotated[int, typer.Option(help="The port on this machine.")] = 7860,
+) -> None:
+    """Open the web app on this machine."""
+    from dora_diffusion.webapp.app import launch
+
+    launch(base=base, outputs=outputs, port=port)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(f"seeds is {text!r}; give whole numbers with commas between, such as 1,2,3.") from error
+
+
+@contextmanager
+def _stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C once asks the run to stop after its step, with a checkpoint; twice ends it at once."""
+    asked = False
+
+    def ask(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        errors.print("\n[yellow]stopping after this step; Ctrl-C again ends at once[/yellow]")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_rest: object, **_more: object) -> None:
+    if category is UserWarning:
+        errors.print(f"[yellow]note:[/yellow] {message}", soft_wrap=True)
+
+
+def main() -> None:
+    """The entry point: a user's mistake is a message and status 1, never a traceback."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    try:
+        status = app(standalone_mode=False)
+    except DoraDiffusionError as error:
+        errors.print("[red]error:[/red] ", end="")
+        errors.print(str(error), markup=False, soft_wrap=True)
+        status = 1
+    except click.exceptions.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        errors.print("[yellow]stopped.[/yellow] Files that were complete are kept.")
+        status = 130
+    sys.exit(status or 0)

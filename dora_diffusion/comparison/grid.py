@@ -1,0 +1,64 @@
+"""A comparison as one labelled picture: a column each for the base and the adapters, a row for each prompt and seed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from dora_diffusion.comparison.compare import Cell, CompareRequest
+
+__all__ = ["draw_grid", "enlarge"]
+
+SMALLEST_CELL = 160  # pixels; pictures of small bases are enlarged so that a person can see them
+GAP = 10
+MARGIN = 16
+HEADER = 30
+ROW_LABEL = 190
+INK = "#1c1c1c"
+FAINT = "#6a6a6a"
+
+
+def draw_grid(request: CompareRequest, cells: Sequence[Cell]) -> Image.Image:
+    """The grid of these cells; cells that are not there yet stay empty."""
+    if not cells:
+        raise ValueError("a grid needs at least one cell")
+    width, height = enlarge(cells[0].image).size
+    caption = 18
+    columns, rows = request.columns, request.rows
+    size = (
+        2 * MARGIN + ROW_LABEL + len(columns) * (width + GAP) - GAP,
+        2 * MARGIN + HEADER + len(rows) * (height + caption + GAP) - GAP,
+    )
+    grid = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(grid)
+    title, small = ImageFont.load_default(size=18), ImageFont.load_default(size=12)
+    for i, column in enumerate(columns):
+        name = column.label if column.path is None else f"{column.label} × {column.strength:g}"
+        pen.text((_x(i, width) + width / 2, MARGIN), name, INK, font=title, anchor="ma")
+    for row, (prompt, seed) in enumerate(rows):
+        top = MARGIN + HEADER + row * (height + caption + GAP)
+        lines = [*textwrap.wrap(prompt, 26)[:5], f"seed {seed}"]
+        for i, line in enumerate(lines):
+            pen.text((MARGIN, top + 4 + 17 * i), line, FAINT if i == len(lines) - 1 else INK, font=small)
+    for cell in cells:
+        left = _x(cell.column, width)
+        top = MARGIN + HEADER + cell.row * (height + caption + GAP)
+        grid.paste(enlarge(cell.image), (left, top))
+        pen.rectangle((left - 1, top - 1, left + width, top + height), outline="#dddddd")
+        note = "" if cell.column == 0 else f"mean |difference| to base {cell.difference:.1f}"
+        pen.text((left, top + height + 3), note, FAINT, font=small)
+    return grid
+
+
+def enlarge(image: Image.Image, smallest: int = SMALLEST_CELL) -> Image.Image:
+    """Small pictures by a whole factor, so that both sides have at least `smallest` pixels."""
+    factor = -(-smallest // min(image.size))
+    if factor <= 1:
+        return image
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+
+
+def _x(column: int, width: int) -> int:
+    return MARGIN + ROW_LABEL + column * (width + GAP)

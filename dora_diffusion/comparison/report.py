@@ -1,0 +1,193 @@
+"""A comparison as one HTML file with everything inside: figures, loss curves, pictures, adapters, commands."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from dora_diffusion.comparison.compare import Cell, CompareRequest
+from dora_diffusion.formats.files import AdapterFile, read_adapter_file
+
+__all__ = ["LossPoint", "Losses", "read_losses", "write_report"]
+
+COLOURS = {"lora": "#d97706", "dora": "#2563eb", "base": "#6b7280"}
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1c; --faint: #6a6a6a; --line: #ddd; --paper: #fff; }
+@media (prefers-color-scheme: dark) { :root { --ink: #eee; --faint: #aaa; --line: #444; --paper: #16181c; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
+p.lead { color: var(--faint); margin: 0 0 1.2rem } .scroll { overflow-x: auto }
+table { border-collapse: collapse } th, td { padding: .35rem .8rem; text-align: left; vertical-align: top }
+table.figures td:not(:first-child), table.figures th:not(:first-child) { text-align: right;
+       font-variant-numeric: tabular-nums } table.figures tr { border-bottom: 1px solid var(--line) }
+table.pictures td { padding: .3rem } table.pictures img { width: 100%; min-width: 6rem; max-width: 15rem;
+       display: block; border: 1px solid var(--line); border-radius: 6px; background: #fff }
+small { color: var(--faint) } code, pre { background: color-mix(in srgb, var(--ink) 8%, transparent);
+       border-radius: 4px } pre { padding: .8rem; overflow-x: auto } svg { max-width: 100%; height: auto }
+"""
+
+
+@dataclass(frozen=True)
+class LossPoint:
+    step: int
+    loss: float
+    held_out_loss: float | None
+
+
+Losses = dict[str, list[LossPoint]]
+
+
+def read_losses(log: Path) -> Losses:
+    """The loss curves of a run's log.jsonl, by kind; empty when there is none."""
+    losses: Losses = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        entry = json.loads(line)
+        losses.setdefault(entry["kind"], []).append(LossPoint(entry["step"], entry["loss"], entry.get("held_out_loss")))
+    return losses
+
+
+def write_report(
+    title: str,
+    request: CompareRequest,
+    cells: Sequence[Cell],
+    *,
+    base_name: str,
+    losses: Losses | None = None,
+    commands: Sequence[str] = (),
+) -> str:
+    """The page's HTML: it refers to no other file and no other host."""
+    files = [read_adapter_file(column.path) for column in request.adapters if column.path]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p class=lead>Base <b>{escape(base_name)}</b> · {request.num_inference_steps} steps · the same prompts, "
+        "seeds and settings in every column.</p>",
+        _figures(files),
+        _curves(losses) if losses else "",
+        "<h2>Side by side</h2>",
+        _pictures(request, cells),
+        "<h2>The adapters</h2>",
+        _adapters(files),
+        "<h2>Try next</h2><pre>" + "\n".join(escape(c) for c in commands) + "</pre>" if commands else "",
+    ]
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style>" + "\n".join(parts) + "</html>\n"
+    )
+
+
+def _figures(files: Sequence[AdapterFile]) -> str:
+    """Held-out loss of the base and of each adapter, where the adapters' headers have it."""
+    rows, base_loss = [], None
+    for file in files:
+        training = file.description.training if file.description else {}
+        base_loss, loss = training.get("held_out_loss_base"), training.get("held_out_loss")
+        if isinstance(base_loss, float) and isinstance(loss, float):
+            change = 100 * (loss / base_loss - 1)
+            rows.append(f"<tr><td>{file.config.kind_label}<td>{loss:.4f}<td>{change:+.1f} %")
+    if not rows:
+        return ""
+    return (
+        "<h2>Held-out loss</h2><p class=lead>On pictures the adapters were not trained on, at fixed noise and "
+        "timesteps; lower is better.</p><table class=figures><tr><th>Model<th>Held-out loss<th>Against the base"
+        f"<tr><td>base<td>{base_loss:.4f}<td>" + "".join(rows) + "</table>"
+    )
+
+
+def _curves(losses: Losses) -> str:
+    """Held-out (solid) and smoothed training loss (faint) over the steps, as an inline drawing."""
+    lines = {kind: _smooth([p.loss for p in points]) for kind, points in losses.items()}
+    held = {
+        kind: [(p.step, p.held_out_loss) for p in points if p.held_out_loss is not None]
+        for kind, points in losses.items()
+    }
+    values = [v for line in lines.values() for v in line] + [v for line in held.values() for _, v in line if v]
+    steps = max(p.step for points in losses.values() for p in points)
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+
+    def at(step: float, value: float) -> str:
+        return f"{50 + 630 * step / steps:.1f},{210 - 190 * (value - low) / span:.1f}"
+
+    drawing = []
+    for kind, points in losses.items():
+        colour = COLOURS[kind]
+        faint = " ".join(at(p.step, v) for p, v in zip(points, lines[kind], strict=True))
+        drawing.append(f"<polyline points='{faint}' fill=none stroke='{colour}' stroke-opacity=.35 />")
+        solid = " ".join(at(step, value) for step, value in held[kind] if value is not None)
+        drawing.append(f"<polyline points='{solid}' fill=none stroke='{colour}' stroke-width=2.5 />")
+    legend = "".join(
+        f"<text x={70 + 90 * i} y=16 fill='{COLOURS[kind]}' font-size=13>● {_label(kind)}</text>"
+        for i, kind in enumerate(losses)
+    )
+    ticks = "".join(
+        f"<text x=44 y={float(at(0, v).split(',')[1]) + 4:.0f} text-anchor=end font-size=11 fill=gray>{v:.3f}</text>"
+        for v in (low, (low + high) / 2, high)
+    )
+    return (
+        "<h2>While training</h2><svg viewBox='0 0 700 235' width=700 role=img aria-label='loss curves'>"
+        f"{ticks}{legend}{''.join(drawing)}"
+        f"<text x=680 y=230 text-anchor=end font-size=11 fill=gray>step {steps}</text>"
+        "<text x=50 y=230 font-size=11 fill=gray>solid: held-out loss; faint: training loss, smoothed</text></svg>"
+    )
+
+
+def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    smoothed: list[float] = []
+    for i, value in enumerate(values):
+        weight = min(keep, i / (i + 1))  # a plain mean at first, so that the curve does not start at one sample
+        smoothed.append(value if i == 0 else weight * smoothed[-1] + (1 - weight) * value)
+    return smoothed
+
+
+def _pictures(request: CompareRequest, cells: Sequence[Cell]) -> str:
+    place = {(cell.row, cell.column): cell for cell in cells}
+    head = "".join(f"<th>{escape(column.label)}" for column in request.columns)
+    body = []
+    for row, (prompt, seed) in enumerate(request.rows):
+        body.append(f"<tr><th>{escape(prompt)}<br><small>seed {seed}</small>")
+        for i in range(len(request.columns)):
+            cell = place.get((row, i))
+            body.append("<td>" + (_picture(cell) if cell else ""))
+    return f"<div class=scroll><table class=pictures><tr><th>{head}{''.join(body)}</table></div>"
+
+
+def _picture(cell: Cell) -> str:
+    note = "" if cell.column == 0 else f"mean |difference| to base {cell.difference:.1f}"
+    description = escape(f"{cell.caption}: {cell.prompt}", quote=True)
+    return f"<img alt='{description}' src='{_data_url(cell.image)}'><small>{escape(cell.caption)}<br>{note}</small>"
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _adapters(files: Sequence[AdapterFile]) -> str:
+    rows = []
+    for file in files:
+        config, path = file.config, file.path
+        training = file.description.training if file.description else {}
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        parameters = sum(tensor.numel() for tensor in file.tensors.values())
+        rows.append(
+            f"<tr><td>{escape(path.name)}<td>{config.kind_label}<td>{config.rank}<td>{config.alpha:g}"
+            f"<td>{len(file.layers)}<td>{parameters:,}<td>{path.stat().st_size / 1024:,.0f} KiB"
+            f"<td>{training.get('steps', '')}<td><code>{digest[:12]}</code>"
+        )
+    head = "<tr><th>File<th>Kind<th>Rank<th>Alpha<th>Layers<th>Parameters<th>Size<th>Steps<th>SHA-256"
+    return f"<div class=scroll><table class=figures>{head}{''.join(rows)}</table></div>"
+
+
+def _label(kind: str) -> str:
+    return {"dora": "DoRA", "lora": "LoRA"}[kind]

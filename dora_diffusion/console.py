@@ -1,0 +1,121 @@
+"""What a run looks like in a terminal: progress bars with loss and time left, and notes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from dora_diffusion.comparison.compare import Cell, CompareRequest
+from dora_diffusion.training.loop import Step
+from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Previewed, Resumed, Stopped
+
+__all__ = ["KIND_LABEL", "clock", "show_cells", "show_training"]
+
+KIND_LABEL = {"lora": "LoRA", "dora": "DoRA"}
+
+
+class TimeLeft(ProgressColumn):
+    """Seconds left, as the one who does the work estimates them."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields.get("left")
+        return Text("" if left is None else f"{clock(left)} left", style="cyan")
+
+
+def clock(seconds: float) -> str:
+    """7 as 0:07, 3725 as 1:02:05."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeLeft(),
+        console=console,
+    )
+
+
+class TrainingDisplay:
+    """Shows each event; one bar for each kind of adapter."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self.console = console
+        self.progress = progress
+        self.bars: dict[str, TaskID] = {}
+        self.smoothed: dict[str, float] = {}
+        self.held_out: dict[str, float] = {}
+        # Without a terminal, bars are not drawn: then a line now and then says how far it is.
+        self.plain = not console.is_terminal
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Preparing(text, done, total):
+                if total == 0 or done in (0, total):
+                    self.console.print(f"[dim]{text}{f' ({done} of {total})' if total else ''}[/dim]")
+            case Resumed(kind, step, total):
+                self.console.print(f"{KIND_LABEL[kind]}: going on after step {step} of {total}")
+            case Measured(kind, step, loss):
+                self.held_out[kind] = loss
+                if step == 0:
+                    self.console.print(f"{KIND_LABEL[kind]}: held-out loss of the base {loss:.4f}")
+            case Step():
+                self._step(event)
+            case Previewed(kind, _, paths):
+                self.console.print(f"[dim]{KIND_LABEL[kind]}: preview {paths[-1]}[/dim]")
+            case Stopped(kind, step, total, checkpoint):
+                self.console.print(
+                    f"[yellow]stopped at step {step} of {total} of the {KIND_LABEL[kind]}, checkpoint saved:[/yellow] "
+                    f"{checkpoint}\nGo on with the same command and --resume."
+                )
+            case Finished(kind, path, base_loss, loss):
+                losses = "" if loss is None or base_loss is None else f", held-out loss {base_loss:.4f} → {loss:.4f}"
+                self.console.print(f"[green]{KIND_LABEL[kind]} finished[/green]: {path}{losses}")
+
+    def _step(self, step: Step) -> None:
+        before = self.smoothed.get(step.kind, step.loss)
+        self.smoothed[step.kind] = loss = 0.95 * before + 0.05 * step.loss
+        note = f"loss {loss:.4f}"
+        if step.kind in self.held_out:
+            note += f", held out {self.held_out[step.kind]:.4f}"
+        if step.kind not in self.bars:
+            self.bars[step.kind] = self.progress.add_task(KIND_LABEL[step.kind], total=step.total, note="", left=None)
+        left = step.seconds_left
+        self.progress.update(self.bars[step.kind], completed=step.step, note=note, left=left)
+        if self.plain and (step.step % max(1, step.total // 20) == 0 or step.step == step.total):
+            label = KIND_LABEL[step.kind]
+            self.console.print(f"{label} {step.step}/{step.total}  {note}  {clock(left)} left")
+
+
+def show_training(events: Iterable[Event], console: Console) -> list[Event]:
+    """Run the events to the end on the screen; returns all but the steps."""
+    kept: list[Event] = []
+    with _bars(console) as progress:
+        progress.live.auto_refresh = console.is_terminal
+        display = TrainingDisplay(console, progress)
+        for event in events:
+            display.show(event)
+            if not isinstance(event, Step):
+                kept.append(event)
+    return kept
+
+
+def show_cells(cells: Iterable[Cell], request: CompareRequest, console: Console) -> Iterator[Cell]:
+    """Pass the cells on, with a bar."""
+    total = len(request.rows) * len(request.columns)
+    with _bars(console) as progress:
+        bar = progress.add_task("drawing", total=total, note="", left=None)
+        spent = 0.0
+        for done, cell in enumerate(cells, 1):
+            spent += cell.seconds
+            progress.update(bar, completed=done, note=cell.caption, left=spent / done * (total - done))
+            if not console.is_terminal:
+                console.print(f"drawing {done}/{total}  {cell.prompt}, {cell.caption}")
+            yield cell

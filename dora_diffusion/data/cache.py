@@ -1,0 +1,82 @@
+"""Encode pictures and captions once, before training: latents by the autoencoder, conditioning by the text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dora_diffusion.data.folder import TrainingImage, open_image
+from dora_diffusion.generation import check_prompt
+from dora_diffusion.models.families import Conditioning
+from dora_diffusion.models.loading import Base
+
+__all__ = ["EncodedImages", "encode_images", "latents_of", "to_pixels"]
+
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Training pictures as the denoiser sees them.
+
+    mean, std [pictures, channels, h, w] are the autoencoder's posterior, in the denoiser's scale; `conditioning` has a
+    row for each different caption and, last, one for the empty prompt; `caption_of` [pictures] points into it.
+    """
+
+    mean: Tensor
+    std: Tensor
+    conditioning: Conditioning
+    caption_of: Tensor
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def latents(self, index: Tensor, noise: Tensor) -> Tensor:
+        """x0 for these pictures, drawn from the posterior with this noise: [batch, channels, h, w]."""
+        return self.mean[index] + self.std[index] * noise
+
+    def conditioning_for(self, index: Tensor, dropped: Tensor | None = None) -> Conditioning:
+        """The captions' conditioning; where `dropped` [batch] is true, the empty prompt's."""
+        rows = self.caption_of[index]
+        if dropped is not None:
+            rows = torch.where(dropped, len(next(iter(self.conditioning.tensors.values()))) - 1, rows)
+        return self.conditioning[rows]
+
+
+def to_pixels(image: Image.Image, size: int) -> Tensor:
+    """The picture cropped to its middle square and resized, [3, size, size], in -1..1."""
+    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    array = np.asarray(square, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+@torch.inference_mode()
+def latents_of(base: Base, images: Sequence[Image.Image], size: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the autoencoder's posterior, float32, in the denoiser's scale, on the CPU."""
+    vae = base.pipe.vae
+    shift = vae.config.get("shift_factor") or 0.0
+    means, stds = [], []
+    for start in range(0, len(images), BATCH):
+        pixels = torch.stack([to_pixels(image, size) for image in images[start : start + BATCH]])
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        means.append((posterior.mean.float() - shift).cpu() * vae.config.scaling_factor)
+        stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
+    return torch.cat(means), torch.cat(stds)
+
+
+@torch.no_grad()
+def encode_images(base: Base, images: Sequence[TrainingImage], size: int) -> EncodedImages:
+    """Encode pictures and captions. Raises PromptError for a caption the text encoder would cut."""
+    captions = list(dict.fromkeys(image.caption for image in images))
+    for caption in captions:
+        check_prompt(base.pipe, caption)
+    mean, std = latents_of(base, [open_image(image.path) for image in images], size)
+    rows = [base.family.encode(base.pipe, [caption]) for caption in (*captions, "")]
+    conditioning = Conditioning.stack(rows).to(torch.device("cpu"), torch.float32)
+    caption_of = torch.tensor([captions.index(image.caption) for image in images])
+    return EncodedImages(mean, std, conditioning, caption_of)

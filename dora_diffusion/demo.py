@@ -1,0 +1,112 @@
+"""The first thing a new user runs: train a LoRA and a DoRA on a sample style, and lay them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from dora_diffusion.comparison.compare import Column, CompareRequest, compare
+from dora_diffusion.comparison.grid import draw_grid
+from dora_diffusion.comparison.report import read_losses, write_report
+from dora_diffusion.console import show_cells, show_training
+from dora_diffusion.errors import DataError
+from dora_diffusion.models.loading import ASSETS, Base, load_base
+from dora_diffusion.outputs import save_png, write_text
+from dora_diffusion.training.config import TrainConfig, read_config
+from dora_diffusion.training.run import Stopped, train
+
+__all__ = ["DEMO", "QUICK", "DemoSize", "demo_config", "run_demo", "sample_folder"]
+
+STYLE = "openmoji"
+# None of these is in the style folder, neither to train on nor to measure on.
+PROMPTS = ("dog face", "banana", "hot air balloon", "octopus", "strawberry", "bus")
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    steps: int
+    batch_size: int
+    prompts: int
+    seeds: tuple[int, ...]
+    num_inference_steps: int
+
+
+DEMO = DemoSize(steps=400, batch_size=8, prompts=6, seeds=(1, 2), num_inference_steps=25)
+QUICK = DemoSize(steps=80, batch_size=8, prompts=3, seeds=(1,), num_inference_steps=20)
+
+
+def sample_folder(name: str = STYLE) -> Path:
+    """A sample folder: inside the installed package, or in the source tree it is run from."""
+    for folder in (ASSETS / "samples" / name, ASSETS.parent.parent / "samples" / name):
+        if folder.is_dir():
+            return folder
+    raise DataError(f"the sample pictures {name!r} are missing from this installation; install the package again.")
+
+
+def demo_config(out: Path, size: DemoSize) -> TrainConfig:
+    images = sample_folder()
+    return TrainConfig(
+        images=str(images),
+        validation_images=str(images / "held-out"),
+        out=str(out),
+        base="emoji",
+        kind="both",
+        steps=size.steps,
+        batch_size=size.batch_size,
+    )
+
+
+def run_demo(out: Path, size: DemoSize, console: Console, should_stop: Callable[[], bool]) -> list[Path]:
+    """Train, compare and report; returns the files made, or none when it was stopped."""
+    config = demo_config(out, size)
+    base = load_base(config.base, device=config.device)
+    resume, overwrite = _earlier_demo(config)
+    events = show_training(
+        train(config, base=base, resume=resume, overwrite=overwrite, should_stop=should_stop), console
+    )
+    if any(isinstance(event, Stopped) for event in events):
+        return []
+    return [out / "lora.safetensors", out / "dora.safetensors", *_compare(base, out, size, console)]
+
+
+def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
+    """Whether to go on with an earlier demo that was stopped, or to replace one that was finished."""
+    out = Path(config.out)
+    if not (out / "config.toml").exists():
+        return False, False
+    earlier = read_config(out / "config.toml")
+    if earlier.images != config.images:  # somebody's own run: let train() refuse
+        return False, False
+    stopped = any((out / "checkpoints").glob("*.safetensors")) and earlier.steps == config.steps
+    return stopped, not stopped
+
+
+def _compare(base: Base, out: Path, size: DemoSize, console: Console) -> list[Path]:
+    request = CompareRequest(
+        prompts=tuple(f"{name}, {STYLE} style" for name in PROMPTS[: size.prompts]),
+        seeds=size.seeds,
+        adapters=(Column("LoRA", out / "lora.safetensors"), Column("DoRA", out / "dora.safetensors")),
+        num_inference_steps=size.num_inference_steps,
+    )
+    cells = list(show_cells(compare(base, request), request, console))
+    report = write_report(
+        f"DoRA and LoRA on the {STYLE} style",
+        request,
+        cells,
+        base_name=base.name,
+        losses=read_losses(out / "log.jsonl"),
+        commands=next_commands(out),
+    )
+    return [save_png(draw_grid(request, cells), out / "comparison.png"), write_text(out / "report.html", report)]
+
+
+def next_commands(out: Path) -> tuple[str, ...]:
+    return (
+        f'dora-diffusion compare --prompt "owl, {STYLE} style" --seeds 1,2,3 '
+        f"--adapters {out / 'lora.safetensors'} {out / 'dora.safetensors'} --out outputs/owl",
+        'dora-diffusion train --images YOUR_FOLDER --instance-prompt "your style" --kind both --out outputs/mine',
+        "dora-diffusion app",
+    )

@@ -1,0 +1,96 @@
+"""The one way a picture is made: previews, class images, comparisons and the web app all call `generate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from dora_diffusion.errors import ConfigError, PromptError
+from dora_diffusion.models.loading import Base
+
+__all__ = ["GenerationRequest", "check_prompt", "generate"]
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One picture. None takes the base's own guidance scale and size (pixels). Raises ConfigError."""
+
+    prompt: str
+    seed: int = 0
+    negative_prompt: str = ""
+    num_inference_steps: int = 25
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_inference_steps <= 1000:
+            raise ConfigError(f"num_inference_steps is {self.num_inference_steps}; it must be between 1 and 1000.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be a whole number of at least 0.")
+        if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ConfigError(f"guidance_scale is {self.guidance_scale}; it must be a number of at least 0.")
+
+
+def check_prompt(pipe: DiffusionPipeline, prompt: str) -> None:
+    """Raise PromptError if every tokenizer of the pipeline would cut the prompt, naming the words lost."""
+    worst: tuple[int, int, str] | None = None
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        tokenizer = getattr(pipe, name, None)
+        if tokenizer is None:
+            continue
+        limit = tokenizer.model_max_length if name != "tokenizer_3" else 256
+        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        if len(ids) <= limit:
+            return
+        lost = tokenizer.decode(ids[limit - 1 : -1]).strip()
+        if worst is None or limit > worst[1]:
+            worst = (len(ids), limit, lost)
+    if worst is not None:
+        length, limit, lost = worst
+        raise PromptError(
+            f"the prompt is {length} tokens long and this base reads {limit}: the end, {lost[:80]!r}, "
+            f"would be lost. Shorten it: {prompt[:60]!r}…"
+        )
+
+
+@torch.inference_mode()
+def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
+    """Draw one picture with whatever adapters are in the base now.
+
+    One picture a call and noise from a CPU generator, so that a seed gives the same picture whatever else is drawn.
+    `on_step(done, total)` is called after every denoising step; what it raises stops the drawing.
+    """
+    check_prompt(base.pipe, request.prompt)
+    check_prompt(base.pipe, request.negative_prompt)
+    denoiser = base.denoiser
+    was_training = denoiser.training
+    denoiser.eval()
+    total = request.num_inference_steps
+
+    def report(_pipe: object, step: int, _t: object, values: dict[str, object]) -> dict[str, object]:
+        if on_step is not None:
+            on_step(step + 1, total)
+        return values
+
+    try:
+        result = base.pipe(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=total,
+            guidance_scale=base.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            width=request.width or base.size,
+            height=request.height or base.size,
+            generator=torch.Generator("cpu").manual_seed(request.seed),
+            callback_on_step_end=report,
+        )
+    finally:
+        denoiser.train(was_training)
+    return result.images[0]

@@ -1,0 +1,155 @@
+"""Load a base model: the embedded one, a folder, a single file or a hub id."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from dora_diffusion.errors import BaseModelError
+from dora_diffusion.models.families import Family, family_of
+
+__all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "load_base", "pick_device"]
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A base that comes with the package, and what works well on it."""
+
+    folder: str
+    guidance_scale: float
+    learning_rate: float
+
+
+EMBEDDED = {"emoji": Embedded("emoji", guidance_scale=4.0, learning_rate=1e-3)}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base: the diffusers pipeline, and what the rest asks of it."""
+
+    name: str
+    pipe: DiffusionPipeline
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.pipe)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet or transformer. Raises BaseModelError when the pipeline has neither."""
+        for part in ("unet", "transformer"):
+            module = getattr(self.pipe, part, None)
+            if isinstance(module, nn.Module):
+                return module
+        raise BaseModelError(f"{self.name} is a {type(self.pipe).__name__}, which has no unet and no transformer.")
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels per latent, along each side."""
+        return int(self.pipe.vae_scale_factor)
+
+    @property
+    def size(self) -> int:
+        """The side in pixels of the square pictures this base was made for."""
+        return int(self.denoiser.config.sample_size) * self.vae_scale  # type: ignore[union-attr, arg-type]
+
+    @property
+    def guidance_scale(self) -> float:
+        return EMBEDDED[self.name].guidance_scale if self.name in EMBEDDED else self.family.guidance_scale
+
+    @property
+    def learning_rate(self) -> float:
+        return EMBEDDED[self.name].learning_rate if self.name in EMBEDDED else self.family.learning_rate
+
+
+def pick_device(device: Device = "auto") -> torch.device:
+    """The device named, or the best one there is. Raises BaseModelError when the named one is missing."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available.get(device, False):
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise BaseModelError(f"device {device!r} is not available here; these are: {there}.")
+    return torch.device(device)
+
+
+def load_base(name: str = "emoji", *, device: Device = "auto", dtype: torch.dtype | None = None) -> Base:
+    """Load a base by "emoji", a folder in diffusers layout, a .safetensors checkpoint or a hub id.
+
+    dtype defaults to float32 on a CPU and bfloat16 elsewhere. Weights are read from safetensors only.
+    Raises BaseModelError.
+    """
+    target = pick_device(device)
+    dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
+    _quieten()
+    pipe = _load_pipeline(name, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return Base(name, pipe.to(target))
+
+
+def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    path = Path(ASSETS / EMBEDDED[name].folder if name in EMBEDDED else name)
+    try:
+        if path.is_file():
+            return _load_single_file(path, dtype)
+        if path.is_dir():
+            if not (path / "model_index.json").is_file():
+                raise BaseModelError(
+                    f"{path} is no base model: it has no model_index.json. Give the folder that a diffusers pipeline "
+                    "was saved in, a .safetensors checkpoint, a hub id such as "
+                    "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'emoji'."
+                )
+            return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise BaseModelError(
+                f"no base model at {name!r}: no such file or folder, and no hub id (those look like 'owner/name'). "
+                f"Embedded bases: {', '.join(EMBEDDED)}."
+            )
+        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
+    except BaseModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(
+            f"cannot load the base {name!r}: {reason} "
+            "Check the name, the connection to the hub and, for a gated model, that you are logged in "
+            "(`hf auth login`); or use the embedded base with --base emoji."
+        ) from error
+
+
+def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    if path.suffix != ".safetensors":
+        raise BaseModelError(f"{path}: only .safetensors checkpoints are loaded; others can run code when opened.")
+    from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        keys = set(file.keys())
+    # SDXL's second text encoder is what tells the two checkpoint layouts apart.
+    is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
+    pipeline = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    return pipeline.from_single_file(str(path), torch_dtype=dtype)
+
+
+def _quieten() -> None:
+    """Keep the libraries' notes on optional packages and deprecations off the user's screen; errors still show."""
+    if "DORA_DIFFUSION_VERBOSE" in os.environ:
+        return
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)

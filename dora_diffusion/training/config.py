@@ -1,0 +1,155 @@
+"""The configuration of a training run: a TOML file or command line options, checked key by key."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dora_diffusion.errors import ConfigError, nearest
+from dora_diffusion.injection import AdapterConfig, Kind
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the same library under its older name
+    import tomli as tomllib
+
+__all__ = ["TrainConfig", "parse_assignments", "read_config", "resolve_config"]
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides a run. None means "what suits the base"; the run writes down what it took."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # What to train on what
+    images: str
+    out: str
+    base: str = "emoji"
+    kind: Literal["dora", "lora", "both"] = "dora"
+    instance_prompt: str | None = None
+    validation_images: str | None = None
+    held_out: int | None = Field(None, ge=0)
+    resolution: int | None = Field(None, ge=8, le=4096)
+
+    # The adapter
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | None = None
+    use_rslora: bool = False
+
+    # Optimisation
+    steps: int = Field(500, ge=1)
+    batch_size: int = Field(4, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float | None = Field(None, gt=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(10, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    snr_gamma: float | None = Field(None, gt=0)
+    caption_dropout: float = Field(0.05, ge=0, le=1)
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    # Prior preservation: what the class looks like without the subject, drawn by the base
+    class_prompt: str | None = None
+    num_class_images: int = Field(50, ge=1)
+    prior_loss_weight: float = Field(1.0, gt=0)
+
+    # What is shown and kept on the way
+    preview_prompts: list[str] = Field(default_factory=list)
+    preview_seeds: list[int] = Field(default_factory=lambda: [1])
+    preview_every: int = Field(100, ge=1)
+    validate_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return ("lora", "dora") if self.kind == "both" else (self.kind,)
+
+    def adapter_config(self, kind: Kind, default_targets: tuple[str, ...]) -> AdapterConfig:
+        return AdapterConfig(
+            kind=kind,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=tuple(self.target_modules) if self.target_modules else default_targets,
+            use_rslora=self.use_rslora,
+        )
+
+    def to_toml(self) -> str:
+        """The file that repeats this run; keys that are None are left out, as TOML has no null."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    @classmethod
+    def from_values(cls, values: dict[str, object], source: str) -> TrainConfig:
+        """Check values from a file or a command line; `source` names it in messages. Raises ConfigError."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, source)) from error
+
+
+def read_config(path: str | os.PathLike[str], overrides: dict[str, object] | None = None) -> TrainConfig:
+    """Read a TOML file; `overrides` win over it. Raises ConfigError."""
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration file at {path}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no TOML file: {error}.") from error
+    return TrainConfig.from_values({**values, **(overrides or {})}, str(path))
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, object]:
+    """KEY=VALUE from a command line; the value as TOML writes it, and failing that as plain text."""
+    values: dict[str, object] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment!r}: write KEY=VALUE, such as --set dropout=0.1.")
+        try:
+            values[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = text
+    return values
+
+
+def resolve_config(path: Path | None, given: dict[str, object], *, resume: bool = False) -> TrainConfig:
+    """The configuration of a command: a file, options that win over it, and when resuming the run's own file."""
+    written = Path(str(given["out"])) / "config.toml" if "out" in given else None
+    if path is None and resume and written is not None and written.exists():
+        path = written
+    return read_config(path, given) if path else TrainConfig.from_values(given, "command line")
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """One line for each wrong key, with the nearest known one."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = nearest(key, TrainConfig.model_fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(TrainConfig.model_fields)}"
+            lines.append(f"unknown key {key!r}: {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key!r} is missing" + _how_to_give(key))
+        else:
+            lines.append(f"{key} = {problem['input']!r}: {problem['msg'].lower()}")
+    return f"{source}:\n  " + "\n  ".join(lines)
+
+
+def _how_to_give(key: str) -> str:
+    return f": add {key} = ... to the file, or --{key.replace('_', '-')} to the command"

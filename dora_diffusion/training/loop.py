@@ -1,0 +1,255 @@
+"""The training loop: `prepare` encodes the data once, `steps` is a generator of typed Steps, `held_out_loss` measures.
+
+Every random number of a step follows from the seed and the step's number, so an interrupted run goes on with the same
+bits, and a LoRA and a DoRA of one seed see the same pictures, noise and timesteps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from dora_diffusion.data.cache import EncodedImages, encode_images
+from dora_diffusion.data.folder import TrainingImage, read_folder
+from dora_diffusion.errors import DataError, TrainingError
+from dora_diffusion.injection import Adapter, Kind, inject_adapter
+from dora_diffusion.models.families import Conditioning
+from dora_diffusion.models.loading import Base
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.objectives import Objective, objective_of
+
+__all__ = ["Step", "Training", "held_out_loss", "new_adapter", "prepare", "steps"]
+
+HELD_OUT_TIMESTEPS = 8
+HELD_OUT_SEED = 20240209  # fixed, so that the figure compares between runs of any seed
+EVALUATION_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its number (from 1), the loss averaged over the batch, and the seconds left of this kind."""
+
+    kind: Kind
+    step: int
+    total: int
+    loss: float
+    learning_rate: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run works on: the base, its objective, and the encoded pictures."""
+
+    config: TrainConfig
+    base: Base
+    objective: Objective
+    accelerator: Accelerator
+    instances: EncodedImages
+    held_out: EncodedImages | None
+    class_images: EncodedImages | None
+    ignored: tuple[str, ...]
+    digest: str
+
+    @property
+    def learning_rate(self) -> float:
+        return self.config.learning_rate or self.base.learning_rate
+
+
+def prepare(config: TrainConfig, base: Base, class_images: list[Path] | None = None) -> Training:
+    """Read, check and encode the pictures. Raises DataError, PromptError and BaseModelError."""
+    objective = objective_of(base.pipe.scheduler)
+    size = config.resolution or base.size
+    folder = read_folder(config.images, config.instance_prompt, smallest=max(16, size // 4))
+    kept, held_out = split_held_out(config, list(folder.images), smallest=max(16, size // 4))
+    prior = [TrainingImage(path, config.class_prompt or "") for path in class_images or []]
+    return Training(
+        config=config,
+        base=base,
+        objective=objective,
+        accelerator=_accelerator(config),
+        instances=encode_images(base, kept, size),
+        held_out=encode_images(base, held_out, size) if held_out else None,
+        class_images=encode_images(base, prior, size) if prior else None,
+        ignored=folder.ignored,
+        digest=_digest([*kept, *held_out, *prior]),
+    )
+
+
+def split_held_out(
+    config: TrainConfig, images: list[TrainingImage], smallest: int
+) -> tuple[list[TrainingImage], list[TrainingImage]]:
+    """Pictures to train on and pictures to measure on: a folder of its own, or a few of the images, by the seed."""
+    if config.validation_images is not None:
+        return images, list(read_folder(config.validation_images, config.instance_prompt, smallest=smallest).images)
+    # A subject's five pictures are too few to spare any.
+    count = config.held_out if config.held_out is not None else (len(images) // 8 if len(images) >= 8 else 0)
+    if count >= len(images):
+        raise DataError(
+            f"held_out is {count}, but {config.images} has only {len(images)} pictures: "
+            "hold out fewer, or add pictures."
+        )
+    order = torch.randperm(len(images), generator=_generator(config.seed, "held out")).tolist()
+    aside = set(order[:count])
+    kept = [image for i, image in enumerate(images) if i not in aside]
+    return kept, [image for i, image in enumerate(images) if i in aside]
+
+
+def new_adapter(training: Training, kind: Kind) -> tuple[Adapter, Optimizer]:
+    """A fresh adapter in the base, in training mode, and its optimizer. Twins start from the same A."""
+    config, denoiser = training.config, training.base.denoiser
+    adapter = inject_adapter(
+        denoiser,
+        config.adapter_config(kind, training.base.family.target_modules),
+        name=kind,
+        seed=_seed(config.seed, "adapter"),
+    )
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    optimizer = AdamW(adapter.parameters(), lr=training.learning_rate, weight_decay=config.weight_decay)
+    return adapter, optimizer
+
+
+def steps(training: Training, kind: Kind, adapter: Adapter, optimizer: Optimizer, start: int = 0) -> Iterator[Step]:
+    """Train from step `start` to the end, yielding after each optimizer step; the caller may stop at any of them.
+
+    Raises TrainingError when the loss is no longer a number.
+    """
+    config, accelerator = training.config, training.accelerator
+    wrapped = accelerator.prepare(optimizer)
+    scheduler = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+    )
+    scheduler.last_epoch = start - 1
+    scheduler.step()
+    parameters = list(adapter.parameters())
+    began = time.monotonic()
+    for step in range(start, config.steps):
+        for update in adapter.updates().values():  # a preview may have left them in evaluation mode
+            update.train()
+        loss = torch.zeros(())
+        for micro in range(config.gradient_accumulation_steps):
+            part = _batch_loss(training, step * config.gradient_accumulation_steps + micro)
+            accelerator.backward(part / config.gradient_accumulation_steps)
+            loss += part.detach().float().cpu() / config.gradient_accumulation_steps
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss of the {kind} is {loss.item()} at step {step + 1}: the run has diverged. "
+                "Lower the learning rate, or use bf16 instead of fp16."
+            )
+        if accelerator.num_processes > 1:
+            for parameter in parameters:
+                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        rate = scheduler.get_last_lr()[0]
+        wrapped.step()
+        wrapped.zero_grad()
+        scheduler.step()
+        done = step + 1
+        left = (time.monotonic() - began) / (done - start) * (config.steps - done)
+        yield Step(kind, done, config.steps, loss.item(), rate, left)
+
+
+def _batch_loss(training: Training, batch: int) -> Tensor:
+    """The loss of batch number `batch`, with prior preservation's share when there are class images."""
+    config, accelerator = training.config, training.accelerator
+    number = batch * accelerator.num_processes + accelerator.process_index
+    loss = _images_loss(training, training.instances, number, "instances")
+    if training.class_images is not None:
+        loss = loss + config.prior_loss_weight * _images_loss(training, training.class_images, number, "class")
+    return loss
+
+
+def _images_loss(training: Training, images: EncodedImages, number: int, stream: str) -> Tensor:
+    config = training.config
+    generator = _generator(config.seed, stream, number)
+    index = _indices(config, len(images), number, stream)
+    x0 = images.latents(index, torch.randn(images.mean[index].shape, generator=generator))
+    eps = torch.randn(x0.shape, generator=generator)
+    t = training.objective.timesteps(len(index), generator)
+    dropped = torch.rand(len(index), generator=generator) < config.caption_dropout
+    if config.dropout > 0:
+        torch.manual_seed(_seed(config.seed, "dropout", number))
+    error = squared_error(training, x0, eps, t, images.conditioning_for(index, dropped))
+    return (error * training.objective.weight(t, config.snr_gamma).to(error.device)).mean()
+
+
+def squared_error(training: Training, x0: Tensor, eps: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    """Mean squared error of the denoiser's prediction for each picture, [batch], float32."""
+    denoiser, objective = training.base.denoiser, training.objective
+    device, dtype = training.base.pipe.device, next(denoiser.parameters()).dtype
+    noisy = objective.noisy(x0, eps, t).to(device, dtype)
+    autocast = training.accelerator.autocast() if dtype == torch.float32 else contextlib.nullcontext()
+    with autocast:
+        prediction = training.base.family.predict(denoiser, noisy, t.to(device), conditioning.to(device, dtype))
+    target = objective.target(x0, eps, t).to(device)
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def held_out_loss(training: Training) -> float | None:
+    """The loss on the held-out pictures at fixed noise and evenly spread timesteps; None when none are held out."""
+    images = training.held_out
+    if images is None:
+        return None
+    training.base.denoiser.eval()
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    index = torch.arange(len(images)).repeat_interleave(HELD_OUT_TIMESTEPS)
+    t = training.objective.even_timesteps(HELD_OUT_TIMESTEPS).repeat(len(images))
+    x0 = images.mean[index]
+    eps = torch.randn(x0.shape, generator=generator)
+    errors = [
+        squared_error(training, x0[part], eps[part], t[part], images.conditioning_for(index[part]))
+        for part in torch.arange(len(index)).split(EVALUATION_BATCH)
+    ]
+    return torch.cat(errors).mean().item()
+
+
+def _indices(config: TrainConfig, count: int, number: int, stream: str) -> Tensor:
+    """Which pictures batch `number` shows: every picture once an epoch, in an order drawn for each epoch."""
+    positions = range(number * config.batch_size, (number + 1) * config.batch_size)
+    orders = {
+        epoch: torch.randperm(count, generator=_generator(config.seed, stream + " order", epoch))
+        for epoch in {position // count for position in positions}
+    }
+    return torch.stack([orders[position // count][position % count] for position in positions])
+
+
+def _seed(seed: int, *what: str | int) -> int:
+    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _generator(seed: int, *what: str | int) -> torch.Generator:
+    return torch.Generator().manual_seed(_seed(seed, *what))
+
+
+def _digest(images: list[TrainingImage]) -> str:
+    """A hash of all pictures' bytes and captions, so that a run is not resumed on other data."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(image.path.read_bytes())
+        digest.update(image.caption.encode())
+    return digest.hexdigest()
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """Devices, processes and mixed precision are accelerate's; "auto" is bf16 on a GPU that has it."""
+    precision = config.mixed_precision
+    if precision == "auto":
+        on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+    # accelerate keeps the first precision of a process for good; a second run may want another one.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(mixed_precision=precision, cpu=config.device == "cpu")

@@ -1,0 +1,267 @@
+"""A whole run, from configuration to adapter files: `train` yields what happens, as it happens.
+
+The command line, the web app and the tests all drive this generator. What it writes into the output folder:
+
+    config.toml                  the resolved configuration; `dora-diffusion train config.toml` repeats the run
+    dora.safetensors, lora...    the adapters
+    log.jsonl                    a line for every step, with the held-out loss where it was measured
+    previews/                    pictures at fixed seeds on the way
+    checkpoints/                 what --resume goes on from; removed when the run is complete
+    class_images/                prior preservation's pictures
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_diffusion.errors import TrainingError
+from dora_diffusion.formats.files import save_adapter
+from dora_diffusion.generation import GenerationRequest, check_prompt, generate
+from dora_diffusion.injection import Kind
+from dora_diffusion.models.loading import Base, load_base
+from dora_diffusion.outputs import make_folder, save_png, write_text
+from dora_diffusion.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.loop import Step, Training, held_out_loss, new_adapter, prepare, steps
+
+__all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Stopped", "train"]
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """Something before the first step."""
+
+    text: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Resumed:
+    kind: Kind
+    step: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The held-out loss after `step` steps; at step 0 it is the base's."""
+
+    kind: Kind
+    step: int
+    held_out_loss: float
+
+
+@dataclass(frozen=True)
+class Previewed:
+    kind: Kind
+    step: int
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Stopped on request, with a checkpoint to go on from."""
+
+    kind: Kind
+    step: int
+    total: int
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One adapter is done."""
+
+    kind: Kind
+    path: Path
+    base_loss: float | None
+    held_out_loss: float | None
+
+
+Event = Preparing | Resumed | Step | Measured | Previewed | Stopped | Finished
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    base: Base | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train what config.kind says, LoRA before DoRA, and yield events.
+
+    `should_stop` is asked after every step; when it says yes a checkpoint is written and Stopped is the last event.
+    Raises the errors of each part; whatever was in the output folder is kept unless `overwrite` is given.
+    """
+    out = make_folder(config.out)
+    _check_folder(out, config, resume, overwrite)
+    yield Preparing("loading the base model")
+    base = base or load_base(config.base, device=config.device)
+    config = _resolve(config, base)
+    for prompt in config.preview_prompts:
+        check_prompt(base.pipe, prompt)
+    class_images = yield from _class_images(config, base, out)
+    yield Preparing("reading and encoding the pictures")
+    training = prepare(config, base, class_images)
+    if training.ignored:
+        yield Preparing(f"passed over, no pictures: {', '.join(training.ignored)}")
+    if overwrite and not resume:
+        _clear(out, config)
+    write_text(out / "config.toml", config.to_toml())
+    for kind in config.kinds:
+        if resume and adapter_path(out, kind).exists():
+            yield Preparing(f"{adapter_path(out, kind)} is finished already")
+            continue
+        if (yield from _train_one(training, kind, out, resume, should_stop)) is not None:
+            return
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def adapter_path(out: Path, kind: Kind) -> Path:
+    return out / f"{kind}.safetensors"
+
+
+def _train_one(
+    training: Training, kind: Kind, out: Path, resume: bool, should_stop: Callable[[], bool]
+) -> Generator[Event, None, Stopped | None]:
+    config = training.config
+    adapter, optimizer = new_adapter(training, kind)
+    try:
+        start, base_loss = 0, held_out_loss(training)
+        if resume and checkpoint_path(out, kind).exists():
+            checkpoint = read_checkpoint(checkpoint_path(out, kind), config, training.digest)
+            checkpoint.restore(adapter, optimizer)
+            start = checkpoint.step
+            yield Resumed(kind, start, config.steps)
+        log = Log(out / "log.jsonl", kind, start)
+        if base_loss is not None:
+            yield Measured(kind, 0, base_loss)
+        loss = base_loss
+        for step in steps(training, kind, adapter, optimizer, start):
+            last = step.step == config.steps
+            measured = last or step.step % config.validate_every == 0
+            loss = held_out_loss(training) if measured else loss
+            log.write(step, loss if measured else None)
+            yield step
+            if measured and loss is not None:
+                yield Measured(kind, step.step, loss)
+            if config.preview_prompts and (last or step.step % config.preview_every == 0):
+                yield _preview(training, kind, step.step, out)
+            stopping = should_stop() and not last
+            if stopping or (step.step % config.checkpoint_every == 0 and not last):
+                path = write_checkpoint(
+                    checkpoint_path(out, kind), step.step, adapter, optimizer, config, training.digest
+                )
+                if stopping:
+                    stopped = Stopped(kind, step.step, config.steps, path)
+                    yield stopped
+                    return stopped
+        path = save_adapter(
+            adapter,
+            adapter_path(out, kind),
+            training=_summary(training, base_loss, loss),
+            base_name=config.base,
+        )
+        yield Finished(kind, path, base_loss, loss)
+        return None
+    finally:
+        adapter.eject()
+
+
+def _preview(training: Training, kind: Kind, step: int, out: Path) -> Previewed:
+    config = training.config
+    paths = []
+    for i, prompt in enumerate(config.preview_prompts):
+        for seed in config.preview_seeds:
+            image = generate(training.base, GenerationRequest(prompt, seed))
+            name = f"{kind}-{step:05d}-prompt{i + 1}-seed{seed}.png"
+            paths.append(save_png(image, out / "previews" / name, {"prompt": prompt, "seed": str(seed)}))
+    return Previewed(kind, step, tuple(paths))
+
+
+def _class_images(config: TrainConfig, base: Base, out: Path) -> Generator[Event, None, list[Path]]:
+    """Prior preservation's pictures, drawn by the base before anything is injected; those there already are kept."""
+    if config.class_prompt is None:
+        return []
+    paths = [out / "class_images" / f"{seed:04d}.png" for seed in range(config.num_class_images)]
+    for seed, path in enumerate(paths):
+        yield Preparing("drawing class images", seed, len(paths))
+        if not path.exists():
+            save_png(generate(base, GenerationRequest(config.class_prompt, seed)), path)
+    yield Preparing("drawing class images", len(paths), len(paths))
+    return paths
+
+
+class Log:
+    """log.jsonl: one line a step. Lines of steps that a resumed run does again are dropped first."""
+
+    def __init__(self, path: Path, kind: Kind, start: int) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        entries = [json.loads(line) for line in lines]
+        kept = [line for line, e in zip(lines, entries, strict=True) if e["kind"] != kind or e["step"] <= start]
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    def write(self, step: Step, held_out: float | None) -> None:
+        entry: dict[str, str | int | float] = {
+            "kind": step.kind,
+            "step": step.step,
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+        }
+        if held_out is not None:
+            entry["held_out_loss"] = held_out
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _summary(training: Training, base_loss: float | None, loss: float | None) -> dict[str, str | int | float | None]:
+    config = training.config
+    return {
+        "instance_prompt": config.instance_prompt,
+        "images": len(training.instances),
+        "steps": config.steps,
+        "batch_size": config.batch_size * config.gradient_accumulation_steps,
+        "learning_rate": training.learning_rate,
+        "seed": config.seed,
+        "resolution": config.resolution,
+        "objective": training.objective.name,
+        "held_out_loss_base": base_loss,
+        "held_out_loss": loss,
+    }
+
+
+def _resolve(config: TrainConfig, base: Base) -> TrainConfig:
+    """Fill in what was left to the base, so that config.toml says all of it."""
+    return config.model_copy(
+        update={
+            "learning_rate": config.learning_rate or base.learning_rate,
+            "resolution": config.resolution or base.size,
+            "target_modules": config.target_modules or list(base.family.target_modules),
+        }
+    )
+
+
+def _check_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
+    finished = [adapter_path(out, kind) for kind in config.kinds if adapter_path(out, kind).exists()]
+    begun = [checkpoint_path(out, kind) for kind in config.kinds if checkpoint_path(out, kind).exists()]
+    if resume:
+        if not finished and not begun:
+            raise TrainingError(f"nothing to resume in {out}: it has no checkpoint. Start without --resume.")
+    elif (finished or begun) and not overwrite:
+        what = "a finished adapter" if finished else "the checkpoint of a run that was stopped"
+        way = "another --out or --overwrite" if finished else "--resume to go on, another --out, or --overwrite"
+        raise TrainingError(f"{out} holds {what} ({(finished or begun)[0].name}). Give {way}.")
+
+
+def _clear(out: Path, config: TrainConfig) -> None:
+    for kind in config.kinds:
+        adapter_path(out, kind).unlink(missing_ok=True)
+        checkpoint_path(out, kind).unlink(missing_ok=True)
+    (out / "log.jsonl").unlink(missing_ok=True)

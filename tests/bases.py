@@ -1,0 +1,163 @@
+"""Small real models, made on the spot: a Stable Diffusion, an SDXL and a Stable Diffusion 3 with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TOKENIZER = Path(__file__).parent.parent / "dora_diffusion" / "assets" / "emoji" / "tokenizer"
+
+
+def unet(seed: int = 0, **overrides: object) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**config, **overrides}).eval()
+
+
+def sd3_transformer(seed: int = 0) -> SD3Transformer2DModel:
+    torch.manual_seed(seed)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+    ).eval()
+
+
+def flux_transformer(seed: int = 0) -> FluxTransformer2DModel:
+    torch.manual_seed(seed)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    ).eval()
+
+
+def vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=16,
+    ).eval()
+
+
+def _text_config(projection: int = 32) -> CLIPTextConfig:
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def stable_diffusion(prediction_type: str = "epsilon") -> DiffusionPipeline:
+    torch.manual_seed(2)
+    return StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(_text_config()).eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+        unet=unet(),
+        scheduler=DDIMScheduler(prediction_type=prediction_type, clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl() -> DiffusionPipeline:
+    torch.manual_seed(3)
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(_text_config()).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config()).eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+        tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
+        unet=unet(
+            cross_attention_dim=64,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=32 + 6 * 8,
+            transformer_layers_per_block=(1, 2),
+        ),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def stable_diffusion_3() -> DiffusionPipeline:
+    torch.manual_seed(4)
+    return StableDiffusion3Pipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModelWithProjection(_text_config()).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config()).eval(),
+        text_encoder_3=None,
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+        tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
+        tokenizer_3=None,
+        transformer=_sd3_for_pipeline(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def _sd3_for_pipeline() -> SD3Transformer2DModel:
+    # With no T5, the pipeline pads the two CLIP embeddings side by side (64) to the joint width.
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+    ).eval()

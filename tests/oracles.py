@@ -1,0 +1,88 @@
+"""What the tests measure against: the formulas of DoRA and LoRA in float64, and models called with fixed inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.injection import Adapter
+from dora_diffusion.layers import LoRAUpdate
+
+
+def lora_weight(W0: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """W0 + s B A in float64, for a matrix or a convolution's kernel."""
+    return W0.double() + s * (B.double().flatten(1) @ A.double().flatten(1)).reshape(W0.shape)
+
+
+def dora_weight(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, s: float) -> Tensor:
+    """(m / n) (W0 + s B A) in float64, n a constant in the backward pass (Liu et al. 2024, section 4.3)."""
+    V = lora_weight(W0, A, B, s)
+    n = torch.linalg.vector_norm(V.detach().flatten(1), dim=1)
+    return V * (m.double() / n).reshape(-1, *(1,) * (V.dim() - 1))
+
+
+def adapted_weight(W0: Tensor, update: LoRAUpdate) -> Tensor:
+    """W' of this update by the formula, in float64."""
+    A, B = update.lora_A.detach(), update.lora_B.detach()
+    if hasattr(update, "magnitude"):
+        return dora_weight(W0, A, B, update.magnitude.detach(), update.scale)
+    return lora_weight(W0, A, B, update.scale)
+
+
+@torch.no_grad()
+def perturb_update(update: LoRAUpdate, generator: torch.Generator, size: float = 0.1) -> None:
+    """As if trained: B away from zero, magnitudes up to 30 % away from the norms."""
+    update.lora_B.copy_(size * torch.randn(update.lora_B.shape, generator=generator))
+    if hasattr(update, "magnitude"):
+        update.magnitude.mul_(0.7 + 0.6 * torch.rand(update.magnitude.shape, generator=generator))
+
+
+def perturb(adapter: Adapter, seed: int = 0, size: float = 0.1) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    for update in adapter.updates().values():
+        perturb_update(update, generator, size)
+    return adapter
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a part of the largest expected value."""
+    assert found.shape == expected.shape
+    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return (a.double() - b.double()).abs().max().item()
+
+
+def inputs_of(model: nn.Module) -> dict[str, Tensor]:
+    """Fixed inputs for the small models of bases.py, by their class."""
+    g = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    name = type(model).__name__
+    if name == "UNet2DConditionModel":
+        return {"sample": normal(1, 4, 8, 8), "timestep": torch.tensor([321]), "encoder_hidden_states": normal(1, 5, 32)}
+    if name == "SD3Transformer2DModel":
+        return {
+            "hidden_states": normal(1, 4, 8, 8),
+            "encoder_hidden_states": normal(1, 5, 32),
+            "pooled_projections": normal(1, 64),
+            "timestep": torch.tensor([321.0]),
+        }
+    assert name == "FluxTransformer2DModel"
+    return {
+        "hidden_states": normal(1, 16, 4),
+        "encoder_hidden_states": normal(1, 5, 32),
+        "pooled_projections": normal(1, 32),
+        "timestep": torch.tensor([0.3]),
+        "img_ids": torch.arange(48.0).reshape(16, 3) % 4,
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
+@torch.no_grad()
+def output_of(model: nn.Module) -> Tensor:
+    return model(**inputs_of(model), return_dict=False)[0]

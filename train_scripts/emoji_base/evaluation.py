@@ -1,0 +1,145 @@
+"""The figures of the embedded base, and whether they are good enough."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+
+from .files import write_atomically
+from .icons import BASE_SETS, HELD_OUT_SETS, load_sets, select_icons
+from .metrics import LatentIndex, Reconstruction, held_out_icons, reconstruction_of
+from .prompts import Prompt, evaluation_prompts
+from .rendering import render_all
+from .sheets import save_sheet
+
+STEPS, GUIDANCE = 25, 4.0
+
+
+@dataclass(frozen=True)
+class Goals:
+    """The least that the base must reach."""
+
+    psnr: float = 26.0
+    hue_error: float = 5.0
+    right_name: float = 0.5
+    right_style: float = 0.8
+    megabytes: float = 24.0
+    seconds: float = 4.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All measured figures; shares are of 1, the hue error in degrees."""
+
+    autoencoder: dict[str, Reconstruction]
+    right_name: float
+    right_style: float
+    right_both: float
+    megabytes: float
+    finite: bool
+    seconds_per_picture: float
+    threads: int
+    steps: int
+    guidance_scale: float
+
+    def missed(self, goals: Goals) -> list[str]:
+        """The goals that are not met, in words."""
+        base = self.autoencoder["base sets"]
+        checks = {
+            f"autoencoder PSNR {base.psnr} dB < {goals.psnr}": base.psnr >= goals.psnr,
+            f"hue error {base.hue_error} > {goals.hue_error}": base.hue_error < goals.hue_error,
+            f"right name {self.right_name:.0%} < {goals.right_name:.0%}":
+                self.right_name >= goals.right_name,
+            f"right style {self.right_style:.0%} < {goals.right_style:.0%}":
+                self.right_style >= goals.right_style,
+            f"{self.megabytes} MB > {goals.megabytes}": self.megabytes <= goals.megabytes,
+            f"{self.seconds_per_picture} s > {goals.seconds}":
+                self.seconds_per_picture < goals.seconds,
+            "weights are not finite": self.finite,
+        }  # fmt: skip
+        return [text for text, good in checks.items() if not good]
+
+
+def load_pipeline(base: Path) -> StableDiffusionPipeline:
+    """The stock pipeline in float32, quiet."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt], batch: int = 20
+) -> list[Image.Image]:
+    """A picture for each prompt, each from its own seed whatever the batch."""
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        pictures += pipeline(
+            [p.text for p in part],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(p.seed) for p in part],
+        ).images
+    return pictures
+
+
+def _measure_autoencoder(vae: AutoencoderKL, icons_root: Path) -> dict[str, Reconstruction]:
+    base = select_icons(load_sets(icons_root, BASE_SETS))
+    held_out = held_out_icons(icons_root)
+    svgs = {"base sets": [i.svg for i in base]}
+    for info in (*BASE_SETS, *HELD_OUT_SETS):
+        svgs[info.style] = [i.svg for i in (*base, *held_out) if i.style == info.style]
+    return {
+        name: reconstruction_of(vae, torch.from_numpy(render_all(some)))
+        for name, some in svgs.items()
+    }
+
+
+def _seconds_per_picture(pipeline: StableDiffusionPipeline) -> float:
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        pipeline("red apple, noto style", num_inference_steps=STEPS, guidance_scale=GUIDANCE)
+        times.append(time.perf_counter() - began)
+    return round(statistics.median(times), 2)
+
+
+def evaluate(base: Path, icons_root: Path) -> Evaluation:
+    """Draws and measures everything; writes `contact_sheet.png` into the base's folder."""
+    pipeline = load_pipeline(base)
+    icons = select_icons(load_sets(icons_root, BASE_SETS))
+    prompts = evaluation_prompts(icons)
+    pictures = draw(pipeline, prompts)
+    labels = [p.text.removesuffix(" style").replace(", ", " · ") for p in prompts]
+    save_sheet(pictures, labels, base / "contact_sheet.png")
+    matches = LatentIndex.from_icons(pipeline.vae, icons_root).nearest(pictures)
+    name = [m.name == p.name for m, p in zip(matches, prompts, strict=True)]
+    style = [m.style == p.style for m, p in zip(matches, prompts, strict=True)]
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    size = sum(f.stat().st_size for f in base.rglob("*") if f.is_file())
+    return Evaluation(
+        autoencoder=_measure_autoencoder(pipeline.vae, icons_root),
+        right_name=statistics.mean(name),
+        right_style=statistics.mean(style),
+        right_both=statistics.mean(n and s for n, s in zip(name, style, strict=True)),
+        megabytes=round(size / 1e6, 2),
+        finite=all(bool(torch.isfinite(p).all()) for m in parts for p in m.parameters()),
+        seconds_per_picture=_seconds_per_picture(pipeline),
+        threads=torch.get_num_threads(),
+        steps=STEPS,
+        guidance_scale=GUIDANCE,
+    )
+
+
+def save_json(result: Evaluation, path: Path) -> None:
+    """Writes the figures."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,84 @@
+"""The finished base: a stock StableDiffusionPipeline folder in float16, with its papers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from .denoiser import Denoiser, new_scheduler
+from .files import replace_folder
+from .icons import BASE_SETS
+from .tokenizer import save_tokenizer
+
+# Kept over from the landed folder when new weights replace the old ones.
+PAPERS = ("README.md", "contact_sheet.png", "evaluation.json")
+
+
+def notice() -> str:
+    """Sources and licences of the pictures that the weights were trained on."""
+    lines = [
+        "DoRA Diffusion: embedded emoji base model",
+        "",
+        "The weights were trained from scratch on pictures rendered from these icon sets",
+        "(as packaged by Iconify, https://github.com/iconify/icon-sets):",
+        "",
+    ]
+    for info in BASE_SETS:
+        lines += [
+            f"{info.title} (@iconify-json/{info.folder}), by {info.author}",
+            f"    {info.url}",
+            f"    Licence: {info.licence}",
+            "",
+        ]
+    lines += [
+        "Twemoji graphics are licensed under CC BY 4.0,",
+        "https://creativecommons.org/licenses/by/4.0/; they were rendered at 64 x 64 pixels on",
+        "white and learned from. No other pictures were used.",
+        "The weights themselves are offered under the project's licence, Apache-2.0.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def pipeline_of(
+    vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """The parts as the stock pipeline, float32, without checker or feature extractor."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _ask_for_float32(config: Path) -> None:
+    """Without this, transformers loads float16 and diffusers float32, which do not mix."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["dtype"] = "float32"
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def export(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, out: Path) -> None:
+    """Writes the pipeline folder in one swap; papers that lie in the old one stay."""
+    half = copy.deepcopy(Denoiser(model.text_encoder, model.unet)).half().eval()
+    if not all(torch.isfinite(p).all() for p in half.parameters()):
+        raise FloatingPointError("the weights are not finite in float16; nothing was written")
+    pipeline = pipeline_of(copy.deepcopy(vae).half(), half, tokenizer)
+    with replace_folder(out) as folder:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        save_tokenizer(tokenizer, folder / "tokenizer")
+        _ask_for_float32(folder / "text_encoder" / "config.json")
+        (folder / "NOTICE").write_text(notice(), encoding="utf-8")
+        for name in PAPERS:
+            if (out / name).exists():
+                (folder / name).write_bytes((out / name).read_bytes())

@@ -1,0 +1,205 @@
+"""The two stages of the pretraining, each resumable: the autoencoder, then the denoiser."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from . import autoencoder, denoiser
+from .export import export
+from .files import append_json_line, replace_folder, write_atomically
+from .icons import BASE_SETS, HELD_OUT_SETS, Icon, load_sets, select_icons, vocabulary
+from .rendering import autoencoder_pixels, render_all
+from .sheets import save_pairs, save_sheet
+from .state import Training
+from .tokenizer import build_tokenizer
+
+SHOWN = tuple(
+    f"{name}, {style} style"
+    for name in ("red apple", "cat face", "panda", "banana", "house", "airplane", "rose", "pizza")
+    for style in ("noto", "classic", "fluent", "twemoji")
+) + ("zebra, classic style", "rocket", "blue dog, noto style", "fish, twemoji style")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a run reads and writes."""
+
+    icons: Path
+    work: Path
+    out: Path
+
+
+class Pace:
+    """Counts steps against the clock: when to log, save and draw, and the time left."""
+
+    def __init__(self, steps: int, save_every: float, draw_every: float) -> None:
+        self._steps, self._began = steps, time.monotonic()
+        self._first: int | None = None
+        self._every = {"save": save_every, "draw": draw_every}
+        self._last = dict.fromkeys(self._every, self._began)
+
+    def due(self, what: str) -> bool:
+        """Whether `what` ("save" or "draw") has not been done for its number of seconds."""
+        now = time.monotonic()
+        if now - self._last[what] < self._every[what]:
+            return False
+        self._last[what] = now
+        return True
+
+    def minutes_left(self, step: int) -> float:
+        """At this sitting's speed."""
+        if self._first is None:
+            self._first, self._began = step, time.monotonic()
+        done = step - self._first
+        spent = time.monotonic() - self._began
+        return (self._steps - step) * spent / max(done, 1) / 60
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a flag, so that a run saves its step before it ends."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = True
+
+
+def logged(
+    run: Training, losses: Iterator[float], log: Path, pace: Pace, every: int = 50
+) -> Iterator[float]:
+    """Passes the losses on and writes their means to the JSONL log and the terminal."""
+    total, count = 0.0, 0
+    for loss in losses:
+        total, count = total + loss, count + 1
+        if run.step % every == 0:
+            left = pace.minutes_left(run.step)
+            mean = total / count
+            append_json_line(log, {"step": run.step, "loss": round(mean, 5),
+                                   "rate": run.optimizer.param_groups[0]["lr"],
+                                   "seconds": round(run.elapsed(), 1)})  # fmt: skip
+            print(f"step {run.step}  loss {mean:.4f}  {left:.1f} min left", flush=True)
+            total, count = 0.0, 0
+        yield loss
+
+
+def finished_autoencoder(paths: Paths) -> AutoencoderKL | None:
+    """The first stage's result, if it is there."""
+    folder = paths.work / "vae"
+    return AutoencoderKL.from_pretrained(folder) if folder.is_dir() else None
+
+
+def run_autoencoder(
+    paths: Paths, plan: autoencoder.AutoencoderPlan, device: torch.device, seed: int
+) -> AutoencoderKL:
+    """Trains the autoencoder, or goes on where its checkpoint stands."""
+    plain, outlined = autoencoder_pixels(paths.icons, paths.work)
+    pictures = torch.cat([torch.from_numpy(plain), torch.from_numpy(outlined)])
+    run = autoencoder.new_training(plan, device, seed)
+    checkpoint = paths.work / "autoencoder.pt"
+    if checkpoint.exists():
+        run.load(checkpoint)
+    pace, stop = Pace(plan.steps, save_every=180, draw_every=180), StopSignal()
+    losses = autoencoder.train(run, plan, pictures, device)
+    for _ in logged(run, losses, paths.work / "autoencoder.jsonl", pace):
+        if pace.due("save") or stop.received:
+            run.save(checkpoint)
+        if stop.received:
+            raise SystemExit(f"stopped at step {run.step}; the same command goes on from there")
+    run.save(checkpoint)
+    run.average.swap()
+    vae = run.module
+    assert isinstance(vae, AutoencoderKL)
+    vae.eval()
+    autoencoder.fold_standardisation(vae, torch.from_numpy(plain))
+    with replace_folder(paths.work / "vae") as folder:
+        vae.save_pretrained(folder)
+    shown = pictures[:: len(pictures) // 48][:48]
+    save_pairs(
+        shown, autoencoder.decode(vae, autoencoder.encode(vae, shown)), paths.work / "vae.png"
+    )
+    return vae
+
+
+def training_icons(paths: Paths) -> tuple[list[Icon], Tensor]:
+    """The denoiser's icons and their pictures, uint8 [N, 64, 64, 3]."""
+    icons = select_icons(load_sets(paths.icons, BASE_SETS))
+    store = paths.work / "denoiser_pixels.npz"
+    if not store.exists():
+        with write_atomically(store) as temporary, temporary.open("wb") as file:
+            np.savez(file, pixels=render_all([icon.svg for icon in icons]))
+    return icons, torch.from_numpy(np.load(store)["pixels"])
+
+
+def base_tokenizer(paths: Paths) -> CLIPTokenizer:
+    """One token for each word of any set's names, the held-out styles' things included."""
+    return build_tokenizer(vocabulary(load_sets(paths.icons, (*BASE_SETS, *HELD_OUT_SETS))))
+
+
+def _draw_samples(run: Training, vae: AutoencoderKL, tokenizer: CLIPTokenizer, path: Path) -> None:
+    model = run.module
+    assert isinstance(model, denoiser.Denoiser)
+    run.average.swap()
+    latents = denoiser.sample(model, tokenizer, SHOWN, seed=1)
+    run.average.swap()
+    pictures = [Image.fromarray(p.numpy()) for p in autoencoder.decode(vae, latents)]
+    labels = [text.replace(" style", "") for text in SHOWN]
+    save_sheet(pictures, labels, path, columns=12)
+
+
+def run_denoiser(
+    paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device, seed: int
+) -> None:
+    """Trains text encoder and UNet, or goes on where the checkpoint stands, and exports."""
+    vae = finished_autoencoder(paths)
+    if vae is None:
+        raise FileNotFoundError(f"{paths.work} holds no vae folder: run the autoencoder first")
+    vae.to(device)
+    icons, pixels = training_icons(paths)
+    latents = autoencoder.encode(vae, pixels)
+    tokenizer = base_tokenizer(paths)
+    print(f"{len(icons)} pictures of {len({i.name for i in icons})} things", flush=True)
+    run = denoiser.new_training(plan, tokenizer, device, seed)
+    checkpoint = paths.work / "denoiser.pt"
+    if checkpoint.exists():
+        run.load(checkpoint)
+    pace, stop = Pace(plan.steps, save_every=180, draw_every=300), StopSignal()
+    losses = denoiser.train(run, plan, latents, denoiser.Captions(tokenizer, icons), device)
+    for _ in logged(run, losses, paths.work / "denoiser.jsonl", pace, every=100):
+        if pace.due("save") or stop.received:
+            run.save(checkpoint)
+        if stop.received:
+            raise SystemExit(f"stopped at step {run.step}; the same command goes on from there")
+        if pace.due("draw"):
+            _draw_samples(run, vae, tokenizer, paths.work / f"samples_{run.step:06d}.png")
+    run.save(checkpoint)
+    _draw_samples(run, vae, tokenizer, paths.work / f"samples_{run.step:06d}.png")
+    run_export(paths, device)
+
+
+def run_export(paths: Paths, device: torch.device) -> None:
+    """Writes the averaged weights of the newest checkpoint as the stock pipeline."""
+    vae = finished_autoencoder(paths)
+    if vae is None:
+        raise FileNotFoundError(f"{paths.work} holds no vae folder: run the autoencoder first")
+    tokenizer = base_tokenizer(paths)
+    run = denoiser.new_training(denoiser.DenoiserPlan(), tokenizer, device, 0)
+    run.load(paths.work / "denoiser.pt")
+    run.average.swap()
+    model = run.module.cpu()
+    assert isinstance(model, denoiser.Denoiser)
+    export(vae, model, tokenizer, paths.out)
+    print(f"step {run.step}, {run.elapsed() / 3600:.2f} hours: written to {paths.out}")
