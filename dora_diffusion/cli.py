@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -11,7 +12,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 
@@ -28,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console(highlight=False)
+# Under `accelerate launch` only the first process speaks.
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 errors = Console(stderr=True, highlight=False)
 
 
@@ -258,15 +259,8 @@ def main() -> None:
     """The entry point: a user's mistake is a message and status 1, never a traceback."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        status = app(standalone_mode=False)
+        app()  # typer shows its own errors, about options, and exits
     except DoraDiffusionError as error:
         errors.print("[red]error:[/red] ", end="")
         errors.print(str(error), markup=False, soft_wrap=True)
-        status = 1
-    except click.exceptions.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        errors.print("[yellow]stopped.[/yellow] Files that were complete are kept.")
-        status = 130
-    sys.exit(status or 0)
+        sys.exit(1)

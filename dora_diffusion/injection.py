@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "AdapterConfig",
     "Kind",
     "adaptable_layers",
+    "check_strength",
     "inject_adapter",
     "inject_into",
     "matching_layers",
@@ -54,16 +56,17 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        targets = self.target_modules
+        object.__setattr__(self, "target_modules", (targets,) if isinstance(targets, str) else tuple(targets))
         if self.kind not in UPDATES:
             raise ConfigError(f"kind is {self.kind!r}; it must be 'dora' or 'lora'.")
         for rank in (self.rank, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1 (4 to 64 is usual).")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not math.isfinite(alpha) or alpha <= 0:
+            if not _is_number(alpha) or alpha <= 0:
                 raise ConfigError(f"alpha is {alpha!r}; it must be a number above 0 (often equal to the rank).")
-        if not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
         if not self.target_modules or not all(isinstance(t, str) and t for t in self.target_modules):
             raise TargetError(f"target_modules is {self.target_modules!r}; name at least one layer, such as 'to_q'.")
@@ -135,9 +138,8 @@ class Adapter:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        if not math.isfinite(value):
-            raise ConfigError(f"strength is {value!r}; it must be a finite number, usually between 0 and 1.5.")
-        self._strength = float(value)
+        self._require_layers("set the strength of")
+        self._strength = check_strength(value)
         for update in self.updates().values():
             update.strength = self._strength
         if self._fused:
@@ -206,8 +208,10 @@ def inject_into(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     names = _adapter_names(model)
     name = name or next(n for i in range(len(names) + 1) if (n := f"adapter_{i}") not in names)
-    if name in names or "." in name:
-        raise ConfigError(f"an adapter named {name!r} is in the model already, or its name has a dot; choose another.")
+    if name in names:
+        raise ConfigError(f"an adapter named {name!r} is in the model already; choose another name.")
+    if "." in name or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(f"an adapter cannot be named {name!r}, because modules cannot; choose another name.")
     _freeze(model)
     layers = {}
     for path, frozen in views.items():
@@ -278,6 +282,17 @@ def _leaf(path: str) -> str:
 
 def _adapter_names(model: nn.Module) -> set[str]:
     return {name for module in model.modules() if isinstance(module, AdaptedLayer) for name in module.updates}
+
+
+def check_strength(value: float) -> float:
+    """The strength as a float. Raises ConfigError when it is no finite number."""
+    if not _is_number(value):
+        raise ConfigError(f"strength is {value!r}; it must be a finite number, usually between 0 and 1.5.")
+    return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _freeze(model: nn.Module) -> None:

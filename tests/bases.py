@@ -68,7 +68,7 @@ def flux_transformer(seed: int = 0) -> FluxTransformer2DModel:
     ).eval()
 
 
-def vae() -> AutoencoderKL:
+def vae(shift_factor: float | None = None) -> AutoencoderKL:
     torch.manual_seed(1)
     return AutoencoderKL(
         block_out_channels=(16, 32),
@@ -77,6 +77,7 @@ def vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=16,
+        shift_factor=shift_factor,
     ).eval()
 
 
@@ -134,7 +135,7 @@ def stable_diffusion_xl() -> DiffusionPipeline:
 def stable_diffusion_3() -> DiffusionPipeline:
     torch.manual_seed(4)
     return StableDiffusion3Pipeline(
-        vae=vae(),
+        vae=vae(shift_factor=0.06),
         text_encoder=CLIPTextModelWithProjection(_text_config()).eval(),
         text_encoder_2=CLIPTextModelWithProjection(_text_config()).eval(),
         text_encoder_3=None,

@@ -64,7 +64,11 @@ def inputs_of(model: nn.Module) -> dict[str, Tensor]:
 
     name = type(model).__name__
     if name == "UNet2DConditionModel":
-        return {"sample": normal(1, 4, 8, 8), "timestep": torch.tensor([321]), "encoder_hidden_states": normal(1, 5, 32)}
+        return {
+            "sample": normal(1, 4, 8, 8),
+            "timestep": torch.tensor([321]),
+            "encoder_hidden_states": normal(1, 5, 32),
+        }
     if name == "SD3Transformer2DModel":
         return {
             "hidden_states": normal(1, 4, 8, 8),

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dora_diffusion.errors import DataError
 
-__all__ = ["ImageFolder", "TrainingImage", "open_image", "read_folder"]
+__all__ = ["ImageFolder", "TrainingImage", "list_pictures", "open_image", "read_folder"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_PIXELS = 100_000_000  # larger ones are refused before they are decoded: a small file can claim any size
@@ -44,15 +44,7 @@ def read_folder(path: str | os.PathLike[str], instance_prompt: str | None = None
     `smallest` is the shortest side in pixels that is still useful. Raises DataError, which lists every bad file.
     """
     folder = Path(path)
-    if not folder.exists():
-        raise DataError(f"no folder at {folder}. Check the path given as images.")
-    if not folder.is_dir():
-        raise DataError(f"{folder} is a file; images must be a folder of pictures.")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
-    if not pictures:
-        found = f" It holds {len(files)} other files ({', '.join(p.name for p in files[:3])})." if files else ""
-        raise DataError(f"{folder} has no pictures.{found} Put in some of: {', '.join(sorted(SUFFIXES))}.")
+    pictures = list_pictures(folder)
     problems = [f"{p.name}: {reason}" for p in pictures if (reason := _problem(p, smallest))]
     if problems:
         more = f"\n  and {len(problems) - MENTIONED} more" if len(problems) > MENTIONED else ""
@@ -71,7 +63,23 @@ def read_folder(path: str | os.PathLike[str], instance_prompt: str | None = None
         )
     used = {*pictures, *(p.with_suffix(".txt") for p in pictures), folder / "metadata.jsonl"}
     images = tuple(TrainingImage(p, captions.get(p, instance_prompt or "")) for p in pictures)
-    return ImageFolder(folder, images, tuple(p.name for p in files if p not in used))
+    passed_over = (p for p in sorted(folder.iterdir()) if p not in used and not p.name.startswith("."))
+    return ImageFolder(folder, images, tuple(p.name + "/" * p.is_dir() for p in passed_over))
+
+
+def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
+    """The picture files of a folder by name, not opened yet. Raises DataError when there are none."""
+    folder = Path(path)
+    if not folder.exists():
+        raise DataError(f"no folder at {folder}. Check the path given as images.")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is a file; images must be a folder of pictures.")
+    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
+    if not pictures:
+        found = f" It holds {len(files)} other files ({', '.join(p.name for p in files[:3])})." if files else ""
+        raise DataError(f"{folder} has no pictures.{found} Put in some of: {', '.join(sorted(SUFFIXES))}.")
+    return pictures
 
 
 def open_image(path: Path) -> Image.Image:

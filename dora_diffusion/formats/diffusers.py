@@ -71,9 +71,11 @@ def peft_config(config: AdapterConfig, layers: list[str], prefix: str) -> str:
 
 
 def scales(header: str | None, prefix: str) -> dict[str, object]:
-    """LoraConfig's fields from the header's JSON, without the prefix; empty when there are none."""
+    """LoraConfig's fields from the header's JSON, without the prefix; empty when there are none. Raises ValueError."""
     if header is None:
         return {}
     fields = json.loads(header)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{METADATA_KEY} is no table")
     start = prefix + "." if prefix else ""
     return {key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}

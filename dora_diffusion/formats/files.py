@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
+from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, ConfigError, OutputError, nearest
 from dora_diffusion.formats import diffusers as dialect
 from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Description, identify_base
-from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_into
+from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, check_strength, inject_into
 from dora_diffusion.layers import FrozenLayer
 from dora_diffusion.outputs import whole_file
 
@@ -30,6 +32,7 @@ __all__ = [
     "write_safetensors",
 ]
 
+PICKLES = (b"\x80", b"PK")  # how a bare pickle and torch.save's zip begin; a sound safetensors file may, too
 MENTIONED = 5  # keys named in one message; the rest is counted
 OTHER_DIALECTS = {
     "dora_scale": "kohya / LyCORIS DoRA",
@@ -112,11 +115,30 @@ def save_adapter(
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
-    """Write whole or not at all: into a temporary file beside it, then renamed. Raises OutputError."""
+    """Write whole or not at all: into a temporary file beside it, then renamed. Raises OutputError.
+
+    The same tensors and header give the same bytes.
+    """
     contiguous = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata))
+        try:
+            save_file(contiguous, temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OutputError(f"cannot write {path}: {error}. Choose a place with room left.") from error
+        _sort_header(temporary)
     return path
+
+
+def _sort_header(path: Path) -> None:
+    """safetensors writes the header's entries in an order that changes from call to call."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "both write JSON without spaces"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def read_safetensors(path: Path, what: str = "adapter") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -129,25 +151,27 @@ def read_safetensors(path: Path, what: str = "adapter") -> tuple[dict[str, Tenso
         near = nearest(path.name, [p.name for p in path.parent.glob("*.safetensors")]) if path.parent.is_dir() else []
         hint = f" Near names there: {', '.join(near)}." if near else " Check the path."
         raise AdapterFileError(f"no {what} file at {path}.{hint}")
-    start = path.read_bytes()[:4] if path.stat().st_size < 16 else _first_bytes(path)
-    if start[:1] == b"\x80" or start[:2] == b"PK":
-        raise AdapterFileError(
-            f"{path} is a pickle, which can run any code when it is opened, so it is never loaded here. "
-            "Get the .safetensors version of it, or convert it in a sandbox you trust."
-        )
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
+        if _first_bytes(path).startswith(PICKLES):
+            raise AdapterFileError(
+                f"{path} is a pickle, which can run any code when it is opened, so it is never loaded here. "
+                "Get the .safetensors version of it, or convert it in a sandbox you trust."
+            ) from error
         raise AdapterFileError(
             f"{path} is no sound safetensors file ({error}). It is damaged or cut short: download or train it again."
         ) from error
 
 
 def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4)
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except OSError:
+        return b""
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
@@ -164,6 +188,11 @@ def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
         halves += [f"{layer}.magnitude" for layer in layers if f"{layer}.magnitude" not in tensors]
     if halves:
         raise AdapterFileError(f"{path} is incomplete: {_some(halves)} missing. Download or train it again.")
+    torn = [layer for layer in layers if not _pair_up(tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"])]
+    if torn:
+        raise AdapterFileError(
+            f"{path} is damaged: lora_A and lora_B have no rank in common in {_some(torn)}. Download or save it again."
+        )
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if broken:
         raise AdapterFileError(
@@ -173,9 +202,14 @@ def read_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     try:
         description = Description.model_validate_json(header[HEADER_KEY]) if HEADER_KEY in header else None
         config = _config(kind, layers, tensors, dialect.scales(header.get(dialect.METADATA_KEY), prefix), description)
-    except (ValidationError, ValueError, TypeError) as error:
+    except (ValidationError, ConfigError, ValueError, TypeError, re.error) as error:
         raise AdapterFileError(f"{path} has a damaged header ({error}). Download or save it again.") from error
     return AdapterFile(path, prefix, config, tensors, description)
+
+
+def _pair_up(A: Tensor, B: Tensor) -> bool:
+    """Whether A is [r, in, ...] and B [out, r, ...] for one r of at least 1."""
+    return A.dim() == B.dim() and A.dim() in (2, 4) and A.shape[0] == B.shape[1] and min(*A.shape, *B.shape) > 0
 
 
 def _config(
@@ -189,13 +223,15 @@ def _config(
     ranks = {layer: tensors[f"{layer}.lora_A"].shape[0] for layer in layers}
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
     patterns = peft.get("alpha_pattern") or {}
-    assert isinstance(patterns, dict)
+    if not isinstance(patterns, dict):
+        raise ValueError("alpha_pattern is no table")
     default = peft.get("lora_alpha")
     alphas = {layer: float(default if default is not None else ranks[layer]) for layer in layers}  # type: ignore[arg-type]
-    for pattern, value in patterns.items():
-        for layer in layers:
-            if layer == pattern.lstrip("^") or layer.endswith("." + pattern.lstrip("^")):
+    for layer in layers:  # as PEFT matches: the end of the name at a dot, and the first that fits
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", layer):
                 alphas[layer] = float(value)
+                break
     alpha = float(default if default is not None else rank)  # type: ignore[arg-type]
     return AdapterConfig(
         kind=kind,  # type: ignore[arg-type]
@@ -227,6 +263,7 @@ def load_adapter(
 
 def attach(model: nn.Module, file: AdapterFile, *, strength: float = 1.0, name: str | None = None) -> Adapter:
     """`load_adapter` for a file that was read already."""
+    check_strength(strength)
     views = adaptable_layers(model)
     problems = _misfits(file, views)
     here = identify_base(model, list(file.base.sketch) or None)
@@ -255,7 +292,8 @@ def _misfits(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> list[str]:
             continue
         view = views[layer]
         A, B = file.tensors[f"{layer}.lora_A"], file.tensors[f"{layer}.lora_B"]
-        if tuple(A.shape[1:]) != view.in_shape or B.shape[0] != view.out_features:
+        wanted = (view.in_shape, (view.out_features, A.shape[0], *view.up_shape))
+        if (tuple(A.shape[1:]), tuple(B.shape)) != wanted:
             problems.append(
                 f"{layer}: adapter for {B.shape[0]} x {list(A.shape[1:])}, "
                 f"this layer has {view.out_features} x {list(view.in_shape)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from dora_diffusion.errors import BaseModelError
 from dora_diffusion.models.families import Family, family_of
@@ -73,8 +76,10 @@ class Base:
         return EMBEDDED[self.name].learning_rate if self.name in EMBEDDED else self.family.learning_rate
 
 
-def pick_device(device: Device = "auto") -> torch.device:
+def pick_device(device: Device | torch.device = "auto") -> torch.device:
     """The device named, or the best one there is. Raises BaseModelError when the named one is missing."""
+    if isinstance(device, torch.device):
+        return device
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -88,7 +93,7 @@ def pick_device(device: Device = "auto") -> torch.device:
     return torch.device(device)
 
 
-def load_base(name: str = "emoji", *, device: Device = "auto", dtype: torch.dtype | None = None) -> Base:
+def load_base(name: str = "emoji", *, device: Device | torch.device = "auto", dtype: torch.dtype | None = None) -> Base:
     """Load a base by "emoji", a folder in diffusers layout, a .safetensors checkpoint or a hub id.
 
     dtype defaults to float32 on a CPU and bfloat16 elsewhere. Weights are read from safetensors only.
@@ -114,7 +119,9 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
                     "was saved in, a .safetensors checkpoint, a hub id such as "
                     "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'emoji'."
                 )
-            return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+            return DiffusionPipeline.from_pretrained(
+                path, torch_dtype=dtype, use_safetensors=True, **_absent_parts(path)
+            )
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise BaseModelError(
                 f"no base model at {name!r}: no such file or folder, and no hub id (those look like 'owner/name'). "
@@ -130,6 +137,12 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
             "Check the name, the connection to the hub and, for a gated model, that you are logged in "
             "(`hf auth login`); or use the embedded base with --base emoji."
         ) from error
+
+
+def _absent_parts(folder: Path) -> dict[str, None]:
+    """Parts the folder was saved without, such as Stable Diffusion 3's third text encoder: they must be named."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return {name: None for name, entry in index.items() if entry == [None, None]}
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
@@ -153,3 +166,5 @@ def _quieten() -> None:
         return
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

@@ -29,7 +29,7 @@ from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.objectives import Objective, objective_of
 
-__all__ = ["Step", "Training", "held_out_loss", "new_adapter", "prepare", "steps"]
+__all__ = ["Step", "Training", "held_out_loss", "make_accelerator", "new_adapter", "prepare", "steps"]
 
 HELD_OUT_TIMESTEPS = 8
 HELD_OUT_SEED = 20240209  # fixed, so that the figure compares between runs of any seed
@@ -67,7 +67,20 @@ class Training:
         return self.config.learning_rate or self.base.learning_rate
 
 
-def prepare(config: TrainConfig, base: Base, class_images: list[Path] | None = None) -> Training:
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Devices, processes and mixed precision are accelerate's; "auto" is bf16 on a GPU that has it."""
+    precision = config.mixed_precision
+    if precision == "auto":
+        on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+    # accelerate keeps the first precision of a process for good; a second run may want another one.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
+
+
+def prepare(
+    config: TrainConfig, base: Base, accelerator: Accelerator, class_images: list[Path] | None = None
+) -> Training:
     """Read, check and encode the pictures. Raises DataError, PromptError and BaseModelError."""
     objective = objective_of(base.pipe.scheduler)
     size = config.resolution or base.size
@@ -78,7 +91,7 @@ def prepare(config: TrainConfig, base: Base, class_images: list[Path] | None = N
         config=config,
         base=base,
         objective=objective,
-        accelerator=_accelerator(config),
+        accelerator=accelerator,
         instances=encode_images(base, kept, size),
         held_out=encode_images(base, held_out, size) if held_out else None,
         class_images=encode_images(base, prior, size) if prior else None,
@@ -128,11 +141,10 @@ def steps(training: Training, kind: Kind, adapter: Adapter, optimizer: Optimizer
     """
     config, accelerator = training.config, training.accelerator
     wrapped = accelerator.prepare(optimizer)
-    scheduler = get_scheduler(
+    # The schedule as a function of the step alone, so that a resumed run needs no scheduler's state.
+    (schedule,) = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
-    )
-    scheduler.last_epoch = start - 1
-    scheduler.step()
+    ).lr_lambdas
     parameters = list(adapter.parameters())
     began = time.monotonic()
     for step in range(start, config.steps):
@@ -152,10 +164,11 @@ def steps(training: Training, kind: Kind, adapter: Adapter, optimizer: Optimizer
             for parameter in parameters:
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        rate = scheduler.get_last_lr()[0]
+        rate = training.learning_rate * schedule(step)
+        optimizer.param_groups[0]["lr"] = rate
         wrapped.step()
         wrapped.zero_grad()
-        scheduler.step()
+        loss = accelerator.reduce(loss.to(accelerator.device), reduction="mean").cpu()
         done = step + 1
         left = (time.monotonic() - began) / (done - start) * (config.steps - done)
         yield Step(kind, done, config.steps, loss.item(), rate, left)
@@ -242,14 +255,3 @@ def _digest(images: list[TrainingImage]) -> str:
         digest.update(image.path.read_bytes())
         digest.update(image.caption.encode())
     return digest.hexdigest()
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    """Devices, processes and mixed precision are accelerate's; "auto" is bf16 on a GPU that has it."""
-    precision = config.mixed_precision
-    if precision == "auto":
-        on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
-    # accelerate keeps the first precision of a process for good; a second run may want another one.
-    AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision=precision, cpu=config.device == "cpu")

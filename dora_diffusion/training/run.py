@@ -18,15 +18,18 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from dora_diffusion.data.folder import list_pictures
 from dora_diffusion.errors import TrainingError
 from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.injection import Kind
-from dora_diffusion.models.loading import Base, load_base
+from dora_diffusion.models.loading import Base, load_base, pick_device
 from dora_diffusion.outputs import make_folder, save_png, write_text
 from dora_diffusion.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.loop import Step, Training, held_out_loss, new_adapter, prepare, steps
+from dora_diffusion.training.loop import Step, Training, held_out_loss, make_accelerator, new_adapter, prepare, steps
 
 __all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Stopped", "train"]
 
@@ -99,27 +102,35 @@ def train(
     `should_stop` is asked after every step; when it says yes a checkpoint is written and Stopped is the last event.
     Raises the errors of each part; whatever was in the output folder is kept unless `overwrite` is given.
     """
+    list_pictures(config.images)  # a mistyped folder is said before anything is loaded
     out = make_folder(config.out)
     _check_folder(out, config, resume, overwrite)
     yield Preparing("loading the base model")
-    base = base or load_base(config.base, device=config.device)
+    if config.device != "auto":
+        pick_device(config.device)  # says so if it is missing; accelerate would take another one
+    accelerator = make_accelerator(config)
+    base = base or load_base(config.base, device=accelerator.device)
     config = _resolve(config, base)
     for prompt in config.preview_prompts:
         check_prompt(base.pipe, prompt)
-    class_images = yield from _class_images(config, base, out)
+    with accelerator.main_process_first():
+        class_images = yield from _class_images(config, base, out)
     yield Preparing("reading and encoding the pictures")
-    training = prepare(config, base, class_images)
+    training = prepare(config, base, accelerator, class_images)
     if training.ignored:
         yield Preparing(f"passed over, no pictures: {', '.join(training.ignored)}")
-    if overwrite and not resume:
-        _clear(out, config)
-    write_text(out / "config.toml", config.to_toml())
+    if accelerator.is_main_process:
+        if overwrite and not resume:
+            _clear(out, config)
+        write_text(out / "config.toml", config.to_toml())
+    accelerator.wait_for_everyone()
     for kind in config.kinds:
         if resume and adapter_path(out, kind).exists():
             yield Preparing(f"{adapter_path(out, kind)} is finished already")
             continue
         if (yield from _train_one(training, kind, out, resume, should_stop)) is not None:
             return
+    accelerator.wait_for_everyone()
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
@@ -131,6 +142,7 @@ def _train_one(
     training: Training, kind: Kind, out: Path, resume: bool, should_stop: Callable[[], bool]
 ) -> Generator[Event, None, Stopped | None]:
     config = training.config
+    main = training.accelerator.is_main_process  # the one that writes, where there are several
     adapter, optimizer = new_adapter(training, kind)
     try:
         start, base_loss = 0, held_out_loss(training)
@@ -139,7 +151,7 @@ def _train_one(
             checkpoint.restore(adapter, optimizer)
             start = checkpoint.step
             yield Resumed(kind, start, config.steps)
-        log = Log(out / "log.jsonl", kind, start)
+        log = Log(out / "log.jsonl", kind, start) if main else None
         if base_loss is not None:
             yield Measured(kind, 0, base_loss)
         loss = base_loss
@@ -147,17 +159,18 @@ def _train_one(
             last = step.step == config.steps
             measured = last or step.step % config.validate_every == 0
             loss = held_out_loss(training) if measured else loss
-            log.write(step, loss if measured else None)
+            if log:
+                log.write(step, loss if measured else None)
             yield step
             if measured and loss is not None:
                 yield Measured(kind, step.step, loss)
-            if config.preview_prompts and (last or step.step % config.preview_every == 0):
+            if main and config.preview_prompts and (last or step.step % config.preview_every == 0):
                 yield _preview(training, kind, step.step, out)
-            stopping = should_stop() and not last
+            stopping = not last and _anywhere(training, should_stop())
             if stopping or (step.step % config.checkpoint_every == 0 and not last):
-                path = write_checkpoint(
-                    checkpoint_path(out, kind), step.step, adapter, optimizer, config, training.digest
-                )
+                path = checkpoint_path(out, kind)
+                if main:
+                    write_checkpoint(path, step.step, adapter, optimizer, config, training.digest)
                 if stopping:
                     stopped = Stopped(kind, step.step, config.steps, path)
                     yield stopped
@@ -172,6 +185,12 @@ def _train_one(
         return None
     finally:
         adapter.eject()
+
+
+def _anywhere(training: Training, flag: bool) -> bool:
+    """Whether any process says yes: all of them must stop after the same step."""
+    flags = torch.tensor(float(flag), device=training.accelerator.device)
+    return bool(training.accelerator.reduce(flags, reduction="sum").item())
 
 
 def _preview(training: Training, kind: Kind, step: int, out: Path) -> Previewed:
