@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before anything imports torch or diffusers, and inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,9 @@ import bases
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image, ImageDraw
+
+from dora_diffusion.models.loading import Base, load_base
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +35,27 @@ def _seeded() -> None:
 def unet() -> UNet2DConditionModel:
     """A small UNet with random weights, in eval mode."""
     return bases.unet()
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion with random weights, saved as a diffusers pipeline; 16 pixel pictures."""
+    folder = tmp_path_factory.mktemp("bases") / "sd"
+    bases.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sd_base(sd_folder: Path) -> Base:
+    return load_base(str(sd_folder), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight pictures of coloured discs."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(8):
+        image = Image.new("RGB", (24, 24), "white")
+        ImageDraw.Draw(image).ellipse((3, 3, 20, 20), fill=(30 * i, 255 - 30 * i, 90))
+        image.save(folder / f"{i}.png")
+    return folder

@@ -57,7 +57,8 @@ def main() -> None:
     if given.stage == "export":
         run_export(paths, device)
         return
-    if given.stage in ("all", "autoencoder") and finished_autoencoder(paths) is None:
+    missing = given.stage == "all" and finished_autoencoder(paths) is None
+    if given.stage == "autoencoder" or missing:
         run_autoencoder(paths, AutoencoderPlan(steps=given.autoencoder_steps), device, given.seed)
     if given.stage in ("all", "denoiser"):
         plan = DenoiserPlan(

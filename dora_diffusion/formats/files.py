@@ -266,9 +266,9 @@ def attach(model: nn.Module, file: AdapterFile, *, strength: float = 1.0, name: 
     check_strength(strength)
     views = adaptable_layers(model)
     problems = _misfits(file, views)
-    here = identify_base(model, list(file.base.sketch) or None)
     if problems:
-        raise AdapterMismatchError(_mismatch(file, here, problems))
+        raise AdapterMismatchError(_mismatch(file, identify_base(model), problems))
+    here = identify_base(model, list(file.base.sketch) or None)
     if not file.base.same_weights(here):
         warnings.warn(
             f"{file.path.name} was trained on {file.base.name!r} (fingerprint {file.base.fingerprint}), this base is "

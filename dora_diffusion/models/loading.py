@@ -120,14 +120,14 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
                     "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'emoji'."
                 )
             return DiffusionPipeline.from_pretrained(
-                path, torch_dtype=dtype, use_safetensors=True, **_absent_parts(path)
+                path, dtype=dtype, use_safetensors=True, **_absent_parts(path)
             )
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise BaseModelError(
                 f"no base model at {name!r}: no such file or folder, and no hub id (those look like 'owner/name'). "
                 f"Embedded bases: {', '.join(EMBEDDED)}."
             )
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except BaseModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
@@ -157,7 +157,7 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     # SDXL's second text encoder is what tells the two checkpoint layouts apart.
     is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
     pipeline = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    return pipeline.from_single_file(str(path), torch_dtype=dtype)
+    return pipeline.from_single_file(str(path), dtype=dtype)
 
 
 def _quieten() -> None:

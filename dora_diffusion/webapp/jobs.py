@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from dora_diffusion.comparison.report import Losses, LossPoint
 from dora_diffusion.console import KIND_LABEL, clock
 from dora_diffusion.errors import DoraDiffusionError, TrainingError
+from dora_diffusion.injection import Kind
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import Step
 from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Stopped, train
+from dora_diffusion.webapp.curves import Curve
 
 __all__ = ["JobState", "TrainingJob", "TrainingJobs"]
 
@@ -45,12 +46,12 @@ class JobState:
 
 @dataclass
 class TrainingJob:
-    """One run of `train`. Read `state`, `losses` and `log`; only the job's own thread writes them."""
+    """One run of `train`. Read `snapshot`, `curves` and `log`; only the job's own thread writes them."""
 
     name: str
     config: TrainConfig
     state: JobState = field(init=False)
-    losses: Losses = field(default_factory=dict)
+    curves: dict[Kind, Curve] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -101,9 +102,7 @@ class TrainingJob:
                 self._set(phase="preparing", text=self.log[-1])
             case Measured(kind, step, loss):
                 self._say(f"{KIND_LABEL[kind]}: held-out loss {loss:.4f} after {step} steps")
-                if step == 0:
-                    self._kind_began = time.monotonic()
-                self.losses.setdefault(kind, []).append(LossPoint(step, loss, loss))
+                self.curves.setdefault(kind, Curve()).held_out.append((step, loss))
             case Step():
                 self._step(event)
             case Stopped(kind, step, total, _):
@@ -115,8 +114,7 @@ class TrainingJob:
                 self._set(adapters=(*self.state.adapters, path))
 
     def _step(self, step: Step) -> None:
-        points = self.losses.setdefault(step.kind, [])
-        points.append(LossPoint(step.step, step.loss, None))
+        self.curves.setdefault(step.kind, Curve()).loss.append(step.loss)
         kinds = self.config.kinds
         after = len(kinds) - 1 - kinds.index(step.kind)  # kinds still to come, which take about as long as this one
         if step.step == 1:

@@ -27,10 +27,10 @@ POSTERIOR_STD = 0.05
 class AutoencoderPlan:
     """How long and how hard to train."""
 
-    steps: int = 4000
+    steps: int = 6400
     batch: int = 16
     learning_rate: float = 2e-3
-    decay_share: float = 0.4
+    decay_share: float = 0.44
 
 
 def new_autoencoder() -> AutoencoderKL:
@@ -59,9 +59,9 @@ def _luma_chroma(x: Tensor) -> Tensor:
 def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
     """Absolute error with colour weighed up, squared error, and the error of the edges."""
     error = _luma_chroma(y - x)
-    weight = error.new_tensor([1.0, 2.5, 2.5]).view(1, 3, 1, 1)
+    weight = error.new_tensor([1.0, 3.5, 3.5]).view(1, 3, 1, 1)
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-    return (weight * error).abs().mean() + 2.0 * F.mse_loss(y, x) + 0.5 * edges
+    return (weight * error).abs().mean() + 5.0 * F.mse_loss(y, x) + 0.5 * edges
 
 
 def _standardised(mean: Tensor) -> Tensor:

@@ -134,6 +134,11 @@ class Captions:
 
     def __init__(self, tokenizer: CLIPTokenizer, icons: Sequence[Icon]) -> None:
         self._tokenizer, self._icons = tokenizer, icons
+        self._weights = torch.tensor([icon.weight for icon in icons])
+
+    def pick(self, n: int, draw: torch.Generator) -> Tensor:
+        """Indices of n random icons, by their weights."""
+        return torch.multinomial(self._weights, n, replacement=True, generator=draw)
 
     def tokens(self, index: Tensor, draw: torch.Generator) -> Tensor:
         """Fresh captions of the icons at `index`: [N, tokens]."""
@@ -169,7 +174,7 @@ def train(
         run.set_learning_rate(
             learning_rate_factor(run.step, plan.steps, plan.warmup, plan.decay_steps)
         )
-        index = torch.randint(len(latents), (plan.batch,), generator=run.generator)
+        index = captions.pick(plan.batch, run.generator)
         t = _timesteps(plan.batch, run.generator)
         eps = torch.randn(plan.batch, *latents.shape[1:], generator=run.generator)
         tokens = captions.tokens(index, run.generator)

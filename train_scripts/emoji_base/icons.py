@@ -63,6 +63,7 @@ class Icon:
     variants: tuple[str, ...]
     style: str
     svg: str
+    weight: float = 1.0
 
 
 class IconSet:
@@ -155,7 +156,10 @@ def _wanted_names(sets: list[IconSet], categories: Sequence[str]) -> set[str]:
 
 
 def select_icons(sets: list[IconSet], most_words: int = 3) -> list[Icon]:
-    """Icons of the wanted categories: animals and foods of three sets, other things of all four."""
+    """Icons of the wanted categories: animals and foods of three sets, other things of all four.
+
+    Animals and foods weigh double: they are what people ask for first and judge hardest.
+    """
     wanted = _wanted_names(sets, CATEGORIES)
     living = _wanted_names(sets, CATEGORIES[:2])
     icons: list[Icon] = []
@@ -169,8 +173,11 @@ def select_icons(sets: list[IconSet], most_words: int = 3) -> list[Icon]:
         if len(chief.split("-")) > most_words:
             continue
         variants = tuple(spoken(n) for n in group if n != chief and len(n.split("-")) <= 4)
+        weight = 2.0 if living.intersection(group) else 1.0
         icons += [
-            Icon(spoken(chief), variants, s.info.style, s.svg(name)) for s, name in found if name
+            Icon(spoken(chief), variants, s.info.style, s.svg(name), weight)
+            for s, name in found
+            if name
         ]
     return icons
 

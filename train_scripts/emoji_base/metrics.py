@@ -42,10 +42,10 @@ def _hue_and_saturation(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def hue_error(y: Tensor, x: Tensor) -> float:
-    """Mean hue error in degrees over the pixels of `x` that have a clear colour."""
+    """Mean hue error in degrees over the saturated pixels of `x` (HSV S > 0.5, V > 0.3)."""
     hue_x, saturation, value = _hue_and_saturation(x)
     hue_y, _, _ = _hue_and_saturation(y)
-    clear = (saturation > 0.3) & (value > 0.25)
+    clear = (saturation > 0.5) & (value > 0.3)
     apart = (hue_y - hue_x).abs() % 360
     return float(torch.minimum(apart, 360 - apart)[clear].mean())
 

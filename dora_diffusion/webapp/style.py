@@ -1,0 +1,95 @@
+"""How the pages look: Gradio's theme with the system's own fonts, and a little CSS for the pieces of parts.py."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+__all__ = ["CSS", "theme"]
+
+SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+
+
+def theme() -> gr.themes.Base:
+    """No font of it is fetched from anywhere: plain names are the visitor's own fonts."""
+    return gr.themes.Default(
+        primary_hue="blue",
+        neutral_hue="slate",
+        radius_size="md",
+        font=SYSTEM_FONTS,
+        font_mono=("ui-monospace", "Consolas", "monospace"),
+    )
+
+
+CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important; padding: 0 16px 32px !important; }
+.gradio-container, .gradio-container * { min-width: 0; }
+#top { align-items: center; gap: 8px; padding: 14px 0 2px; flex-wrap: wrap; }
+#top > * { flex: 0 1 auto; width: auto; }
+#top .dd-right { margin-left: auto; }
+.dd-brand { display: flex; align-items: baseline; gap: 4px 14px; flex-wrap: wrap; }
+.dd-brand h1 { font-size: 1.35rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }
+.dd-brand p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
+.dd-chip { display: inline-block; padding: 4px 12px; border-radius: 99px; font-size: .85rem; font-weight: 600;
+  font-variant-numeric: tabular-nums; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
+.dd-chip.dd-training, .dd-chip.dd-preparing { border-color: #2563eb; color: #2563eb; }
+.dd-chip.dd-finished { border-color: #15803d; color: #15803d; }
+.dd-chip.dd-failed { border-color: #dc2626; color: #dc2626; }
+.dark .dd-chip.dd-training, .dark .dd-chip.dd-preparing { color: #93c5fd; }
+.dark .dd-chip.dd-finished { color: #86efac; } .dark .dd-chip.dd-failed { color: #fca5a5; }
+
+.dd-adapter { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px !important; gap: 8px; }
+.dd-card { font-size: .82rem; color: var(--body-text-color-subdued); min-height: 1.3em; margin: 0; }
+.dd-card b { color: var(--body-text-color); }
+
+.dd-grid { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 14px 16px; }
+.dd-head { display: flex; flex-direction: column; padding-bottom: 2px; overflow: hidden; }
+.dd-head b { font-size: 1.05rem; } .dd-head small { color: var(--body-text-color-subdued); overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+.dd-cell { margin: 0; } .dd-cell a { display: block; }
+.dd-cell img, .dd-wait, .dd-next { display: block; width: 100%; height: auto; aspect-ratio: 1; border-radius: 10px;
+  border: 1px solid var(--border-color-primary); background: #fff; }
+.dd-cell img { object-fit: contain; }
+.dd-wait, .dd-next { background: var(--background-fill-secondary); }
+.dd-next { animation: dd-pulse 1.4s ease-in-out infinite; }
+.dd-cell figcaption { margin-top: 5px; font-size: .82rem; line-height: 1.45; color: var(--body-text-color-subdued);
+  overflow-wrap: anywhere; }
+.dd-cell figcaption span { display: block; } .dd-nothing { color: #dc2626; font-weight: 600; }
+.dd-diff { font-variant-numeric: tabular-nums; color: var(--body-text-color); }
+@keyframes dd-pulse { 50% { opacity: .45; } }
+@keyframes dd-turn { to { transform: rotate(1turn); } }
+@media (prefers-reduced-motion: reduce) { .dd-next, .dd-spin { animation: none; } }
+
+.dd-status { margin: 0; display: flex; align-items: center; gap: 8px; min-height: 1.5em; font-size: .92rem;
+  color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
+.dd-spin { width: 14px; height: 14px; border-radius: 50%; border: 2px solid #2563eb; border-right-color: transparent;
+  animation: dd-turn .9s linear infinite; flex: none; }
+.dd-empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 28px 20px; text-align: center; }
+.dd-empty p { margin: 0 auto; max-width: 46rem; color: var(--body-text-color-subdued); line-height: 1.6; }
+.dd-empty b { color: var(--body-text-color); }
+.dd-empty code { padding: 1px 6px; border-radius: 5px; background: var(--background-fill-secondary); }
+.dd-error { border: 1px solid #dc2626; border-left-width: 5px; border-radius: 10px; padding: 12px 16px;
+  background: color-mix(in srgb, #dc2626 7%, transparent); }
+.dd-error pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: 4px 0; background: none; padding: 0; }
+.dd-error small { color: var(--body-text-color-subdued); }
+
+.dd-checks { list-style: none; margin: 0; padding: 0; font-size: .92rem; line-height: 1.6; }
+.dd-checks li { padding-left: 1.6em; position: relative; overflow-wrap: anywhere; }
+.dd-checks li::before { position: absolute; left: 0; font-weight: 700; }
+.dd-ok::before { content: "✓"; color: #15803d; } .dd-bad::before { content: "✕"; color: #dc2626; }
+.dark .dd-ok::before { color: #86efac; } .dark .dd-bad::before { color: #fca5a5; }
+.dd-bar { height: 8px; border-radius: 99px; background: var(--background-fill-secondary); overflow: hidden; }
+.dd-bar i { display: block; height: 100%; background: #2563eb; border-radius: 99px; transition: width .4s; }
+.dd-finished .dd-bar i { background: #15803d; } .dd-failed .dd-bar i { background: #dc2626; }
+.dd-stopped .dd-bar i { background: #d97706; }
+.dd-job p { margin: 8px 0 0; font-weight: 600; font-variant-numeric: tabular-nums; }
+.dd-curves { width: 100%; height: auto; display: block; font-size: 11px; }
+.dd-curves text { fill: var(--body-text-color-subdued); } .dd-curves .dd-key { fill: var(--body-text-color); font-size: 13px; }
+.dd-gridline { stroke: var(--border-color-primary); }
+#captions img { width: 44px; height: 44px; object-fit: contain; background: #fff; border-radius: 6px; margin: 2px 0; }
+
+@media (max-width: 640px) {
+  .gradio-container { padding: 0 10px 24px !important; }
+  .dd-grid { gap: 10px 8px; } .dd-head b { font-size: .95rem; }
+  .dd-cell figcaption, .dd-head small { font-size: .72rem; }
+}
+"""

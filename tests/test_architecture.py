@@ -1,0 +1,123 @@
+"""The package is one straight line: a part imports only itself and the parts above it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dora_diffusion"
+# The life of a picture, from the top down; a part is a module or a folder of the package.
+ORDER = (
+    "errors",
+    "outputs",
+    "layers",
+    "kernels",
+    "injection",
+    "formats",
+    "models",
+    "generation",
+    "data",
+    "training",
+    "comparison",
+    "console",
+    "demo",
+    "webapp",
+    "cli",
+)
+
+
+def parts_of(root: Path) -> dict[Path, str]:
+    """Every module of the package, and the part it belongs to; the package's own __init__ belongs to none."""
+    modules = {path.relative_to(root): path for path in sorted(root.rglob("*.py"))}
+    return {path: name.parts[0].removesuffix(".py") for name, path in modules.items() if name != Path("__init__.py")}
+
+
+def imports_of(source: str, package: str) -> set[str]:
+    """The parts that a module imports, wherever in it; `package` is the dotted package it stands in."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        # `from dora_diffusion import x` names a part if x is one; a public name counts as a part not in the order.
+        found |= {name.split(".")[1] for name in names if name.startswith("dora_diffusion.")}
+        found |= {"the whole package" for name in names if name == "dora_diffusion"}
+    return found
+
+
+def package_of(path: Path) -> str:
+    return ".".join(("dora_diffusion", *path.relative_to(PACKAGE).parent.parts))
+
+
+def test_every_part_has_its_place_in_the_order():
+    unplaced = set(parts_of(PACKAGE).values()) - set(ORDER)
+    assert not unplaced, f"say where {sorted(unplaced)} stands: add it to ORDER, and to docs/architecture.md"
+
+
+def test_every_part_is_explained_in_the_architecture_page():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    missing = {part for part in parts_of(PACKAGE).values() if f"`{part}.py`" not in page and f"`{part}/`" not in page}
+    assert not missing
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(PACKAGE))) for p in parts_of(PACKAGE)])
+def test_a_module_imports_only_its_own_part_and_the_parts_above(path):
+    part = parts_of(PACKAGE)[path]
+    allowed = set(ORDER[: ORDER.index(part) + 1])
+    if part == "cli":
+        allowed.add("__version__")
+    below = imports_of(path.read_text(encoding="utf-8"), package_of(path)) - allowed
+    assert not below, f"{part} stands above {sorted(below)}, so it cannot import from there"
+
+
+@pytest.mark.parametrize(
+    "source, parts",
+    [
+        ("import dora_diffusion.layers", {"layers"}),
+        ("from dora_diffusion.formats.files import save_adapter", {"formats"}),
+        ("from dora_diffusion import layers", {"layers"}),
+        ("from dora_diffusion import formats as f, layers", {"formats", "layers"}),
+        ("import dora_diffusion", {"the whole package"}),
+        ("from . import files", {"formats"}),
+        ("from ..layers import AdaptedLayer", {"layers"}),
+        ("def f():\n    from dora_diffusion.cli import app", {"cli"}),
+        ("import torch, os.path\nfrom diffusers import UNet2DConditionModel", set()),
+    ],
+)
+def test_imports_are_read_in_every_form(source, parts):
+    assert imports_of(source, "dora_diffusion.formats") == parts
+
+
+def modules_after(code: str) -> set[str]:
+    """The top-level modules loaded by a fresh interpreter that runs this code."""
+    report = f"{code}\nimport sys\nprint('\\n'.join(sorted(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", report], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def test_importing_the_package_pulls_in_no_library():
+    loaded = modules_after("import dora_diffusion; dir(dora_diffusion)")
+    assert "dora_diffusion" in loaded
+    assert not loaded & {"torch", "diffusers", "transformers", "gradio", "peft", "accelerate", "PIL", "pydantic"}
+
+
+def test_the_layers_and_files_need_no_pipeline_and_no_web_app():
+    loaded = modules_after("import dora_diffusion; dora_diffusion.inject_adapter; dora_diffusion.load_adapter")
+    assert "dora_diffusion.formats.files" in loaded
+    assert not loaded & {"diffusers", "transformers", "gradio", "peft", "accelerate"}
+
+
+def test_the_command_line_starts_without_torch_and_the_web_app():
+    loaded = modules_after("import dora_diffusion.cli")
+    assert "typer" in loaded
+    assert not loaded & {"torch", "diffusers", "transformers", "gradio", "peft", "accelerate"}

@@ -1,0 +1,161 @@
+"""Pictures and comparisons: same seed same picture, honest columns, files that stand alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_diffusion import AdapterConfig, inject_adapter, save_adapter
+from dora_diffusion.comparison.compare import BASE, Cell, Column, CompareRequest, columns_of, compare, mean_difference
+from dora_diffusion.comparison.grid import draw_grid
+from dora_diffusion.comparison.report import LossPoint, write_report
+from dora_diffusion.errors import AdapterFileError, ConfigError, PromptError
+from dora_diffusion.generation import GenerationRequest, check_prompt, generate
+from dora_diffusion.models.loading import Base
+
+
+def pixels(image: Image.Image) -> bytes:
+    return image.tobytes()
+
+
+@pytest.fixture
+def files(sd_base: Base, tmp_path: Path) -> tuple[Path, Path]:
+    """A LoRA and a DoRA that change the pictures."""
+    paths = []
+    for kind in ("lora", "dora"):
+        adapter = inject_adapter(sd_base.denoiser, AdapterConfig(kind=kind, rank=2, alpha=8.0), seed=0)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        paths.append(save_adapter(adapter, tmp_path / f"{kind}.safetensors"))
+        adapter.eject()
+    return paths[0], paths[1]
+
+
+def request_of(files: tuple[Path, Path], **values: object) -> CompareRequest:
+    defaults: dict[str, object] = {
+        "prompts": ("a cat", "a dog"),
+        "seeds": (1, 2),
+        "adapters": columns_of(files),
+        "num_inference_steps": 3,
+    }
+    return CompareRequest(**{**defaults, **values})  # type: ignore[arg-type]
+
+
+def test_a_seed_gives_the_same_picture_whatever_was_drawn_before(sd_base: Base) -> None:
+    request = GenerationRequest("a cat", seed=3, num_inference_steps=3)
+    first = generate(sd_base, request)
+    generate(sd_base, GenerationRequest("a dog", seed=4, num_inference_steps=2))
+    assert pixels(generate(sd_base, request)) == pixels(first)
+    assert pixels(generate(sd_base, GenerationRequest("a cat", seed=4, num_inference_steps=3))) != pixels(first)
+
+
+def test_the_picture_is_the_stock_pipelines(sd_base: Base) -> None:
+    ours = generate(sd_base, GenerationRequest("a cat", seed=3, num_inference_steps=3, guidance_scale=2.0))
+    with torch.no_grad():
+        stock = sd_base.pipe(
+            "a cat",
+            num_inference_steps=3,
+            guidance_scale=2.0,
+            width=16,
+            height=16,
+            generator=torch.Generator("cpu").manual_seed(3),
+        ).images[0]
+    assert pixels(ours) == pixels(stock)
+
+
+def test_a_comparison_draws_every_cell_with_the_base_first(sd_base: Base, files: tuple[Path, Path]) -> None:
+    request = request_of(files)
+    cells = list(compare(sd_base, request))
+    assert [(cell.row, cell.column) for cell in cells] == [(row, column) for row in range(4) for column in range(3)]
+    assert [column.label for column in request.columns] == ["base", "LoRA", "DoRA"]
+    for cell in cells:
+        assert (cell.difference == 0) == (cell.column == 0)
+        assert f"seed {cell.seed}" in cell.caption
+    assert "DoRA · rank 2 · strength 1" in cells[2].caption
+
+
+def test_strength_zero_is_the_base_byte_for_byte_and_the_model_is_left_clean(
+    sd_base: Base, files: tuple[Path, Path]
+) -> None:
+    before = {name: tensor.clone() for name, tensor in sd_base.denoiser.state_dict().items()}
+    plain = generate(sd_base, GenerationRequest("a cat", 1, num_inference_steps=3))
+    request = request_of(files, prompts=("a cat",), seeds=(1,), adapters=columns_of(files, [0.0, 1.0]))
+    base, lora, dora = compare(sd_base, request)
+    assert pixels(base.image) == pixels(lora.image) == pixels(plain)
+    assert pixels(dora.image) != pixels(plain)
+    after = sd_base.denoiser.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_stopping_a_comparison_half_way_takes_the_adapters_out(sd_base: Base, files: tuple[Path, Path]) -> None:
+    names = list(sd_base.denoiser.state_dict())
+    cells = compare(sd_base, request_of(files))
+    next(cells)
+    cells.close()
+    assert list(sd_base.denoiser.state_dict()) == names
+
+
+def test_mean_difference_is_over_all_pixels_and_channels() -> None:
+    a, b = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
+    b[0, 0] = (48, 0, 0)
+    assert mean_difference(Image.fromarray(a), Image.fromarray(b)) == 1.0
+
+
+def test_two_files_of_one_kind_are_told_apart_by_name(files: tuple[Path, Path]) -> None:
+    labels = [column.label for column in columns_of([files[0], files[0], files[1]])]
+    assert labels[0].startswith("LoRA ") and labels[0].endswith("/lora") and labels[2] == "DoRA"
+
+
+def test_wrong_strengths_and_empty_requests_are_refused(files: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="2 adapters and 1 strengths"):
+        columns_of(files, [1.0])
+    with pytest.raises(ConfigError, match="at least one prompt"):
+        request_of(files, seeds=())
+    with pytest.raises(ConfigError, match="num_inference_steps"):
+        GenerationRequest("x", num_inference_steps=0)
+
+
+def test_a_missing_adapter_is_said_before_anything_is_drawn(sd_base: Base, tmp_path: Path) -> None:
+    request = CompareRequest(("a",), (1,), (Column("LoRA", tmp_path / "none.safetensors"),))
+    with pytest.raises(AdapterFileError, match="no adapter file"):
+        next(compare(sd_base, request))
+
+
+def test_a_prompt_the_tokenizer_would_cut_names_the_words_lost(sd_base: Base) -> None:
+    check_prompt(sd_base.pipe, "red apple")
+    with pytest.raises(PromptError, match="'red zebra', would be lost"):
+        check_prompt(sd_base.pipe, "red " * 23 + "zebra")
+
+
+def cells_of(request: CompareRequest) -> list[Cell]:
+    image = Image.new("RGB", (16, 16), "orange")
+    return [
+        Cell(row, i, prompt, seed, image, f"{column.label} <b>", 1.5 * i, 0.1)
+        for row, (prompt, seed) in enumerate(request.rows)
+        for i, column in enumerate(request.columns)
+    ]
+
+
+def test_the_grid_holds_every_cell_enlarged(files: tuple[Path, Path]) -> None:
+    request = request_of(files, prompts=("a cat", "a very long prompt " * 12))
+    grid = np.asarray(draw_grid(request, cells_of(request)))
+    orange = (np.abs(grid.astype(int) - [255, 165, 0]).sum(-1) < 3).sum()
+    assert orange >= 12 * 155 * 155
+
+
+def test_the_report_is_one_file_that_asks_for_nothing_else(files: tuple[Path, Path]) -> None:
+    request = request_of(files, prompts=("<script>alert(1)</script>",))
+    curves = {"lora": [LossPoint(1, 0.5, None), LossPoint(2, 0.4, 0.6)]}
+    html = write_report("A & B", request, cells_of(request), base_name="emoji", losses=curves, commands=("a <b>",))
+    assert html.count("data:image/png;base64,") == 6
+    assert "<script" not in html and "A &amp; B" in html and "a &lt;b&gt;" in html
+    assert not re.search(r"(?:src|href)=(?!['\"]data:)", html) and "http" not in html
+    for path in files:
+        assert path.name in html
+    assert BASE.label in html

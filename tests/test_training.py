@@ -1,0 +1,267 @@
+"""Training: objectives, resuming, twins, prior preservation, and what a run writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bases
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
+from safetensors.torch import load_file
+
+from dora_diffusion.errors import DataError, OutputError, TrainingError
+from dora_diffusion.models.loading import Base, load_base
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.loop import Step, held_out_loss, make_accelerator, prepare
+from dora_diffusion.training.objectives import objective_of
+from dora_diffusion.training.run import Event, Finished, Measured, Previewed, Resumed, Stopped, train
+
+
+def config(pictures: Path, out: Path, base: Path, **values: object) -> TrainConfig:
+    defaults: dict[str, object] = {
+        "images": str(pictures),
+        "out": str(out),
+        "base": str(base),
+        "instance_prompt": "disc",
+        "kind": "both",
+        "steps": 6,
+        "batch_size": 2,
+        "rank": 4,
+        "alpha": 4.0,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "held_out": 2,
+        "device": "cpu",
+    }
+    return TrainConfig.from_values({**defaults, **values}, "test")
+
+
+def losses(events: list[Event], kind: str) -> list[float]:
+    return [event.loss for event in events if isinstance(event, Step) and event.kind == kind]
+
+
+def stop_after(count: int):  # type: ignore[no-untyped-def]
+    """A should_stop that says yes from the count-th time it is asked."""
+    asked = iter(range(1, 10_000))
+    return lambda: next(asked) >= count
+
+
+# Objectives
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_diffusion_objectives_agree_with_float64_arithmetic(prediction: str) -> None:
+    scheduler = DDIMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True)
+    objective = objective_of(scheduler)
+    x0, eps = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    t = torch.tensor([0, 10, 500, 900, 999])
+    abar = scheduler.alphas_cumprod.double()[t].reshape(-1, 1, 1, 1)
+    a, s = abar.sqrt(), (1 - abar).sqrt()
+    noisy = a * x0.double() + s * eps.double()
+    target = eps.double() if prediction == "epsilon" else a * eps.double() - s * x0.double()
+    torch.testing.assert_close(objective.noisy(x0, eps, t).double(), noisy, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(objective.target(x0, eps, t).double(), target, atol=1e-5, rtol=1e-5)
+
+
+def test_flow_noisy_latents_and_timesteps_agree_with_diffusers() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    objective = objective_of(scheduler)
+    t = objective.timesteps(64, torch.Generator().manual_seed(0))
+    assert torch.isin(t, scheduler.timesteps).all()
+    x0, eps = torch.randn(64, 4, 3, 3), torch.randn(64, 4, 3, 3)
+    expected = torch.cat([scheduler.scale_noise(x0[i : i + 1], t[i : i + 1], eps[i : i + 1]) for i in range(64)])
+    torch.testing.assert_close(objective.noisy(x0, eps, t), expected)
+    # Following the predicted velocity from x_t to sigma 0 must give x0.
+    sigma = (t / 1000).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(expected - sigma * objective.target(x0, eps, t), x0, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weights_follow_the_paper(prediction: str) -> None:
+    scheduler = DDPMScheduler(prediction_type=prediction)
+    t = torch.tensor([1, 200, 600, 990])
+    snr = compute_snr(scheduler, t).double()
+    expected = snr.clamp_max(5.0) / (snr if prediction == "epsilon" else snr + 1)
+    torch.testing.assert_close(objective_of(scheduler).weight(t, 5.0).double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_held_out_loss_is_the_mean_squared_error_at_fixed_noise(sd_base: Base, pictures: Path) -> None:
+    settings = config(pictures, Path("unused"), Path("unused"))
+    training = prepare(settings, sd_base, make_accelerator(settings))
+    measured = held_out_loss(training)
+    assert training.held_out is not None and len(training.held_out) == 2 and len(training.instances) == 6
+    unet, scheduler = sd_base.denoiser, DDPMScheduler.from_config(sd_base.pipe.scheduler.config)
+    generator = torch.Generator().manual_seed(20240209)
+    eps = torch.randn(16, 4, 8, 8, generator=generator)
+    t = ((torch.arange(8) + 0.5) / 8 * 1000).long().repeat(2)
+    x0 = training.held_out.mean.repeat_interleave(8, 0)
+    text = training.held_out.conditioning.tensors["encoder_hidden_states"][:1].expand(16, -1, -1)
+    with torch.no_grad():
+        prediction = unet(scheduler.add_noise(x0, eps, t), t, text).sample
+    assert measured == pytest.approx(((prediction - eps) ** 2).mean().item(), rel=1e-5)
+
+
+# Runs
+
+
+def test_twins_lower_the_held_out_loss_and_write_what_is_promised(
+    tmp_path: Path, pictures: Path, sd_folder: Path
+) -> None:
+    settings = config(pictures, tmp_path, sd_folder, steps=12, preview_prompts=["disc"], preview_every=6)
+    events = list(train(settings))
+    for kind in ("lora", "dora"):
+        (finished,) = [e for e in events if isinstance(e, Finished) and e.kind == kind]
+        assert finished.held_out_loss is not None and finished.base_loss is not None
+        assert finished.held_out_loss < finished.base_loss
+        assert finished.path == tmp_path / f"{kind}.safetensors" and finished.path.exists()
+    # Twins see the same first batch, and B is zero: the first losses are the same number.
+    assert losses(events, "lora")[0] == losses(events, "dora")[0]
+    assert losses(events, "lora")[-1] != losses(events, "dora")[-1]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(e["kind"], e["step"]) for e in lines] == [(k, s) for k in ("lora", "dora") for s in range(1, 13)]
+    assert len([e for e in events if isinstance(e, Previewed)]) == 4
+    assert not (tmp_path / "checkpoints").exists()
+    again = TrainConfig.from_values({**settings.model_dump(exclude_none=True), "learning_rate": 1e-2}, "again")
+    assert again.steps == 12 and "learning_rate = 0.01" in (tmp_path / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("make", [bases.stable_diffusion_xl, bases.stable_diffusion_3, "v_prediction"])
+def test_every_family_and_objective_trains(make, tmp_path: Path, pictures: Path) -> None:  # type: ignore[no-untyped-def]
+    pipe: DiffusionPipeline = bases.stable_diffusion("v_prediction") if make == "v_prediction" else make()
+    pipe.save_pretrained(tmp_path / "base")
+    settings = config(pictures, tmp_path / "out", tmp_path / "base", kind="dora", steps=16, resolution=16)
+    events = list(train(settings))
+    measured = [e.held_out_loss for e in events if isinstance(e, Measured)]
+    assert measured[-1] < measured[0]
+    stored = load_file(tmp_path / "out" / "dora.safetensors")
+    prefix = "transformer." if make is bases.stable_diffusion_3 else "unet."
+    assert stored and all(key.startswith(prefix) for key in stored)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    values = {"dropout": 0.1, "gradient_accumulation_steps": 2, "caption_dropout": 0.5, "weight_decay": 0.01}
+    whole = config(pictures, tmp_path / "whole", sd_folder, **values)
+    list(train(whole))
+    parts = whole.model_copy(update={"out": str(tmp_path / "parts")})
+    for stop in (4, 5):  # within the LoRA, then within the DoRA
+        events = list(train(parts, resume=stop != 4, should_stop=stop_after(stop)))
+        assert isinstance(events[-1], Stopped) and events[-1].checkpoint.exists()
+    events = list(train(parts, resume=True))
+    assert any(isinstance(event, Resumed) for event in events)
+    for name in ("lora.safetensors", "dora.safetensors", "log.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_same_seed_same_bits_and_another_seed_other_bits(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        list(train(config(pictures, tmp_path / name, sd_folder, kind="dora", steps=2, seed=seed)))
+    a, b, c = ((tmp_path / name / "dora.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_prior_preservation_draws_class_images_and_adds_their_loss(
+    tmp_path: Path, pictures: Path, sd_folder: Path
+) -> None:
+    plain = list(train(config(pictures, tmp_path / "plain", sd_folder, kind="lora", steps=1)))
+    values = {"kind": "lora", "steps": 1, "class_prompt": "shape", "num_class_images": 2}
+    prior = list(train(config(pictures, tmp_path / "prior", sd_folder, **values)))
+    assert len(list((tmp_path / "prior" / "class_images").glob("*.png"))) == 2
+    assert losses(prior, "lora")[0] > losses(plain, "lora")[0]
+
+
+def test_the_base_is_left_as_it_was(tmp_path: Path, pictures: Path, sd_base: Base) -> None:
+    before = {name: tensor.clone() for name, tensor in sd_base.denoiser.state_dict().items()}
+    list(train(config(pictures, tmp_path, Path("unused"), steps=2), base=sd_base))
+    after = sd_base.denoiser.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_finished_run_is_not_overwritten_unasked(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    settings = config(pictures, tmp_path, sd_folder, kind="lora", steps=1)
+    list(train(settings))
+    bits = (tmp_path / "lora.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match="--overwrite"):
+        list(train(settings))
+    assert (tmp_path / "lora.safetensors").read_bytes() == bits
+    list(train(settings.model_copy(update={"seed": 1}), overwrite=True))
+    assert (tmp_path / "lora.safetensors").read_bytes() != bits
+
+
+def test_resuming_with_other_values_or_other_pictures_is_refused(
+    tmp_path: Path, pictures: Path, sd_folder: Path
+) -> None:
+    mine = tmp_path / "pictures"
+    mine.mkdir()
+    for path in pictures.iterdir():
+        (mine / path.name).write_bytes(path.read_bytes())
+    settings = config(mine, tmp_path / "out", sd_folder, kind="lora")
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        list(train(settings, resume=True))
+    list(train(settings, should_stop=stop_after(2)))
+    with pytest.raises(TrainingError, match=r"rank: was 4, is 8"):
+        list(train(settings.model_copy(update={"rank": 8}), resume=True))
+    with pytest.raises(TrainingError, match="--resume to go on"):
+        list(train(settings))
+    (mine / "0.txt").write_text("another caption")
+    with pytest.raises(TrainingError, match="pictures or captions"):
+        list(train(settings, resume=True))
+
+
+def test_a_diverging_run_says_so(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    with pytest.raises(TrainingError, match="Lower the learning rate"):
+        list(train(config(pictures, tmp_path, sd_folder, kind="lora", learning_rate=1e30)))
+
+
+def test_holding_out_every_picture_is_refused(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    with pytest.raises(DataError, match="only 8 pictures"):
+        list(train(config(pictures, tmp_path, sd_folder, held_out=8)))
+
+
+def test_an_output_folder_that_cannot_be_made_is_said_so(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OutputError, match="--out"):
+        list(train(config(pictures, tmp_path / "file" / "out", sd_folder)))
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_under_accelerate(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    settings = config(pictures, tmp_path / "out", sd_folder, kind="dora", steps=4)
+    (tmp_path / "run.toml").write_text(settings.to_toml())
+    script = Path(__file__).parent.parent / "train_scripts" / "dreambooth.py"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "run.toml")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("DoRA finished") == 1
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 4
+    alone = list(train(settings.model_copy(update={"out": str(tmp_path / "alone"), "batch_size": 2})))
+    logged = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])["loss"]
+    assert logged != losses(alone, "dora")[0]  # the mean over both processes' batches, not one process's own
+
+
+def test_a_loaded_base_knows_its_size_and_family(sd_folder: Path) -> None:
+    base = load_base(str(sd_folder), device="cpu")
+    assert (base.size, base.vae_scale, base.family.name) == (16, 2, "Stable Diffusion 1 and 2")
