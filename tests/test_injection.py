@@ -229,6 +229,7 @@ def test_fusing_keeps_the_output_and_unfusing_gives_back_the_original_bits(make,
     assert not adapter.is_fused
     assert same_bits(bits(model), before)
     assert torch.equal(output_of(model), live)
+    assert all(layer.frozen.original is None for layer in adapter.layers.values()), "no second copy is kept"
 
 
 @kinds

@@ -362,6 +362,18 @@ def test_strength_zero_is_the_base_bit_for_bit(kind, base, dtype):
     assert torch.equal(layer.merged_weight(), module.weight)
 
 
+@kinds
+def test_at_strength_zero_even_an_adapter_that_overflowed_leaves_the_base_alone(kind):
+    base = linear()
+    layer = adapt(base, kind)
+    with torch.no_grad():
+        update_of(layer).lora_B.fill_(torch.inf)
+    update_of(layer).strength = 0.0
+    x = example(base)
+    assert torch.equal(layer(x), base(x))
+    assert torch.equal(layer.merged_weight(), base.weight)
+
+
 def test_the_norm_does_not_depend_on_the_strength():
     update = update_of(adapt(linear(), "dora"))
     norm = update.norm().clone()

@@ -84,7 +84,9 @@ class CompareTab:
     def _adapter(self, label: str, name: str) -> tuple[gr.Dropdown, gr.Slider, gr.UploadButton, gr.HTML]:
         with gr.Column(elem_classes="dd-adapter", min_width=280):
             with gr.Row(equal_height=True):
-                picker = gr.Dropdown([], label=label, scale=3, min_width=150, elem_id=f"{name}-adapter")
+                picker = gr.Dropdown(
+                    [("none", "")], value="", label=label, scale=3, min_width=150, elem_id=f"{name}-adapter"
+                )
                 strength = gr.Slider(
                     0, 1.5, value=1, step=0.05, label="Strength", scale=2, min_width=130, elem_id=f"{name}-strength"
                 )
@@ -204,9 +206,9 @@ class CompareTab:
 
     def choices(self, chosen: str | None) -> object:
         """The adapters there are now, whatever is chosen staying chosen."""
-        offered = [(each.label, each.key) for each in self.studio.shelf.all()]
+        offered = [("none", ""), *((each.label, each.key) for each in self.studio.shelf.all())]
         known = {key for _, key in offered}
-        return gr.update(choices=offered, value=chosen if chosen in known else None)
+        return gr.update(choices=offered, value=chosen if chosen in known else "")
 
     def preset(self) -> Update:
         """Both pickers and the grid of a page that was just opened."""

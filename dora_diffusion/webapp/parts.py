@@ -77,8 +77,9 @@ def empty_state(has_adapters: bool) -> str:
             "the same seeds, side by side.</p></div>"
         )
     return (
-        "<div class='dd-empty'><p><b>There are no adapters yet.</b> Train a LoRA and a DoRA on your own pictures in the "
-        "<b>Train</b> tab, or run <code>dora-diffusion demo</code> in a terminal; they appear here by themselves.</p></div>"
+        "<div class='dd-empty'><p><b>There are no adapters yet.</b> Train a LoRA and a DoRA on your own pictures in "
+        "the <b>Train</b> tab, or run <code>dora-diffusion demo</code> in a terminal; they appear here by "
+        "themselves.</p></div>"
     )
 
 

@@ -30,7 +30,8 @@ CSS = """
 .dd-brand h1 { font-size: 1.35rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }
 .dd-brand p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
 .dd-chip { display: inline-block; padding: 4px 12px; border-radius: 99px; font-size: .85rem; font-weight: 600;
-  font-variant-numeric: tabular-nums; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
+  font-variant-numeric: tabular-nums; background: var(--background-fill-secondary);
+  border: 1px solid var(--border-color-primary); }
 .dd-chip.dd-training, .dd-chip.dd-preparing { border-color: #2563eb; color: #2563eb; }
 .dd-chip.dd-finished { border-color: #15803d; color: #15803d; }
 .dd-chip.dd-failed { border-color: #dc2626; color: #dc2626; }
@@ -63,13 +64,15 @@ CSS = """
   color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
 .dd-spin { width: 14px; height: 14px; border-radius: 50%; border: 2px solid #2563eb; border-right-color: transparent;
   animation: dd-turn .9s linear infinite; flex: none; }
-.dd-empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 28px 20px; text-align: center; }
+.dd-empty { border: 1px dashed var(--border-color-primary); border-radius: 10px; padding: 28px 20px;
+  text-align: center; }
 .dd-empty p { margin: 0 auto; max-width: 46rem; color: var(--body-text-color-subdued); line-height: 1.6; }
 .dd-empty b { color: var(--body-text-color); }
 .dd-empty code { padding: 1px 6px; border-radius: 5px; background: var(--background-fill-secondary); }
 .dd-error { border: 1px solid #dc2626; border-left-width: 5px; border-radius: 10px; padding: 12px 16px;
   background: color-mix(in srgb, #dc2626 7%, transparent); }
-.dd-error pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: 4px 0; background: none; padding: 0; }
+.dd-error pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: 4px 0;
+  background: none; padding: 0; }
 .dd-error small { color: var(--body-text-color-subdued); }
 
 .dd-checks { list-style: none; margin: 0; padding: 0; font-size: .92rem; line-height: 1.6; }
@@ -83,7 +86,8 @@ CSS = """
 .dd-stopped .dd-bar i { background: #d97706; }
 .dd-job p { margin: 8px 0 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 .dd-curves { width: 100%; height: auto; display: block; font-size: 11px; }
-.dd-curves text { fill: var(--body-text-color-subdued); } .dd-curves .dd-key { fill: var(--body-text-color); font-size: 13px; }
+.dd-curves text { fill: var(--body-text-color-subdued); }
+.dd-curves .dd-key { fill: var(--body-text-color); font-size: 13px; }
 .dd-gridline { stroke: var(--border-color-primary); }
 #captions img { width: 44px; height: 44px; object-fit: contain; background: #fff; border-radius: 6px; margin: 2px 0; }
 

@@ -19,7 +19,7 @@ from dora_diffusion.data.folder import SUFFIXES, ImageFolder, read_folder
 from dora_diffusion.errors import DataError
 from dora_diffusion.outputs import make_folder, write_text
 
-__all__ = ["ACCEPTED", "Upload", "check_pictures", "put_into", "read_uploads", "thumbnail"]
+__all__ = ["ACCEPTED", "Upload", "check_pictures", "put_into", "read_uploads", "thumbnail", "with_captions"]
 
 ACCEPTED = [*sorted(SUFFIXES), ".txt"]
 MOST_PICTURES = 200

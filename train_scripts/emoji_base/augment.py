@@ -38,9 +38,7 @@ def _recolour(x: Tensor, draw: torch.Generator) -> Tensor:
     x = torch.gather(x, 1, order.view(n, 3, 1, 1).expand_as(x))
     gamma = torch.exp(_uniform(n * 3, -0.5, 0.5, draw)).view(n, 3, 1, 1)
     x = x.clamp(0, 1) ** gamma
-    tint = torch.where(
-        torch.rand(n, 1, 1, 1, generator=draw) < 0.3, torch.rand(n, 3, 1, 1, generator=draw), 1.0
-    )
+    tint = torch.where(torch.rand(n, 1, 1, 1, generator=draw) < 0.3, torch.rand(n, 3, 1, 1, generator=draw), 1.0)
     return x * tint
 
 

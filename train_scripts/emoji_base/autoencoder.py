@@ -81,9 +81,7 @@ def new_training(plan: AutoencoderPlan, device: torch.device, seed: int) -> Trai
     return Training(vae, optimizer, MovingAverage(vae, 0.995), draw)
 
 
-def train(
-    run: Training, plan: AutoencoderPlan, pictures: Tensor, device: torch.device
-) -> Iterator[float]:
+def train(run: Training, plan: AutoencoderPlan, pictures: Tensor, device: torch.device) -> Iterator[float]:
     """Yields each step's loss, from the step the run stands at to the plan's end."""
     vae = run.module
     assert isinstance(vae, AutoencoderKL)

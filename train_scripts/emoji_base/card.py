@@ -78,12 +78,8 @@ outlined; the denoiser from the named things alone. Sources and licences of the 
 
 def write_card(result: Evaluation, trained: str, path: Path) -> None:
     """Writes README.md for the model."""
-    styles = "\n".join(
-        f"| `{i.style}` | {i.title} (`{i.folder}`) | {i.licence} |" for i in BASE_SETS
-    )
-    autoencoder = "\n".join(
-        f"| {name} | {r.psnr:.1f} | {r.hue_error:.1f} |" for name, r in result.autoencoder.items()
-    )
+    styles = "\n".join(f"| `{i.style}` | {i.title} (`{i.folder}`) | {i.licence} |" for i in BASE_SETS)
+    autoencoder = "\n".join(f"| {name} | {r.psnr:.1f} | {r.hue_error:.1f} |" for name, r in result.autoencoder.items())
     text = _CARD.format(
         megabytes=result.megabytes, steps=result.steps, guidance=result.guidance_scale,
         styles=styles, name=result.right_name, style=result.right_style, both=result.right_both,

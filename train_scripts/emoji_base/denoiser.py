@@ -104,9 +104,7 @@ class Denoiser(nn.Module):
         return self.unet(noisy, t, words, return_dict=False)[0]
 
 
-def new_training(
-    plan: DenoiserPlan, tokenizer: CLIPTokenizer, device: torch.device, seed: int
-) -> Training:
+def new_training(plan: DenoiserPlan, tokenizer: CLIPTokenizer, device: torch.device, seed: int) -> Training:
     """Fresh models with their optimizer, average and random numbers."""
     torch.manual_seed(seed)
     model = Denoiser(new_text_encoder(tokenizer), new_unet())
@@ -171,9 +169,7 @@ def train(
     signal = new_scheduler().alphas_cumprod
     latents = latents.contiguous(memory_format=torch.channels_last)
     while run.step < plan.steps:
-        run.set_learning_rate(
-            learning_rate_factor(run.step, plan.steps, plan.warmup, plan.decay_steps)
-        )
+        run.set_learning_rate(learning_rate_factor(run.step, plan.steps, plan.warmup, plan.decay_steps))
         index = captions.pick(plan.batch, run.generator)
         t = _timesteps(plan.batch, run.generator)
         eps = torch.randn(plan.batch, *latents.shape[1:], generator=run.generator)
@@ -222,4 +218,3 @@ def sample(
             x = scheduler.step(plain + guidance * (wanted - plain), t, x).prev_sample
     model.train(was_training)
     return x
-

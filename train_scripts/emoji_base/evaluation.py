@@ -75,9 +75,7 @@ def load_pipeline(base: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def draw(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt], batch: int = 20
-) -> list[Image.Image]:
+def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt], batch: int = 20) -> list[Image.Image]:
     """A picture for each prompt, each from its own seed whatever the batch."""
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
@@ -97,10 +95,7 @@ def _measure_autoencoder(vae: AutoencoderKL, icons_root: Path) -> dict[str, Reco
     svgs = {"base sets": [i.svg for i in base]}
     for info in (*BASE_SETS, *HELD_OUT_SETS):
         svgs[info.style] = [i.svg for i in (*base, *held_out) if i.style == info.style]
-    return {
-        name: reconstruction_of(vae, torch.from_numpy(render_all(some)))
-        for name, some in svgs.items()
-    }
+    return {name: reconstruction_of(vae, torch.from_numpy(render_all(some))) for name, some in svgs.items()}
 
 
 def _seconds_per_picture(pipeline: StableDiffusionPipeline) -> float:

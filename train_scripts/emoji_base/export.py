@@ -45,9 +45,7 @@ def notice() -> str:
     return "\n".join(lines)
 
 
-def pipeline_of(
-    vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer
-) -> StableDiffusionPipeline:
+def pipeline_of(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     """The parts as the stock pipeline, float32, without checker or feature extractor."""
     return StableDiffusionPipeline(
         vae=vae,

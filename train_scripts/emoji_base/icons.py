@@ -76,14 +76,10 @@ class IconSet:
         self._bodies = {k: v for k, v in data["icons"].items() if not v.get("hidden")}
         self._size = (data.get("width", 16), data.get("height", 16))
         # An alias that also flips or rotates is another picture.
-        self.aliases = {
-            k: v["parent"] for k, v in data.get("aliases", {}).items() if set(v) == {"parent"}
-        }
+        self.aliases = {k: v["parent"] for k, v in data.get("aliases", {}).items() if set(v) == {"parent"}}
         meta = folder / "metadata.json"
         self.categories: dict[str, list[str]] = (
-            json.loads(meta.read_text(encoding="utf-8")).get("categories", {})
-            if meta.exists()
-            else {}
+            json.loads(meta.read_text(encoding="utf-8")).get("categories", {}) if meta.exists() else {}
         )
 
     def names(self) -> set[str]:
@@ -131,9 +127,7 @@ class NameIndex:
         for name in sorted(set(counts) | set(self._parent)):
             groups.setdefault(self._root(name), []).append(name)
         # The name that most sets use speaks for the group.
-        self._groups = {
-            max(group, key=lambda n: (counts[n], -len(n), n)): group for group in groups.values()
-        }
+        self._groups = {max(group, key=lambda n: (counts[n], -len(n), n)): group for group in groups.values()}
 
     def _root(self, name: str) -> str:
         while (above := self._parent.get(name, name)) != name:
@@ -174,11 +168,7 @@ def select_icons(sets: list[IconSet], most_words: int = 3) -> list[Icon]:
             continue
         variants = tuple(spoken(n) for n in group if n != chief and len(n.split("-")) <= 4)
         weight = 2.0 if living.intersection(group) else 1.0
-        icons += [
-            Icon(spoken(chief), variants, s.info.style, s.svg(name), weight)
-            for s, name in found
-            if name
-        ]
+        icons += [Icon(spoken(chief), variants, s.info.style, s.svg(name), weight) for s, name in found if name]
     return icons
 
 

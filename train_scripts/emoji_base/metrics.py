@@ -102,9 +102,7 @@ class LatentIndex:
         self._known = encode(vae, pixels).flatten(1)  # [N, 4 * 16 * 16]
 
     @classmethod
-    def from_icons(
-        cls, vae: AutoencoderKL, icons_root: Path, with_held_out: bool = False
-    ) -> LatentIndex:
+    def from_icons(cls, vae: AutoencoderKL, icons_root: Path, with_held_out: bool = False) -> LatentIndex:
         """The base's training pictures, and the held-out styles' too where asked."""
         icons = select_icons(load_sets(icons_root, BASE_SETS))
         if with_held_out:
@@ -125,9 +123,7 @@ class LatentIndex:
             for k, d in zip(index.tolist(), apart, strict=True)
         ]
 
-    def nearest_styles(
-        self, pictures: Sequence[Image.Image], names: Sequence[str] | None = None
-    ) -> list[str]:
+    def nearest_styles(self, pictures: Sequence[Image.Image], names: Sequence[str] | None = None) -> list[str]:
         """For each picture the style whose pictures lie nearest.
 
         With `names`, picture k is only held against pictures of the thing `names[k]`, so that

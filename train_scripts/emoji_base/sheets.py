@@ -28,9 +28,7 @@ def save_pairs(first: Tensor, second: Tensor, path: Path, columns: int = 12) -> 
     _save(sheet, path)
 
 
-def save_sheet(
-    pictures: Sequence[Image.Image], labels: Sequence[str], path: Path, columns: int = 10
-) -> None:
+def save_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], path: Path, columns: int = 10) -> None:
     """A grid of pictures with a small label under each."""
     font = ImageFont.load_default(9)
     size = pictures[0].width

@@ -48,9 +48,7 @@ class _GroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, rstd = ctx.saved_tensors
         n, channels, height, width = x.shape
         groups, size = ctx.groups, channels // ctx.groups
@@ -68,8 +66,7 @@ class _GroupNorm(torch.autograd.Function):
         slope = (dot_1 * mean - dot_x) * rstd**3 / count
         shift = -slope * mean - dot_1 * rstd / count
         scale, slope, shift = (
-            v.expand(n, groups, size).reshape(n, 1, channels).to(x.dtype)
-            for v in (w * rstd, slope, shift)
+            v.expand(n, groups, size).reshape(n, 1, channels).to(x.dtype) for v in (w * rstd, slope, shift)
         )
         dx = torch.addcmul(torch.addcmul(shift, grad_rows, scale), rows, slope)
         dx = dx.view(n, height, width, channels).permute(0, 3, 1, 2)

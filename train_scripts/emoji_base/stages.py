@@ -24,11 +24,11 @@ from .sheets import save_pairs, save_sheet
 from .state import Training
 from .tokenizer import build_tokenizer
 
-SHOWN = tuple(
-    f"{name}, {style} style"
-    for name in ("red apple", "cat face", "panda", "banana", "house", "airplane", "rose", "pizza")
-    for style in ("noto", "classic", "fluent", "twemoji")
-) + ("zebra, classic style", "rocket", "blue dog, noto style", "fish, twemoji style")
+_SHOWN_THINGS = ("red apple", "cat face", "panda", "banana", "house", "airplane", "rose", "pizza")
+SHOWN = [
+    *(f"{name}, {info.style} style" for name in _SHOWN_THINGS for info in BASE_SETS),
+    *("zebra, classic style", "rocket", "blue dog, noto style", "fish, twemoji style"),
+]
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ class StopSignal:
         self.received = True
 
 
-def logged(
-    run: Training, losses: Iterator[float], log: Path, pace: Pace, every: int = 50
-) -> Iterator[float]:
+def logged(run: Training, losses: Iterator[float], log: Path, pace: Pace, every: int = 50) -> Iterator[float]:
     """Passes the losses on and writes their means to the JSONL log and the terminal."""
     total, count = 0.0, 0
     for loss in losses:
@@ -102,9 +100,7 @@ def finished_autoencoder(paths: Paths) -> AutoencoderKL | None:
     return AutoencoderKL.from_pretrained(folder) if folder.is_dir() else None
 
 
-def run_autoencoder(
-    paths: Paths, plan: autoencoder.AutoencoderPlan, device: torch.device, seed: int
-) -> AutoencoderKL:
+def run_autoencoder(paths: Paths, plan: autoencoder.AutoencoderPlan, device: torch.device, seed: int) -> AutoencoderKL:
     """Trains the autoencoder, or goes on where its checkpoint stands."""
     plain, outlined = autoencoder_pixels(paths.icons, paths.work)
     pictures = torch.cat([torch.from_numpy(plain), torch.from_numpy(outlined)])
@@ -128,9 +124,7 @@ def run_autoencoder(
     with replace_folder(paths.work / "vae") as folder:
         vae.save_pretrained(folder)
     shown = pictures[:: len(pictures) // 48][:48]
-    save_pairs(
-        shown, autoencoder.decode(vae, autoencoder.encode(vae, shown)), paths.work / "vae.png"
-    )
+    save_pairs(shown, autoencoder.decode(vae, autoencoder.encode(vae, shown)), paths.work / "vae.png")
     return vae
 
 
@@ -160,9 +154,7 @@ def _draw_samples(run: Training, vae: AutoencoderKL, tokenizer: CLIPTokenizer, p
     save_sheet(pictures, labels, path, columns=12)
 
 
-def run_denoiser(
-    paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device, seed: int
-) -> None:
+def run_denoiser(paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device, seed: int) -> None:
     """Trains text encoder and UNet, or goes on where the checkpoint stands, and exports."""
     vae = finished_autoencoder(paths)
     if vae is None:

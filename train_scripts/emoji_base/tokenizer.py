@@ -17,7 +17,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 24
 WORD_END = "</w>"
 
-COMMON_WORDS = """
+_COMMON_TEXT = """
 a an the of in on at by to with without and or for from into over under behind between near
 above below inside outside around across along up down left right front back top bottom middle
 is are was be being it its this that these those my your his her our their one two three four
@@ -56,7 +56,8 @@ car truck bus train plane boat ship bike rocket wheel engine machine computer ph
 pen ball game music guitar drum piano sword shield bow arrow key lock ring gem jewel diamond coin
 money gift candle balloon flag party birthday christmas halloween easter wedding love peace
 pair piece slice bunch set group row pile half whole single double
-""".split()
+"""
+COMMON_WORDS = tuple(_COMMON_TEXT.split())
 
 
 def _byte_alphabet() -> list[str]:
