@@ -22,7 +22,7 @@ __all__ = ["DEMO", "QUICK", "DemoSize", "demo_config", "run_demo", "sample_folde
 
 STYLE = "openmoji"
 # None of these is in the style folder, neither to train on nor to measure on.
-PROMPTS = ("dog face", "banana", "hot air balloon", "octopus", "strawberry", "bus")
+PROMPTS = ("fox", "strawberry", "octopus", "tulip", "bell", "whale")
 
 
 @dataclass(frozen=True)

@@ -277,9 +277,9 @@ class DoRAUpdate(LoRAUpdate):
     def norm(self) -> Tensor:
         """n = ||W0 + s B A|| per output, [out], float32 under autocast too; in eval mode kept until A or B change."""
         A, B = self.lora_A, self.lora_B
-        # Versions are not visible to the tracer, and optimizers that write through .data (Prodigy, 8-bit Adam) leave
-        # them as they are.
-        if self.training or torch.compiler.is_compiling():
+        # Versions are not visible to the tracer, inference tensors have none, and optimizers that write through .data
+        # (Prodigy, 8-bit Adam) leave them as they are.
+        if self.training or torch.compiler.is_compiling() or A.is_inference() or B.is_inference():
             return self._fresh_norm()
         state = (A._version, B._version, A.data_ptr(), B.data_ptr(), A.device, A.dtype)
         if self._norm is None or self._norm_of != state:

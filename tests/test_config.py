@@ -60,3 +60,17 @@ def test_options_win_over_the_file_and_resuming_reads_the_runs_own_file(tmp_path
     (tmp_path / "config.toml").write_text(config.to_toml())
     assert resolve_config(tmp_path / "config.toml", {"rank": 2}).rank == 2
     assert resolve_config(None, {"out": str(tmp_path)}, resume=True).rank == 8
+
+
+def test_the_presets_are_valid() -> None:
+    presets = sorted((Path(__file__).parent.parent / "train_scripts" / "presets").glob("*.toml"))
+    assert presets
+    for preset in presets:
+        read_config(preset, dict(GIVEN))
+
+
+def test_the_reference_names_every_key_and_no_other() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1].strip().strip("`") for line in text.splitlines() if line.startswith("| `")]
+    in_a_row = {"preview_seeds", "preview_every"}  # described beside preview_prompts
+    assert set(rows) | in_a_row == set(TrainConfig.model_fields)

@@ -241,7 +241,7 @@ def test_with_the_norm_kept_there_is_one_base_product_and_never_two():
 
 def test_training_goes_on_after_a_look_in_inference_mode():
     base = linear()
-    layer = adapt(base, "dora")
+    layer = adapt(base, "dora").eval()  # the norm is kept, and was made in inference mode
     x = example(base)
     with torch.inference_mode():
         before = layer(x)
@@ -249,6 +249,15 @@ def test_training_goes_on_after_a_look_in_inference_mode():
     y.square().sum().backward()
     assert torch.equal(y, before)
     assert torch.isfinite(update_of(layer).magnitude.grad).all()
+
+
+def test_a_layer_can_be_adapted_in_inference_mode():
+    base = linear()
+    x = example(base)
+    with torch.inference_mode():
+        layer = adapt(base, "dora").eval()
+        found = layer(x)
+    assert torch.equal(found, adapt(base, "dora").eval()(x))
 
 
 # Gradients.

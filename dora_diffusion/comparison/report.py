@@ -29,8 +29,9 @@ p.lead { color: var(--faint); margin: 0 0 1.2rem } .scroll { overflow-x: auto }
 table { border-collapse: collapse } th, td { padding: .35rem .8rem; text-align: left; vertical-align: top }
 table.figures td:not(:first-child), table.figures th:not(:first-child) { text-align: right;
        font-variant-numeric: tabular-nums } table.figures tr { border-bottom: 1px solid var(--line) }
-table.pictures td { padding: .3rem } table.pictures img { width: 100%; min-width: 6rem; max-width: 15rem;
-       display: block; border: 1px solid var(--line); border-radius: 6px; background: #fff }
+table.pictures { table-layout: fixed; width: 100%; min-width: 34rem } table.pictures th:first-child { width: 9rem }
+table.pictures td { padding: .3rem } table.pictures img { width: 100%; max-width: 15rem; display: block;
+       border: 1px solid var(--line); border-radius: 6px; background: #fff }
 small { color: var(--faint) } code, pre { background: color-mix(in srgb, var(--ink) 8%, transparent);
        border-radius: 4px } pre { padding: .8rem; overflow-x: auto } svg { max-width: 100%; height: auto }
 """
@@ -71,7 +72,7 @@ def write_report(
         f"<p class=lead>Base <b>{escape(base_name)}</b> · {request.num_inference_steps} steps · the same prompts, "
         "seeds and settings in every column.</p>",
         _figures(files),
-        _curves(losses) if losses else "",
+        _curves(losses, _base_loss(files)) if losses else "",
         "<h2>Side by side</h2>",
         _pictures(request, cells),
         "<h2>The adapters</h2>",
@@ -87,11 +88,10 @@ def write_report(
 
 def _figures(files: Sequence[AdapterFile]) -> str:
     """Held-out loss of the base and of each adapter, where the adapters' headers have it."""
-    rows, base_loss = [], None
+    rows, base_loss = [], _base_loss(files)
     for file in files:
-        training = file.description.training if file.description else {}
-        base_loss, loss = training.get("held_out_loss_base"), training.get("held_out_loss")
-        if isinstance(base_loss, float) and isinstance(loss, float):
+        loss = _training(file).get("held_out_loss")
+        if base_loss is not None and isinstance(loss, float):
             change = 100 * (loss / base_loss - 1)
             rows.append(f"<tr><td>{file.config.kind_label}<td>{loss:.4f}<td>{change:+.1f} %")
     if not rows:
@@ -103,14 +103,24 @@ def _figures(files: Sequence[AdapterFile]) -> str:
     )
 
 
-def _curves(losses: Losses) -> str:
-    """Held-out (solid) and smoothed training loss (faint) over the steps, as an inline drawing."""
+def _training(file: AdapterFile) -> dict[str, str | int | float | None]:
+    return file.description.training if file.description else {}
+
+
+def _base_loss(files: Sequence[AdapterFile]) -> float | None:
+    values = [_training(file).get("held_out_loss_base") for file in files]
+    return next((value for value in values if isinstance(value, float)), None)
+
+
+def _curves(losses: Losses, base_loss: float | None) -> str:
+    """Held-out (solid) and smoothed training loss (faint) over the steps, the base dashed, as an inline drawing."""
     lines = {kind: _smooth([p.loss for p in points]) for kind, points in losses.items()}
     held = {
         kind: [(p.step, p.held_out_loss) for p in points if p.held_out_loss is not None]
         for kind, points in losses.items()
     }
     values = [v for line in lines.values() for v in line] + [v for line in held.values() for _, v in line if v]
+    values += [base_loss] if base_loss is not None else []
     steps = max(p.step for points in losses.values() for p in points)
     low, high = min(values), max(values)
     span = (high - low) or 1.0
@@ -119,6 +129,9 @@ def _curves(losses: Losses) -> str:
         return f"{50 + 630 * step / steps:.1f},{210 - 190 * (value - low) / span:.1f}"
 
     drawing = []
+    if base_loss is not None:
+        ends = f"{at(0, base_loss)} {at(steps, base_loss)}"
+        drawing.append(f"<polyline points='{ends}' fill=none stroke='{COLOURS['base']}' stroke-dasharray='6 5' />")
     for kind, points in losses.items():
         colour = COLOURS[kind]
         faint = " ".join(at(p.step, v) for p, v in zip(points, lines[kind], strict=True))
@@ -137,7 +150,8 @@ def _curves(losses: Losses) -> str:
         "<h2>While training</h2><svg viewBox='0 0 700 235' width=700 role=img aria-label='loss curves'>"
         f"{ticks}{legend}{''.join(drawing)}"
         f"<text x=680 y=230 text-anchor=end font-size=11 fill=gray>step {steps}</text>"
-        "<text x=50 y=230 font-size=11 fill=gray>solid: held-out loss; faint: training loss, smoothed</text></svg>"
+        "<text x=50 y=230 font-size=11 fill=gray>solid: held-out loss (dashed: the base's); "
+        "faint: training loss, smoothed</text></svg>"
     )
 
 
@@ -177,7 +191,7 @@ def _adapters(files: Sequence[AdapterFile]) -> str:
     rows = []
     for file in files:
         config, path = file.config, file.path
-        training = file.description.training if file.description else {}
+        training = _training(file)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         parameters = sum(tensor.numel() for tensor in file.tensors.values())
         rows.append(

@@ -119,9 +119,7 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
                     "was saved in, a .safetensors checkpoint, a hub id such as "
                     "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'emoji'."
                 )
-            return DiffusionPipeline.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, **_absent_parts(path)
-            )
+            return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **_absent_parts(path))
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise BaseModelError(
                 f"no base model at {name!r}: no such file or folder, and no hub id (those look like 'owner/name'). "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = ["CompareTab", "parse_seeds"]
 
 MOST_SEEDS = 8
 MOST_STEPS = 100
+TELL_EVERY = 0.5  # seconds; a message for every step of a quick base would take longer than the step
 Update = tuple[object, ...]
 
 
@@ -69,8 +71,9 @@ class CompareTab:
                 elem_id="guidance",
             )
         with gr.Row():
-            first = self._adapter("First adapter", "first")
-            second = self._adapter("Second adapter", "second")
+            keys = self.studio.shelf.pair()
+            first = self._adapter("First adapter", "first", keys[0])
+            second = self._adapter("Second adapter", "second", keys[1])
         self.pickers, self.strengths = (first[0], second[0]), (first[1], second[1])
         self._uploads, self._cards = (first[2], second[2]), (first[3], second[3])
         with gr.Row():
@@ -78,26 +81,23 @@ class CompareTab:
             self.halt = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-compare")
         self.status = gr.HTML(parts.status_line(""), elem_id="compare-status")
         self.error = gr.HTML("", visible=False, elem_id="compare-error")
-        self.grid = gr.HTML(parts.empty_state(False), elem_id="grid")
+        self.grid = gr.HTML(parts.empty_state(keys[0] is not None), elem_id="grid")
         self._connect()
 
-    def _adapter(self, label: str, name: str) -> tuple[gr.Dropdown, gr.Slider, gr.UploadButton, gr.HTML]:
-        with gr.Column(elem_classes="dd-adapter", min_width=280):
-            with gr.Row(equal_height=True):
-                picker = gr.Dropdown(
-                    [("none", "")], value="", label=label, scale=3, min_width=150, elem_id=f"{name}-adapter"
-                )
-                strength = gr.Slider(
-                    0, 1.5, value=1, step=0.05, label="Strength", scale=2, min_width=130, elem_id=f"{name}-strength"
-                )
-            with gr.Row(equal_height=True):
-                card = gr.HTML("<p class='dd-card'></p>", elem_id=f"{name}-card")
+    def _adapter(
+        self, label: str, name: str, chosen: str | None
+    ) -> tuple[gr.Dropdown, gr.Slider, gr.UploadButton, gr.HTML]:
+        with gr.Column(elem_classes="dd-adapter", min_width=290):
+            picker = gr.Dropdown(self._offered(), value=chosen or "", label=label, elem_id=f"{name}-adapter")
+            strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength", elem_id=f"{name}-strength")
+            with gr.Row(equal_height=True, elem_classes="dd-under"):
+                card = gr.HTML(self._card(chosen), elem_id=f"{name}-card", scale=3, min_width=120)
                 upload = gr.UploadButton(
-                    "Upload .safetensors",
+                    "Upload a file",
                     file_types=[".safetensors"],
                     size="sm",
                     scale=0,
-                    min_width=170,
+                    min_width=120,
                     elem_id=f"{name}-upload",
                 )
         return picker, strength, upload, card
@@ -177,7 +177,7 @@ class CompareTab:
         total = len(request.rows) * len(request.columns)
         folder = self.studio.new_pictures()
         placed: list[parts.Placed] = []
-        seconds = 0.0
+        seconds, told = 0.0, 0.0
         yield parts.grid(request, placed, names, drawing=True), gr.skip()
         for event in drawing:
             if isinstance(event, Cell):
@@ -186,7 +186,8 @@ class CompareTab:
                 done = len(placed) == total
                 text = f"{total} pictures in {seconds:.1f} s" if done else f"picture {len(placed) + 1} of {total}"
                 yield parts.grid(request, placed, names, drawing=not done), parts.status_line(text, busy=not done)
-            else:
+            elif (now := time.monotonic()) > told + TELL_EVERY or event.text:
+                told = now
                 text = event.text or f"picture {len(placed) + 1} of {total} · step {event.done} of {event.total}"
                 yield gr.skip(), parts.status_line(text, busy=True)
         if drawing.was_stopped:
@@ -206,9 +207,12 @@ class CompareTab:
 
     def choices(self, chosen: str | None) -> object:
         """The adapters there are now, whatever is chosen staying chosen."""
-        offered = [("none", ""), *((each.label, each.key) for each in self.studio.shelf.all())]
+        offered = self._offered()
         known = {key for _, key in offered}
         return gr.update(choices=offered, value=chosen if chosen in known else "")
+
+    def _offered(self) -> list[tuple[str, str]]:
+        return [("none", ""), *((each.label, each.key) for each in self.studio.shelf.all())]
 
     def preset(self) -> Update:
         """Both pickers and the grid of a page that was just opened."""
@@ -216,12 +220,14 @@ class CompareTab:
         return self.choices(first), self.choices(second), parts.empty_state(has_adapters=first is not None)
 
     def show_card(self, key: str | None) -> Update:
-        if not key:
-            return "<p class='dd-card'>none: this column stays empty</p>", gr.skip()
         try:
-            return f"<p class='dd-card'><b>{escape(self.studio.shelf.card(key))}</b></p>", gr.skip()
+            return self._card(key), gr.skip()
         except DoraDiffusionError as error:
-            return "<p class='dd-card'></p>", _panel(error)
+            return self._card(None), _panel(error)
+
+    def _card(self, key: str | None) -> str:
+        text = f"<b>{escape(self.studio.shelf.card(key))}</b>" if key else "this column stays empty"
+        return f"<p class='dd-card'>{text}</p>"
 
     def take_in(self, upload: str) -> Update:
         try:

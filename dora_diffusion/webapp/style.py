@@ -39,6 +39,8 @@ CSS = """
 .dark .dd-chip.dd-finished { color: #86efac; } .dark .dd-chip.dd-failed { color: #fca5a5; }
 
 .dd-adapter { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px !important; gap: 8px; }
+.dd-under { align-items: center; } .dd-adapter .block { padding: 0; border: none; background: none; box-shadow: none; }
+.dd-adapter .form { border: none; box-shadow: none; background: none; gap: 10px; }
 .dd-card { font-size: .82rem; color: var(--body-text-color-subdued); min-height: 1.3em; margin: 0; }
 .dd-card b { color: var(--body-text-color); }
 
@@ -49,7 +51,7 @@ CSS = """
 .dd-cell { margin: 0; } .dd-cell a { display: block; }
 .dd-cell img, .dd-wait, .dd-next { display: block; width: 100%; height: auto; aspect-ratio: 1; border-radius: 10px;
   border: 1px solid var(--border-color-primary); background: #fff; }
-.dd-cell img { object-fit: contain; }
+.dd-grid .dd-cell img { object-fit: contain; margin: 0; }
 .dd-wait, .dd-next { background: var(--background-fill-secondary); }
 .dd-next { animation: dd-pulse 1.4s ease-in-out infinite; }
 .dd-cell figcaption { margin-top: 5px; font-size: .82rem; line-height: 1.45; color: var(--body-text-color-subdued);
