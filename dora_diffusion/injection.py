@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
-from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, FrozenLayer, LoRAUpdate, freeze_view
+from dora_diffusion.frozen import FrozenLayer, freeze_view
+from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, LoRAUpdate
 
 __all__ = [
     "ATTENTION_TARGETS",

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, AdapterStateError, ConfigError, OutputError
 from dora_diffusion.formats.description import Description, identify_base
-from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter, write_safetensors
+from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
+from dora_diffusion.formats.storage import write_safetensors
 from dora_diffusion.injection import Adapter, AdapterConfig, inject_adapter
 
 kinds = pytest.mark.parametrize("kind", ["dora", "lora"])
@@ -348,7 +349,7 @@ def test_an_interruption_while_writing_leaves_the_old_file(tmp_path, monkeypatch
         Path(target).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dora_diffusion.formats.files.save_file", interrupted)
+    monkeypatch.setattr("dora_diffusion.formats.storage.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_safetensors({"a": torch.ones(3)}, path, {})
     assert path.read_bytes() == old

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_diffusion.errors import AdapterStateError
-from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, LoRAUpdate, freeze_view, row_norms
+from dora_diffusion.frozen import freeze_view
+from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, LoRAUpdate, row_norms
 
 UPDATES = {"dora": DoRAUpdate, "lora": LoRAUpdate}
 kinds = pytest.mark.parametrize("kind", ["dora", "lora"])

@@ -22,6 +22,7 @@ from emoji_base.stages import (
     run_autoencoder,
     run_denoiser,
     run_export,
+    run_polish,
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,9 +33,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("icons", type=Path, help="folder that holds the @iconify-json packages")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "dora_diffusion/assets/emoji")
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="checkpoints, logs")
-    parser.add_argument("--stage", choices=("all", "autoencoder", "denoiser", "export"),
+    parser.add_argument("--stage", choices=("all", "autoencoder", "polish", "denoiser", "export"),
                         default="all")  # fmt: skip
     parser.add_argument("--autoencoder-steps", type=int, default=AutoencoderPlan.steps)
+    parser.add_argument("--polish-steps", type=int, default=800, help="of the decoder alone")
     parser.add_argument("--steps", type=int, default=DenoiserPlan.steps)
     parser.add_argument("--decay-steps", type=int, default=DenoiserPlan.decay_steps,
                         help="over how many of the last steps the learning rate falls")  # fmt: skip
@@ -60,6 +62,8 @@ def main() -> None:
     missing = given.stage == "all" and finished_autoencoder(paths) is None
     if given.stage == "autoencoder" or missing:
         run_autoencoder(paths, AutoencoderPlan(steps=given.autoencoder_steps), device, given.seed)
+    if given.stage == "polish" or missing:
+        run_polish(paths, given.polish_steps, device, given.seed)
     if given.stage in ("all", "denoiser"):
         plan = DenoiserPlan(
             steps=given.steps,

@@ -9,8 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from dora_diffusion.frozen import FrozenLayer
 from dora_diffusion.injection import adaptable_layers
-from dora_diffusion.layers import FrozenLayer
 
 __all__ = ["HEADER_KEY", "BaseIdentity", "Description", "identify_base"]
 

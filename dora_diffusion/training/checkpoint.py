@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dora_diffusion.errors import AdapterFileError, TrainingError
-from dora_diffusion.formats.files import read_safetensors, write_safetensors
+from dora_diffusion.formats.storage import read_safetensors, write_safetensors
 from dora_diffusion.injection import Adapter
 from dora_diffusion.training.config import TrainConfig
 

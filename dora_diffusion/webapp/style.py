@@ -22,7 +22,8 @@ def theme() -> gr.themes.Base:
 
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; padding: 0 16px 32px !important; }
-.gradio-container, .gradio-container * { min-width: 0; }
+.gradio-container .html-container { padding: 0 !important; }
+.gradio-container .prose { max-width: none; }
 #top { align-items: center; gap: 8px; padding: 14px 0 2px; flex-wrap: wrap; }
 #top > * { flex: 0 1 auto; width: auto; }
 #top .dd-right { margin-left: auto; }
@@ -39,7 +40,8 @@ CSS = """
 .dark .dd-chip.dd-finished { color: #86efac; } .dark .dd-chip.dd-failed { color: #fca5a5; }
 
 .dd-adapter { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px !important; gap: 8px; }
-.dd-under { align-items: center; } .dd-adapter .block { padding: 0; border: none; background: none; box-shadow: none; }
+.dd-under { align-items: center; } 
+.dd-adapter .block { padding: 0 !important; border-width: 0 !important; background: none; box-shadow: none; }
 .dd-adapter .form { border: none; box-shadow: none; background: none; gap: 10px; }
 .dd-card { font-size: .82rem; color: var(--body-text-color-subdued); min-height: 1.3em; margin: 0; }
 .dd-card b { color: var(--body-text-color); }

@@ -36,7 +36,7 @@ KINDS = [("Train both", "both"), ("LoRA", "lora"), ("DoRA", "dora")]
 HEADERS = ["", "Picture", "Caption"]
 DEFAULT_STEPS = 200
 MOST_STEPS = 2000
-LOG_TAIL = 200
+LOG_TAIL = 8
 Update = tuple[object, ...]
 Table = list[list[str]]
 
@@ -105,7 +105,7 @@ class TrainTab:
         self.plot = gr.HTML("", elem_id="curves")
         self.look = gr.Button("Compare these two", visible=False, elem_id="compare-these")
         self.log = gr.Textbox(
-            label="Log", lines=7, max_lines=7, interactive=False, visible=False, autoscroll=True, elem_id="log"
+            label="Log", lines=LOG_TAIL, max_lines=LOG_TAIL, interactive=False, visible=False, elem_id="log"
         )
 
     def _connect(self, chip: gr.HTML, tabs: gr.Tabs) -> None:
@@ -192,7 +192,7 @@ class TrainTab:
             "rank": int(rank),
             "alpha": float(rank),
             "learning_rate": rate or None,
-            "validate_every": max(1, int(steps) // 10),
+            "validate_every": max(10, int(steps) // 10),
         }
         return TrainConfig.from_values(values, "the form")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +104,32 @@ def train(run: Training, plan: AutoencoderPlan, pictures: Tensor, device: torch.
         yield loss.item()
 
 
+def polish(vae: AutoencoderKL, pictures: Tensor, steps: int, device: torch.device, seed: int) -> Iterator[float]:
+    """Trains the decoder alone on finished latents, which stay as they are; yields the loss."""
+    vae.requires_grad_(False)
+    parts = [vae.decoder, vae.post_quant_conv]
+    parameters = [p for part in parts for p in part.requires_grad_(True).parameters()]
+    quicken(vae, device)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), fused=True)
+    average = MovingAverage(vae, 0.99)
+    draw = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * learning_rate_factor(step, steps, 20, steps)
+        x = augmented_batch(pictures, 16, draw).to(device)
+        with mixed_precision(device):
+            z = vae.encode(x).latent_dist.mean.float()
+            noise = torch.randn(z.shape, generator=draw).to(device)
+            y = vae.decode(z + POSTERIOR_STD * noise).sample
+        loss = reconstruction_loss(y.float(), x)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.update()
+        yield loss.item()
+    average.swap()
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor, batch: int = 64) -> Tensor:
     """The latents' means of uint8 pictures [N, H, W, 3]: float32 [N, 4, H / 4, W / 4]."""
@@ -136,8 +161,3 @@ def fold_standardisation(vae: AutoencoderKL, pictures: Tensor) -> None:
     conv.bias[:LATENT_CHANNELS] = (conv.bias[:LATENT_CHANNELS] - mean) / std
     conv.weight[LATENT_CHANNELS:] = 0.0
     conv.bias[LATENT_CHANNELS:] = 2 * math.log(POSTERIOR_STD)
-
-
-def save(vae: AutoencoderKL, folder: Path) -> None:
-    """Writes the finished autoencoder in diffusers' layout."""
-    vae.save_pretrained(folder)

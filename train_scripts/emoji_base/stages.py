@@ -100,6 +100,13 @@ def finished_autoencoder(paths: Paths) -> AutoencoderKL | None:
     return AutoencoderKL.from_pretrained(folder) if folder.is_dir() else None
 
 
+def _needed_autoencoder(paths: Paths) -> AutoencoderKL:
+    vae = finished_autoencoder(paths)
+    if vae is None:
+        raise FileNotFoundError(f"{paths.work} holds no vae folder: run the autoencoder first")
+    return vae
+
+
 def run_autoencoder(paths: Paths, plan: autoencoder.AutoencoderPlan, device: torch.device, seed: int) -> AutoencoderKL:
     """Trains the autoencoder, or goes on where its checkpoint stands."""
     plain, outlined = autoencoder_pixels(paths.icons, paths.work)
@@ -126,6 +133,18 @@ def run_autoencoder(paths: Paths, plan: autoencoder.AutoencoderPlan, device: tor
     shown = pictures[:: len(pictures) // 48][:48]
     save_pairs(shown, autoencoder.decode(vae, autoencoder.encode(vae, shown)), paths.work / "vae.png")
     return vae
+
+
+def run_polish(paths: Paths, steps: int, device: torch.device, seed: int) -> None:
+    """Sharpens the finished decoder; the latents, and so the denoiser, are not touched."""
+    vae = _needed_autoencoder(paths)
+    plain, outlined = autoencoder_pixels(paths.icons, paths.work)
+    pictures = torch.cat([torch.from_numpy(plain), torch.from_numpy(outlined)])
+    for step, loss in enumerate(autoencoder.polish(vae, pictures, steps, device, seed), 1):
+        if step % 50 == 0:
+            print(f"polish {step}/{steps}  loss {loss:.4f}", flush=True)
+    with replace_folder(paths.work / "vae") as folder:
+        vae.cpu().save_pretrained(folder)
 
 
 def training_icons(paths: Paths) -> tuple[list[Icon], Tensor]:
@@ -156,9 +175,7 @@ def _draw_samples(run: Training, vae: AutoencoderKL, tokenizer: CLIPTokenizer, p
 
 def run_denoiser(paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device, seed: int) -> None:
     """Trains text encoder and UNet, or goes on where the checkpoint stands, and exports."""
-    vae = finished_autoencoder(paths)
-    if vae is None:
-        raise FileNotFoundError(f"{paths.work} holds no vae folder: run the autoencoder first")
+    vae = _needed_autoencoder(paths)
     vae.to(device)
     icons, pixels = training_icons(paths)
     latents = autoencoder.encode(vae, pixels)
@@ -184,9 +201,7 @@ def run_denoiser(paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device
 
 def run_export(paths: Paths, device: torch.device) -> None:
     """Writes the averaged weights of the newest checkpoint as the stock pipeline."""
-    vae = finished_autoencoder(paths)
-    if vae is None:
-        raise FileNotFoundError(f"{paths.work} holds no vae folder: run the autoencoder first")
+    vae = _needed_autoencoder(paths)
     tokenizer = base_tokenizer(paths)
     run = denoiser.new_training(denoiser.DenoiserPlan(), tokenizer, device, 0)
     run.load(paths.work / "denoiser.pt")
