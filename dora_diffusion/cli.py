@@ -216,12 +216,14 @@ def compare(
 def web_app(
     base: BaseOption = "emoji",
     outputs: Annotated[Path, typer.Option(help="Where runs and pictures are kept.")] = Path("outputs"),
-    port: Annotated[int, typer.Option(help="The port on this machine.")] = 7860,
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 7860,
+    host: Annotated[str | None, typer.Option(help="Another address to listen at; needs --auth.")] = None,
+    auth: Annotated[str | None, typer.Option(help="USER:PASSWORD for everybody who opens it.")] = None,
 ) -> None:
-    """Open the web app on this machine."""
+    """Open the web app, on this machine only unless --host and --auth say otherwise."""
     from dora_diffusion.webapp.app import launch
 
-    launch(base=base, outputs=outputs, port=port)
+    launch(base=base, outputs=outputs, host=host, port=port, auth=auth)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:

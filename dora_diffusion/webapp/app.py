@@ -15,7 +15,7 @@ from dora_diffusion.models.loading import pick_device
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.compare import CompareTab
 from dora_diffusion.webapp.studio import Studio
-from dora_diffusion.webapp.style import CSS, theme
+from dora_diffusion.webapp.style import HEAD, theme
 from dora_diffusion.webapp.train import TrainTab
 
 __all__ = ["build", "launch"]
@@ -69,7 +69,7 @@ def launch(
             server_port=port,
             auth=login,
             theme=theme(),
-            css=CSS,
+            head=HEAD,
             footer_links=[],
             app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(address))]},
             allowed_paths=[str(studio.pictures)],

@@ -178,19 +178,26 @@ class CompareTab:
         folder = self.studio.new_pictures()
         placed: list[parts.Placed] = []
         seconds, told = 0.0, 0.0
-        yield parts.grid(request, placed, names, drawing=True), gr.skip()
-        for event in drawing:
-            if isinstance(event, Cell):
-                placed.append(parts.Placed(event, self._save(event, drawing.request, folder)))
-                seconds += event.seconds
-                done = len(placed) == total
-                text = f"{total} pictures in {seconds:.1f} s" if done else f"picture {len(placed) + 1} of {total}"
-                yield parts.grid(request, placed, names, drawing=not done), parts.status_line(text, busy=not done)
-            elif (now := time.monotonic()) > told + TELL_EVERY or event.text:
-                told = now
-                text = event.text or f"picture {len(placed) + 1} of {total} · step {event.done} of {event.total}"
-                yield gr.skip(), parts.status_line(text, busy=True)
-        if drawing.was_stopped:
+        drawn = False  # the pictures of before stay until there is something to draw
+        try:
+            for event in drawing:
+                if isinstance(event, Cell):
+                    placed.append(parts.Placed(event, self._save(event, request, folder)))
+                    seconds += event.seconds
+                    done = len(placed) == total
+                    text = f"{total} pictures in {seconds:.1f} s" if done else f"picture {len(placed) + 1} of {total}"
+                    yield parts.grid(request, placed, names, drawing=not done), parts.status_line(text, busy=not done)
+                elif (now := time.monotonic()) > told + TELL_EVERY or event.text:
+                    told = now
+                    shown = gr.skip() if drawn or event.text else parts.grid(request, placed, names, drawing=True)
+                    drawn = drawn or not event.text
+                    text = event.text or f"picture {len(placed) + 1} of {total} · step {event.done} of {event.total}"
+                    yield shown, parts.status_line(text, busy=True)
+        except DoraDiffusionError:
+            if drawn:
+                yield parts.grid(request, placed, names), gr.skip()
+            raise
+        if drawing.was_stopped and drawn:
             yield parts.grid(request, placed, names), gr.skip()
 
     def _save(self, cell: Cell, request: CompareRequest, folder: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-__all__ = ["CSS", "theme"]
+__all__ = ["HEAD", "theme"]
 
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 
@@ -24,6 +24,8 @@ CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; padding: 0 16px 32px !important; }
 .gradio-container .html-container { padding: 0 !important; }
 .gradio-container .prose { max-width: none; }
+/* The caption table sizes itself by its longest text: it must scroll inside its own box, never widen the page. */
+#captions { contain: inline-size; overflow-x: auto; }
 #top { align-items: center; gap: 8px; padding: 14px 0 2px; flex-wrap: wrap; }
 #top > * { flex: 0 1 auto; width: auto; }
 #top .dd-right { margin-left: auto; }
@@ -50,7 +52,7 @@ CSS = """
 .dd-head { display: flex; flex-direction: column; padding-bottom: 2px; overflow: hidden; }
 .dd-head b { font-size: 1.05rem; } .dd-head small { color: var(--body-text-color-subdued); overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; }
-.dd-cell { margin: 0; } .dd-cell a { display: block; }
+.dd-cell { margin: 0; } .dd-grid .dd-cell a { display: block; padding: 0; }
 .dd-cell img, .dd-wait, .dd-next { display: block; width: 100%; height: auto; aspect-ratio: 1; border-radius: 10px;
   border: 1px solid var(--border-color-primary); background: #fff; }
 .dd-grid .dd-cell img { object-fit: contain; margin: 0; }
@@ -96,8 +98,12 @@ CSS = """
 #captions img { width: 44px; height: 44px; object-fit: contain; background: #fff; border-radius: 6px; margin: 2px 0; }
 
 @media (max-width: 640px) {
-  .gradio-container { padding: 0 10px 24px !important; }
+  .gradio-container { padding: 0 0 24px !important; }
+  .gradio-container .main { padding: 8px 14px !important; }
   .dd-grid { gap: 10px 8px; } .dd-head b { font-size: .95rem; }
   .dd-cell figcaption, .dd-head small { font-size: .72rem; }
 }
 """
+
+# In the head and not as launch(css=...), which rewrites selectors so that those of the page's frame no longer match.
+HEAD = f"<style>{CSS}</style>"
