@@ -193,6 +193,23 @@ def test_an_upload_that_is_no_adapter_is_refused_by_its_own_name(tabs, studio, t
     assert not list(studio.shelf.uploaded.iterdir())
 
 
+def test_a_broken_file_among_the_adapters_does_not_keep_the_page_from_opening(studio):
+    for kind in ("lora", "dora"):
+        (studio.outputs / f"{kind}.safetensors").write_bytes(b"broken, and long enough to be read as a header")
+    assert studio.shelf.pair() == ("lora", "dora")
+    build(studio)
+
+
+def test_what_nobody_foresaw_is_shown_and_the_base_given_back(tabs, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("dora_diffusion.webapp.drawing.compare", fail)
+    assert "RuntimeError: out of memory" in last_html(draw(tabs[0]), 2)
+    monkeypatch.undo()
+    assert last_html(draw(tabs[0]), 0).count("<img") == 1
+
+
 def test_texts_from_outside_are_escaped():
     assert "<b>&lt;script&gt;" not in parts.error_panel(PromptError("<script>"))
     assert "<script>" not in parts.error_panel(PromptError("<script>"))

@@ -15,7 +15,7 @@ from dora_diffusion.models.loading import pick_device
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.compare import CompareTab
 from dora_diffusion.webapp.studio import Studio
-from dora_diffusion.webapp.style import HEAD, theme
+from dora_diffusion.webapp.style import CSS, HEAD, theme
 from dora_diffusion.webapp.train import TrainTab
 
 __all__ = ["build", "launch"]
@@ -69,6 +69,7 @@ def launch(
             server_port=port,
             auth=login,
             theme=theme(),
+            css=CSS,
             head=HEAD,
             footer_links=[],
             app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(address))]},
@@ -84,7 +85,9 @@ def launch(
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise ConfigError(f"cannot open port {port} on {address}: {error}. Choose another one with --port.") from error
+        raise ConfigError(
+            f"port {port} on {address} cannot be opened, or is taken. Choose another with --port."
+        ) from error
     print(f"DoRA Diffusion is open at {url}  (Ctrl-C ends it; everything is kept in {studio.web})", flush=True)
     page.block_thread()
     if not studio.jobs.close(SECONDS_FOR_A_CHECKPOINT):

@@ -91,7 +91,7 @@ class CompareTab:
             picker = gr.Dropdown(self._offered(), value=chosen or "", label=label, elem_id=f"{name}-adapter")
             strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength", elem_id=f"{name}-strength")
             with gr.Row(equal_height=True, elem_classes="dd-under"):
-                card = gr.HTML(self._card(chosen), elem_id=f"{name}-card", scale=3, min_width=120)
+                card = gr.HTML(self.show_card(chosen)[0], elem_id=f"{name}-card", scale=3, min_width=120)
                 upload = gr.UploadButton(
                     "Upload a file",
                     file_types=[".safetensors"],
@@ -187,8 +187,8 @@ class CompareTab:
                     done = len(placed) == total
                     text = f"{total} pictures in {seconds:.1f} s" if done else f"picture {len(placed) + 1} of {total}"
                     yield parts.grid(request, placed, names, drawing=not done), parts.status_line(text, busy=not done)
-                elif (now := time.monotonic()) > told + TELL_EVERY or event.text:
-                    told = now
+                elif event.text or not drawn or time.monotonic() > told + TELL_EVERY:
+                    told = time.monotonic()
                     shown = gr.skip() if drawn or event.text else parts.grid(request, placed, names, drawing=True)
                     drawn = drawn or not event.text
                     text = event.text or f"picture {len(placed) + 1} of {total} · step {event.done} of {event.total}"

@@ -6,6 +6,7 @@ that nobody finishes, and a lock in it would never be given back.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dora_diffusion.comparison.compare import Cell, CompareRequest, compare
+from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.models.loading import Base, load_base
 
 __all__ = ["Drawing", "Painter", "Progress"]
@@ -37,7 +39,7 @@ class Drawing:
     def __init__(self, painter: Painter, request: CompareRequest) -> None:
         self.request = request
         self._painter = painter
-        self._events: queue.SimpleQueue[Cell | Progress | BaseException | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Cell | Progress | DoraDiffusionError | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self.was_stopped = False
 
@@ -48,7 +50,7 @@ class Drawing:
         threading.Thread(target=self._run, name="drawing", daemon=True).start()
         try:
             while (event := self._events.get()) is not None:
-                if isinstance(event, BaseException):
+                if isinstance(event, DoraDiffusionError):
                     raise event
                 yield event
         finally:
@@ -61,8 +63,11 @@ class Drawing:
                     self._events.put(cell)
         except _Stop:
             self.was_stopped = True
-        except BaseException as error:
+        except DoraDiffusionError as error:
             self._events.put(error)
+        except Exception as error:
+            logging.getLogger(__name__).exception("a comparison failed")
+            self._events.put(DoraDiffusionError(f"something unforeseen went wrong ({type(error).__name__}: {error})."))
         finally:
             self._events.put(None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-__all__ = ["HEAD", "theme"]
+__all__ = ["CSS", "HEAD", "theme"]
 
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 
@@ -20,12 +20,21 @@ def theme() -> gr.themes.Base:
     )
 
 
-CSS = """
+# The page's frame. It goes into the head: launch(css=...) rewrites selectors, and those of the frame no longer match.
+HEAD = """<style>
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important; padding: 0 16px 32px !important; }
 .gradio-container .html-container { padding: 0 !important; }
 .gradio-container .prose { max-width: none; }
 /* The caption table sizes itself by its longest text: it must scroll inside its own box, never widen the page. */
 #captions { contain: inline-size; overflow-x: auto; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 0 0 24px !important; }
+  .gradio-container .main { padding: 8px 14px !important; }
+}
+</style>"""
+
+# The pieces of parts.py, for launch(css=...), whose rewriting makes them stronger than Gradio's own rules for texts.
+CSS = """
 #top { align-items: center; gap: 8px; padding: 14px 0 2px; flex-wrap: wrap; }
 #top > * { flex: 0 1 auto; width: auto; }
 #top .dd-right { margin-left: auto; }
@@ -42,7 +51,7 @@ CSS = """
 .dark .dd-chip.dd-finished { color: #86efac; } .dark .dd-chip.dd-failed { color: #fca5a5; }
 
 .dd-adapter { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px !important; gap: 8px; }
-.dd-under { align-items: center; } 
+.dd-under { align-items: center; }
 .dd-adapter .block { padding: 0 !important; border-width: 0 !important; background: none; box-shadow: none; }
 .dd-adapter .form { border: none; box-shadow: none; background: none; gap: 10px; }
 .dd-card { font-size: .82rem; color: var(--body-text-color-subdued); min-height: 1.3em; margin: 0; }
@@ -98,12 +107,7 @@ CSS = """
 #captions img { width: 44px; height: 44px; object-fit: contain; background: #fff; border-radius: 6px; margin: 2px 0; }
 
 @media (max-width: 640px) {
-  .gradio-container { padding: 0 0 24px !important; }
-  .gradio-container .main { padding: 8px 14px !important; }
   .dd-grid { gap: 10px 8px; } .dd-head b { font-size: .95rem; }
   .dd-cell figcaption, .dd-head small { font-size: .72rem; }
 }
 """
-
-# In the head and not as launch(css=...), which rewrites selectors so that those of the page's frame no longer match.
-HEAD = f"<style>{CSS}</style>"

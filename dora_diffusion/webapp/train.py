@@ -56,7 +56,7 @@ class TrainTab:
 
     def _build_form(self) -> None:
         self.files = gr.File(
-            label="Pictures (and .txt captions of the same names, if there are any)",
+            label="Pictures, and captions as .txt",
             file_count="multiple",
             file_types=ACCEPTED,
             height=150,

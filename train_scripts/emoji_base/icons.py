@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .common import COMMON_THINGS
+
 IMAGE_SIZE = 64
 
 
@@ -152,7 +154,7 @@ def _wanted_names(sets: list[IconSet], categories: Sequence[str]) -> set[str]:
 def select_icons(sets: list[IconSet], most_words: int = 3) -> list[Icon]:
     """Icons of the wanted categories: animals and foods of three sets, other things of all four.
 
-    Animals and foods weigh double: they are what people ask for first and judge hardest.
+    Common things weigh most: they are what people ask for first and judge hardest.
     """
     wanted = _wanted_names(sets, CATEGORIES)
     living = _wanted_names(sets, CATEGORIES[:2])
@@ -167,7 +169,7 @@ def select_icons(sets: list[IconSet], most_words: int = 3) -> list[Icon]:
         if len(chief.split("-")) > most_words:
             continue
         variants = tuple(spoken(n) for n in group if n != chief and len(n.split("-")) <= 4)
-        weight = 2.0 if living.intersection(group) else 1.0
+        weight = 10.0 if spoken(chief) in COMMON_THINGS else 1.5 if living.intersection(group) else 0.25
         icons += [Icon(spoken(chief), variants, s.info.style, s.svg(name), weight) for s, name in found if name]
     return icons
 

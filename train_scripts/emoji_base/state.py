@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import write_atomically
+from .muon import Together
 
 
 class MovingAverage:
@@ -60,7 +61,7 @@ class Training:
     """Everything a run carries from one step to the next."""
 
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Together
     average: MovingAverage
     generator: torch.Generator
     step: int = 0
@@ -92,7 +93,10 @@ class Training:
     def load(self, path: Path) -> None:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         self.module.load_state_dict(saved["module"])
+        rates = [group["base_lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["base_lr"] = rate  # the command line's, so that a resumed run can change it
         self.average.load_state_dict(saved["average"])
         self.generator.set_state(saved["generator"])
         self.step, self.seconds = saved["step"], saved["seconds"]
