@@ -9,12 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from dora_diffusion.comparison.compare import Cell, CompareRequest
+from dora_diffusion.injection import KIND_LABEL
 from dora_diffusion.training.loop import Step
 from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Previewed, Resumed, Stopped
 
-__all__ = ["KIND_LABEL", "clock", "show_cells", "show_training"]
-
-KIND_LABEL = {"lora": "LoRA", "dora": "DoRA"}
+__all__ = ["clock", "show_cells", "show_training"]
 
 
 class TimeLeft(ProgressColumn):

@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from dora_diffusion.comparison.compare import Column, CompareRequest, compare
+from dora_diffusion.comparison.curves import read_curves
 from dora_diffusion.comparison.grid import draw_grid
-from dora_diffusion.comparison.report import read_losses, write_report
+from dora_diffusion.comparison.report import write_report
 from dora_diffusion.console import show_cells, show_training
 from dora_diffusion.errors import DataError
 from dora_diffusion.models.loading import ASSETS, Base, load_base
@@ -97,7 +98,7 @@ def _compare(base: Base, out: Path, size: DemoSize, console: Console) -> list[Pa
         request,
         cells,
         base_name=base.name,
-        losses=read_losses(out / "log.jsonl"),
+        curves=read_curves(out / "log.jsonl"),
         commands=next_commands(out),
     )
     return [save_png(draw_grid(request, cells), out / "comparison.png"), write_text(out / "report.html", report)]

@@ -22,6 +22,7 @@ from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, LoRAUpdate
 
 __all__ = [
     "ATTENTION_TARGETS",
+    "KIND_LABEL",
     "Adapter",
     "AdapterConfig",
     "Kind",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Kind = Literal["dora", "lora"]
+KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}  # as people write them
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 UPDATES: dict[str, type[LoRAUpdate]] = {"dora": DoRAUpdate, "lora": LoRAUpdate}
 _FROZEN = "_frozen_for_adapters"
@@ -75,7 +77,7 @@ class AdapterConfig:
     @property
     def kind_label(self) -> str:
         """The kind as people write it."""
-        return {"dora": "DoRA", "lora": "LoRA"}[self.kind]
+        return KIND_LABEL[self.kind]
 
     def rank_of(self, name: str) -> int:
         return self.rank_pattern.get(name, self.rank)

@@ -62,6 +62,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
             pass
     except OSError as error:
         raise OutputError(
-            f"cannot write to {folder}: {error.strerror or error}. Choose a folder of your own with --out."
+            f"cannot write to {folder}: {error.strerror or error}. "
+            "Choose an output folder of your own (--out; --outputs of the web app)."
         ) from error
     return folder

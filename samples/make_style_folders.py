@@ -1,4 +1,4 @@
-"""Draws `samples/openmoji/` and `samples/fluent/`: the same sixteen things in two styles, with captions, and eight held out.
+"""Draws `samples/openmoji/` and `samples/fluent/`: the same sixteen things in two styles, and eight more held out.
 
 npm install @iconify-json/openmoji@1.2.29 @iconify-json/fluent-emoji@1.2.7
 python samples/make_style_folders.py node_modules/@iconify-json
@@ -52,8 +52,7 @@ def svg_texts(package: Path, names: tuple[str, ...]) -> dict[str, str]:
     box = f"0 0 {icon_set['width']} {icon_set['height']}"
     bodies = {name: icon_set["icons"][name]["body"] for name in names}
     return {
-        name: f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{body}</svg>'
-        for name, body in bodies.items()
+        name: f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{body}</svg>' for name, body in bodies.items()
     }
 
 

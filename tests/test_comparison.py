@@ -12,8 +12,9 @@ from PIL import Image
 
 from dora_diffusion import AdapterConfig, inject_adapter, save_adapter
 from dora_diffusion.comparison.compare import BASE, Cell, Column, CompareRequest, columns_of, compare, mean_difference
+from dora_diffusion.comparison.curves import Curve
 from dora_diffusion.comparison.grid import draw_grid
-from dora_diffusion.comparison.report import LossPoint, write_report
+from dora_diffusion.comparison.report import write_report
 from dora_diffusion.errors import AdapterFileError, ConfigError, PromptError
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.models.loading import Base
@@ -151,8 +152,8 @@ def test_the_grid_holds_every_cell_enlarged(files: tuple[Path, Path]) -> None:
 
 def test_the_report_is_one_file_that_asks_for_nothing_else(files: tuple[Path, Path]) -> None:
     request = request_of(files, prompts=("<script>alert(1)</script>",))
-    curves = {"lora": [LossPoint(1, 0.5, None), LossPoint(2, 0.4, 0.6)]}
-    html = write_report("A & B", request, cells_of(request), base_name="emoji", losses=curves, commands=("a <b>",))
+    curves = {"lora": Curve([0.5, 0.4], [(2, 0.6)])}
+    html = write_report("A & B", request, cells_of(request), base_name="emoji", curves=curves, commands=("a <b>",))
     assert html.count("data:image/png;base64,") == 6
     assert "<script" not in html and "A &amp; B" in html and "a &lt;b&gt;" in html
     assert not re.search(r"(?:src|href)=(?!['\"]data:)", html) and "http" not in html

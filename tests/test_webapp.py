@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from web_helpers import make_pair, sample_files
 
+from dora_diffusion.comparison.curves import Curve, draw_curves
 from dora_diffusion.errors import AdapterFileError, ConfigError, DataError, PromptError, TrainingError
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.webapp import parts, uploads
 from dora_diffusion.webapp.app import _hosts, _login, build
 from dora_diffusion.webapp.compare import CompareTab, parse_seeds
-from dora_diffusion.webapp.curves import Curve, draw_curves
 from dora_diffusion.webapp.jobs import JobState, TrainingJob, TrainingJobs
 from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.train import TrainTab

@@ -1,7 +1,7 @@
 """DreamBooth-style training under accelerate: the same options and the same code as `dora-diffusion train`.
 
-    accelerate launch train_scripts/dreambooth.py --images FOLDER --instance-prompt "..." --kind dora --out DIR
-    accelerate launch --num_processes 2 train_scripts/dreambooth.py CONFIG.toml
+accelerate launch train_scripts/dreambooth.py --images FOLDER --instance-prompt "..." --kind dora --out DIR
+accelerate launch --num_processes 2 train_scripts/dreambooth.py CONFIG.toml
 """
 
 from __future__ import annotations

@@ -5,20 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 
 from PIL import Image
 
 from dora_diffusion.comparison.compare import Cell, CompareRequest
+from dora_diffusion.comparison.curves import Curve, draw_curves
 from dora_diffusion.formats.files import AdapterFile, read_adapter_file
 
-__all__ = ["LossPoint", "Losses", "read_losses", "write_report"]
+__all__ = ["write_report"]
 
-COLOURS = {"lora": "#d97706", "dora": "#2563eb", "base": "#6b7280"}
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --faint: #6a6a6a; --line: #ddd; --paper: #fff; }
 @media (prefers-color-scheme: dark) { :root { --ink: #eee; --faint: #aaa; --line: #444; --paper: #16181c; } }
@@ -33,27 +30,9 @@ table.pictures { table-layout: fixed; width: 100%; min-width: 34rem } table.pict
 table.pictures td { padding: .3rem } table.pictures img { width: 100%; max-width: 15rem; display: block;
        border: 1px solid var(--line); border-radius: 6px; background: #fff }
 small { color: var(--faint) } code, pre { background: color-mix(in srgb, var(--ink) 8%, transparent);
-       border-radius: 4px } pre { padding: .8rem; overflow-x: auto } svg { max-width: 100%; height: auto }
+       border-radius: 4px } pre { padding: .8rem; overflow-x: auto } svg { width: 100%; max-width: 44rem }
+.dd-curves text { fill: var(--faint); font-size: 11px } .dd-gridline { stroke: var(--line) }
 """
-
-
-@dataclass(frozen=True)
-class LossPoint:
-    step: int
-    loss: float
-    held_out_loss: float | None
-
-
-Losses = dict[str, list[LossPoint]]
-
-
-def read_losses(log: Path) -> Losses:
-    """The loss curves of a run's log.jsonl, by kind; empty when there is none."""
-    losses: Losses = {}
-    for line in log.read_text().splitlines() if log.exists() else ():
-        entry = json.loads(line)
-        losses.setdefault(entry["kind"], []).append(LossPoint(entry["step"], entry["loss"], entry.get("held_out_loss")))
-    return losses
 
 
 def write_report(
@@ -62,7 +41,7 @@ def write_report(
     cells: Sequence[Cell],
     *,
     base_name: str,
-    losses: Losses | None = None,
+    curves: Mapping[str, Curve] | None = None,
     commands: Sequence[str] = (),
 ) -> str:
     """The page's HTML: it refers to no other file and no other host."""
@@ -72,7 +51,7 @@ def write_report(
         f"<p class=lead>Base <b>{escape(base_name)}</b> · {request.num_inference_steps} steps · the same prompts, "
         "seeds and settings in every column.</p>",
         _figures(files),
-        _curves(losses, _base_loss(files)) if losses else "",
+        _curves(curves, _base_loss(files)) if curves else "",
         "<h2>Side by side</h2>",
         _pictures(request, cells),
         "<h2>The adapters</h2>",
@@ -112,55 +91,9 @@ def _base_loss(files: Sequence[AdapterFile]) -> float | None:
     return next((value for value in values if isinstance(value, float)), None)
 
 
-def _curves(losses: Losses, base_loss: float | None) -> str:
-    """Held-out (solid) and smoothed training loss (faint) over the steps, the base dashed, as an inline drawing."""
-    lines = {kind: _smooth([p.loss for p in points]) for kind, points in losses.items()}
-    held = {
-        kind: [(p.step, p.held_out_loss) for p in points if p.held_out_loss is not None]
-        for kind, points in losses.items()
-    }
-    values = [v for line in lines.values() for v in line] + [v for line in held.values() for _, v in line if v]
-    values += [base_loss] if base_loss is not None else []
-    steps = max(p.step for points in losses.values() for p in points)
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
-
-    def at(step: float, value: float) -> str:
-        return f"{50 + 630 * step / steps:.1f},{210 - 190 * (value - low) / span:.1f}"
-
-    drawing = []
-    if base_loss is not None:
-        ends = f"{at(0, base_loss)} {at(steps, base_loss)}"
-        drawing.append(f"<polyline points='{ends}' fill=none stroke='{COLOURS['base']}' stroke-dasharray='6 5' />")
-    for kind, points in losses.items():
-        colour = COLOURS[kind]
-        faint = " ".join(at(p.step, v) for p, v in zip(points, lines[kind], strict=True))
-        drawing.append(f"<polyline points='{faint}' fill=none stroke='{colour}' stroke-opacity=.35 />")
-        solid = " ".join(at(step, value) for step, value in held[kind] if value is not None)
-        drawing.append(f"<polyline points='{solid}' fill=none stroke='{colour}' stroke-width=2.5 />")
-    legend = "".join(
-        f"<text x={70 + 90 * i} y=16 fill='{COLOURS[kind]}' font-size=13>● {_label(kind)}</text>"
-        for i, kind in enumerate(losses)
-    )
-    ticks = "".join(
-        f"<text x=44 y={float(at(0, v).split(',')[1]) + 4:.0f} text-anchor=end font-size=11 fill=gray>{v:.3f}</text>"
-        for v in (low, (low + high) / 2, high)
-    )
-    return (
-        "<h2>While training</h2><svg viewBox='0 0 700 235' width=700 role=img aria-label='loss curves'>"
-        f"{ticks}{legend}{''.join(drawing)}"
-        f"<text x=680 y=230 text-anchor=end font-size=11 fill=gray>step {steps}</text>"
-        "<text x=50 y=230 font-size=11 fill=gray>solid: held-out loss (dashed: the base's); "
-        "faint: training loss, smoothed</text></svg>"
-    )
-
-
-def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
-    smoothed: list[float] = []
-    for i, value in enumerate(values):
-        weight = min(keep, i / (i + 1))  # a plain mean at first, so that the curve does not start at one sample
-        smoothed.append(value if i == 0 else weight * smoothed[-1] + (1 - weight) * value)
-    return smoothed
+def _curves(curves: Mapping[str, Curve], base_loss: float | None) -> str:
+    steps = max(len(curve.loss) for curve in curves.values())
+    return "<h2>While training</h2>" + draw_curves(curves, steps, base_loss)
 
 
 def _pictures(request: CompareRequest, cells: Sequence[Cell]) -> str:
@@ -201,7 +134,3 @@ def _adapters(files: Sequence[AdapterFile]) -> str:
         )
     head = "<tr><th>File<th>Kind<th>Rank<th>Alpha<th>Layers<th>Parameters<th>Size<th>Steps<th>SHA-256"
     return f"<div class=scroll><table class=figures>{head}{''.join(rows)}</table></div>"
-
-
-def _label(kind: str) -> str:
-    return {"dora": "DoRA", "lora": "LoRA"}[kind]

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from dora_diffusion.console import KIND_LABEL, clock
+from dora_diffusion.comparison.curves import Curve
+from dora_diffusion.console import clock
 from dora_diffusion.errors import DoraDiffusionError, TrainingError
-from dora_diffusion.injection import Kind
+from dora_diffusion.injection import KIND_LABEL
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import Step
 from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Stopped, train
-from dora_diffusion.webapp.curves import Curve
 
 __all__ = ["JobState", "TrainingJob", "TrainingJobs"]
 
@@ -51,7 +51,7 @@ class TrainingJob:
     name: str
     config: TrainConfig
     state: JobState = field(init=False)
-    curves: dict[Kind, Curve] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

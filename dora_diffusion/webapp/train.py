@@ -12,12 +12,12 @@ from pathlib import Path
 
 import gradio as gr
 
+from dora_diffusion.comparison.curves import draw_curves
 from dora_diffusion.errors import DataError, DoraDiffusionError, TrainingError
 from dora_diffusion.outputs import make_folder
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.compare import CompareTab, toast
-from dora_diffusion.webapp.curves import draw_curves
 from dora_diffusion.webapp.jobs import TrainingJob
 from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.uploads import (

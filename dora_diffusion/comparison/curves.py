@@ -1,16 +1,17 @@
-"""The loss curves of a run under way, as an inline drawing: no plotting library, light and dark alike."""
+"""The loss curves of a run, under way or finished, as an inline drawing: no plotting library, light and dark alike."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from dora_diffusion.comparison.report import COLOURS
-from dora_diffusion.console import KIND_LABEL
-from dora_diffusion.injection import Kind
+from dora_diffusion.injection import KIND_LABEL
 
-__all__ = ["Curve", "draw_curves"]
+__all__ = ["Curve", "draw_curves", "read_curves"]
 
+COLOURS = {"lora": "#d97706", "dora": "#2563eb", "base": "#6b7280"}
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 28, 26
 MOST_POINTS = 300  # a finer line would not be seen
@@ -25,21 +26,42 @@ class Curve:
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
 
-def draw_curves(curves: Mapping[Kind, Curve], steps: int) -> str:
-    """An <svg>: each step's loss faint, smoothed thin, the held-out loss thick; the x axis ends at `steps`."""
+def read_curves(log: Path) -> dict[str, Curve]:
+    """The curves of a run's log.jsonl, by kind; empty when there is none."""
+    curves: dict[str, Curve] = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        entry = json.loads(line)
+        curve = curves.setdefault(entry["kind"], Curve())
+        curve.loss.append(entry["loss"])
+        if "held_out_loss" in entry:
+            curve.held_out.append((entry["step"], entry["held_out_loss"]))
+    return curves
+
+
+def draw_curves(curves: Mapping[str, Curve], steps: int, base_loss: float | None = None) -> str:
+    """An <svg>: each step's loss faint, smoothed thin, the held-out loss thick; the x axis ends at `steps`.
+
+    `base_loss`, the held-out loss of the base, is a dashed line.
+    """
     smoothed = {kind: _smooth(curve.loss) for kind, curve in curves.items()}
-    span = _span(curves, smoothed)
+    span = _span(curves, smoothed, base_loss)
     if span is None:
         return ""
     low, high = span
 
-    def line(points: Sequence[tuple[float, float]], kind: Kind, style: str) -> str:
+    def line(points: Sequence[tuple[float, float]], kind: str, style: str) -> str:
         if not points:
             return ""
         places = " ".join(f"{_x(step, steps):.1f},{_y(value, low, high):.1f}" for step, value in _thin(points))
         return f"<polyline points='{places}' fill='none' stroke='{COLOURS[kind]}' stroke-linejoin='round' {style}/>"
 
     parts = [_axes(low, high, steps)]
+    if base_loss is not None:
+        y = f"{_y(base_loss, low, high):.1f}"
+        parts.append(
+            f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y}' y2='{y}' stroke='{COLOURS['base']}' "
+            "stroke-dasharray='6 5'/>"
+        )
     for kind, curve in list(curves.items()):
         parts.append(line(list(enumerate(curve.loss, 1)), kind, "stroke-opacity='.18'"))
         parts.append(line(list(enumerate(smoothed[kind], 1)), kind, "stroke-opacity='.75' stroke-width='1.5'"))
@@ -56,12 +78,15 @@ def draw_curves(curves: Mapping[Kind, Curve], steps: int) -> str:
     )
 
 
-def _span(curves: Mapping[Kind, Curve], smoothed: Mapping[Kind, list[float]]) -> tuple[float, float] | None:
+def _span(
+    curves: Mapping[str, Curve], smoothed: Mapping[str, list[float]], base_loss: float | None
+) -> tuple[float, float] | None:
     """The range of the y axis. Single steps scatter widely, so their farthest tenth does not count."""
     raw = sorted(value for curve in curves.values() for value in curve.loss)
     raw = raw[len(raw) // 20 : len(raw) - len(raw) // 20]
     calm = [value for line in smoothed.values() for value in line]
     values = raw + calm + [value for curve in curves.values() for _, value in curve.held_out]
+    values += [base_loss] if base_loss is not None and values else []
     if not values:
         return None
     low, high = min(values), max(values)
@@ -89,13 +114,13 @@ def _axes(low: float, high: float, steps: int) -> str:
     return "".join(parts)
 
 
-def _legend(curves: Mapping[Kind, Curve]) -> str:
+def _legend(curves: Mapping[str, Curve]) -> str:
     parts, x = [], LEFT
     for kind in curves:
         parts.append(f"<circle cx='{x + 5}' cy='12' r='5' fill='{COLOURS[kind]}'/>")
         parts.append(f"<text x='{x + 15}' y='16' class='dd-key'>{KIND_LABEL[kind]}</text>")
         x += 70
-    note = "thick: held out · thin: training, smoothed"
+    note = "thick: held out (dashed: the base) · thin: training, smoothed"
     parts.append(f"<text x='{WIDTH - RIGHT}' y='16' text-anchor='end'>{note}</text>")
     return "".join(parts)
 
