@@ -23,7 +23,7 @@ __all__ = ["DEMO", "QUICK", "DemoSize", "demo_config", "run_demo", "sample_folde
 
 STYLE = "openmoji"
 # None of these is in the style folder, neither to train on nor to measure on.
-PROMPTS = ("fox", "strawberry", "octopus", "tulip", "bell", "whale")
+PROMPTS = ("panda", "strawberry", "frog", "tulip", "hamburger", "crown")
 
 
 @dataclass(frozen=True)

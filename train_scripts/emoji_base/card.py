@@ -72,7 +72,9 @@ nor by the denoiser: they are the styles that adapters are taught.
     python train_scripts/evaluate_emoji_base.py node_modules/@iconify-json
 
 The autoencoder learned from all pictures of the four sets, moved, recoloured, shaded and
-outlined; the denoiser from the named things alone. Sources and licences of the pictures: NOTICE.
+outlined; the denoiser from the named
+things alone, a hundred common ones (`train_scripts/emoji_base/common.py`, the same that the
+evaluation asks for) far more often than the rest. Sources and licences of the pictures: NOTICE.
 """
 
 

@@ -20,7 +20,7 @@ from .prompts import Prompt, evaluation_prompts
 from .rendering import render_all
 from .sheets import save_sheet
 
-STEPS, GUIDANCE = 25, 4.0
+STEPS, GUIDANCE = 25, 5.0
 
 
 @dataclass(frozen=True)
