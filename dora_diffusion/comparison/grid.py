@@ -35,7 +35,7 @@ def draw_grid(request: CompareRequest, cells: Sequence[Cell]) -> Image.Image:
     pen = ImageDraw.Draw(grid)
     title, small = ImageFont.load_default(size=18), ImageFont.load_default(size=12)
     for i, column in enumerate(columns):
-        name = column.label if column.path is None else f"{column.label} × {column.strength:g}"
+        name = column.label if column.path is None else f"{column.label}, strength {column.strength:g}"
         pen.text((_x(i, width) + width / 2, MARGIN), name, INK, font=title, anchor="ma")
     for row, (prompt, seed) in enumerate(rows):
         top = MARGIN + HEADER + row * (height + caption + GAP)

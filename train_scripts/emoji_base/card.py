@@ -33,15 +33,16 @@ pipeline("red apple, noto style", num_inference_steps={steps}, guidance_scale={g
 
 ## Prompts
 
-Say a thing and a style: `NAME, STYLE style`. It knows about 640 animals, plants, foods, places,
-vehicles and objects by their emoji names, in four styles:
+Say a thing and a style: `NAME, STYLE style`. It saw 641 animals, plants, foods, places, vehicles
+and objects by their emoji names, but learned the hundred of the sheet above far better than the
+rest, in four styles:
 
 | style word | icon set | licence |
 |---|---|---|
 {styles}
 
-Guidance about {guidance}; the pipeline's default of 7.5 is too strong. It does not know people,
-gestures, flags or text, and scenes of several things are beyond it.
+The figures below hold for guidance {guidance}. It does not know people, gestures, flags or text,
+and scenes of several things are beyond it.
 
 ## Figures
 
@@ -72,9 +73,9 @@ nor by the denoiser: they are the styles that adapters are taught.
     python train_scripts/evaluate_emoji_base.py node_modules/@iconify-json
 
 The autoencoder learned from all pictures of the four sets, moved, recoloured, shaded and
-outlined; the denoiser from the named
-things alone, a hundred common ones (`train_scripts/emoji_base/common.py`, the same that the
-evaluation asks for) far more often than the rest. Sources and licences of the pictures: NOTICE.
+outlined; the denoiser from the named things alone. A hundred common ones
+(`train_scripts/emoji_base/common.py`, the same that the evaluation asks for) came far more often
+than the rest. Sources and licences of the pictures: NOTICE.
 """
 
 

@@ -59,11 +59,18 @@ def pipeline_of(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer) -
     )
 
 
-def _ask_for_float32(config: Path) -> None:
-    """Without this, transformers loads float16 and diffusers float32, which do not mix."""
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["dtype"] = "float32"
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _tidy_configs(folder: Path) -> None:
+    """Drops the working folder's path, and asks for float32.
+
+    Without the latter transformers loads float16 and diffusers float32, which do not mix.
+    """
+    for part in ("vae", "unet", "text_encoder"):
+        config = folder / part / "config.json"
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)
+        if part == "text_encoder":
+            settings["dtype"] = "float32"
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def export(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, out: Path) -> None:
@@ -75,7 +82,7 @@ def export(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, out: P
     with replace_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
         save_tokenizer(tokenizer, folder / "tokenizer")
-        _ask_for_float32(folder / "text_encoder" / "config.json")
+        _tidy_configs(folder)
         (folder / "NOTICE").write_text(notice(), encoding="utf-8")
         for name in PAPERS:
             if (out / name).exists():

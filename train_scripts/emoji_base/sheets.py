@@ -41,4 +41,5 @@ def save_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], path: Pat
         sheet.paste(picture, (left + 12, top + 2))
         middle = left + cell_width // 2
         draw.text((middle, top + size + 3), label[:19], fill="#444", font=font, anchor="ma")
-    _save(sheet, path)
+    # 256 colours are enough for icons and keep the landed folder small.
+    _save(sheet.quantize(256, dither=Image.Dither.NONE), path)
