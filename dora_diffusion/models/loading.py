@@ -34,7 +34,7 @@ class Embedded:
     learning_rate: float
 
 
-EMBEDDED = {"emoji": Embedded("emoji", guidance_scale=4.0, learning_rate=1e-3)}
+EMBEDDED = {"emoji": Embedded("emoji", guidance_scale=5.0, learning_rate=1e-3)}
 
 
 @dataclass(frozen=True)
