@@ -37,7 +37,7 @@ def unet(seed: int = 0, **overrides: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**config, **overrides}).eval()
 
 
-def sd3_transformer(seed: int = 0) -> SD3Transformer2DModel:
+def sd3_transformer(seed: int = 0, joint_attention_dim: int = 32) -> SD3Transformer2DModel:
     torch.manual_seed(seed)
     return SD3Transformer2DModel(
         sample_size=8,
@@ -46,7 +46,7 @@ def sd3_transformer(seed: int = 0) -> SD3Transformer2DModel:
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
-        joint_attention_dim=32,
+        joint_attention_dim=joint_attention_dim,
         caption_projection_dim=32,
         pooled_projection_dim=64,
         out_channels=4,
@@ -142,23 +142,6 @@ def stable_diffusion_3() -> DiffusionPipeline:
         tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
         tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
         tokenizer_3=None,
-        transformer=_sd3_for_pipeline(),
+        transformer=sd3_transformer(joint_attention_dim=64),  # with no T5, the two CLIP embeddings side by side
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
-
-
-def _sd3_for_pipeline() -> SD3Transformer2DModel:
-    # With no T5, the pipeline pads the two CLIP embeddings side by side (64) to the joint width.
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=64,
-        caption_projection_dim=32,
-        pooled_projection_dim=64,
-        out_channels=4,
-    ).eval()
