@@ -188,6 +188,9 @@ def run_denoiser(paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device
     pace, stop = Pace(plan.steps, save_every=180, draw_every=300), StopSignal()
     losses = denoiser.train(run, plan, latents, denoiser.Captions(tokenizer, icons), device)
     for _ in logged(run, losses, paths.work / "denoiser.jsonl", pace, every=100):
+        if run.step == plan.steps - plan.decay_steps:
+            # A longer run starts from here: once the learning rate has fallen, going on gains little.
+            run.save(paths.work / "denoiser_stable.pt")
         if pace.due("save") or stop.received:
             run.save(checkpoint)
         if stop.received:
