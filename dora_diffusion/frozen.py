@@ -6,15 +6,19 @@ code that unpacks it; only fusing wants a dense weight.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dora_diffusion.errors import AdapterStateError
+from dora_diffusion.packed import Rows, float_rows, has_gradient, packed_rows
+from dora_diffusion.products import LayerProducts, device_of
 
-__all__ = ["FrozenConv2d", "FrozenLayer", "FrozenLinear", "device_of", "freeze_view"]
+__all__ = ["FrozenConv1D", "FrozenConv2d", "FrozenLayer", "FrozenLinear", "device_of", "freeze_view"]
 
 
 class FrozenLayer(Protocol):
@@ -30,6 +34,7 @@ class FrozenLayer(Protocol):
     @property
     def weight(self) -> Tensor: ...
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor: ...
+    def output(self, x: Tensor) -> Tensor: ...
     def unbiased(self, x: Tensor) -> Tensor: ...
     def without_bias(self, y: Tensor) -> Tensor: ...
     def per_output(self, v: Tensor) -> Tensor: ...
@@ -38,28 +43,34 @@ class FrozenLayer(Protocol):
 
 
 class FrozenLinear:
-    """A frozen linear map: nn.Linear, a quantised subclass of it, or anything with in_features and out_features.
+    """A frozen linear map: nn.Linear, a quantised layer, or anything with in_features and out_features.
 
-    Only `weight` (needed to fuse) wants a dense matrix. What the formulas need of W0 is got by sending rows through
-    the layer itself, so a layer that keeps its weight packed works without code that unpacks it.
+    Only `weight` (needed to fuse) wants a dense matrix. Of a weight that packed.py can read the rows are read. Any
+    other layer is asked for products: rows sent through it are all that the formulas need.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original: Tensor | None = None  # W0 while an adapter is fused into module.weight
-        self.in_features = int(module.in_features)  # type: ignore[arg-type]
-        self.out_features = int(module.out_features)  # type: ignore[arg-type]
+        self.in_features, self.out_features = self._sizes()
         self.in_shape: tuple[int, ...] = (self.in_features,)
         self.up_shape: tuple[int, ...] = ()
+        self.products = LayerProducts(module, self.in_features, self.out_features)
+
+    def _sizes(self) -> tuple[int, int]:
+        return int(self.module.in_features), int(self.module.out_features)  # type: ignore[arg-type]
 
     @property
     def is_dense(self) -> bool:
-        weight = getattr(self.module, "weight", None)
+        """Whether the layer is x W^T + b with a matrix [out, in] that can be read and written as it stands."""
+        weight = self.module._parameters.get("weight")
         return (
-            isinstance(weight, Tensor)
+            weight is not None
+            and type(weight) in (Tensor, nn.Parameter)
             and weight.is_floating_point()
             and tuple(weight.shape) == (self.out_features, self.in_features)
-            and type(weight) in (Tensor, nn.Parameter)
+            and not weight.is_meta  # offloaded: the layer's hook brings it back when the layer is called
+            and type(self.module).forward is nn.Linear.forward
         )
 
     @property
@@ -74,38 +85,103 @@ class FrozenLinear:
         return self.module.weight  # type: ignore[return-value]
 
     @property
+    def rows(self) -> Rows | None:
+        """How to read W0's rows, or None for a layer that can only be asked for products."""
+        if self.is_dense:
+            return lambda: float_rows(self.weight)
+        return packed_rows(self.module, self.out_features, self.in_features)
+
+    @property
     def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
+        """What the layer adds to x W0^T; a layer that is not known may keep it anywhere."""
+        return self.products.bias() if self.rows is None else getattr(self.module, "bias", None)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """x (B A)^T: [..., in] to [..., out]."""
         return F.linear(F.linear(x, A), B)
 
+    def output(self, x: Tensor) -> Tensor:
+        """The layer's own output, bias included, differentiable in x also where the layer's own code is not.
+
+        Layers made for inference (torchao's dynamic int8, bitsandbytes' 4-bit repacked for a CPU) give an output
+        without a gradient; this one's is dy W0, as if the input had not been quantised.
+        """
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.module(x)  # type: ignore[no-any-return]
+        with torch.set_grad_enabled(has_gradient(self.module)):
+            y = self.module(x)
+        return y if y.requires_grad else _StraightThrough.apply(x, y, self)  # type: ignore[no-any-return]
+
     def unbiased(self, x: Tensor) -> Tensor:
         """x W0^T without the bias: [..., in] to [..., out]."""
         if self.is_dense:
             return F.linear(x, self.weight.to(x.dtype))
-        return self.without_bias(self.module(x))
+        return self.without_bias(self.output(x))
 
     def without_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y - self.bias.detach().to(y.dtype)
+        bias = self.bias
+        return y if bias is None else y - bias.detach().to(y.device, y.dtype)
 
     def per_output(self, v: Tensor) -> Tensor:
         return v  # [out], the last axis of y
 
     def times_weight(self, A: Tensor) -> Tensor:
-        """W0 A^T [out, r], float32, from A [r, in]: A's rows as r extra tokens."""
-        if self.is_dense:
-            return F.linear(A, self.weight.float()).T
-        return self.unbiased(A).float().T
+        """W0 A^T [out, r], float32, from A [r, in]: exact rows, or A's rows as r extra tokens."""
+        rows = self.rows
+        return self.products.of(A).T if rows is None else torch.cat([F.linear(part, A) for part in rows()])
+
+    def transposed(self, dy: Tensor) -> Tensor:
+        """dy W0: [..., out] to [..., in]."""
+        rows = self.rows
+        if rows is None:
+            return torch.cat([dy @ part.to(dy.dtype).T for part in self.products.columns()], -1)
+        dx, first = torch.zeros(*dy.shape[:-1], self.in_features, dtype=dy.dtype, device=dy.device), 0
+        for part in rows():
+            dx += dy[..., first : first + len(part)] @ part.to(dy.dtype)
+            first += len(part)
+        return dx
 
     def squared_norms(self) -> Tensor:
-        """||W0||^2 of every output row, [out], float32."""
-        if self.is_dense:
-            return self.weight.float().square().sum(1)
-        eye = torch.eye(self.in_features, device=device_of(self.module))
-        chunks = (self.unbiased(rows).float().square().sum(0) for rows in eye.split(256))  # no dense copy is kept
-        return torch.stack(list(chunks)).sum(0)
+        """||W0||^2 of every output row, [out], float32. Raises TargetError for a layer that is no linear map."""
+        rows = self.rows
+        if rows is not None:
+            return torch.cat([part.square().sum(1) for part in rows()])
+        self.products.check_linear()
+        return torch.stack([part.square().sum(0) for part in self.products.columns()]).sum(0)
+
+
+class FrozenConv1D(FrozenLinear):
+    """A frozen transformers Conv1D, GPT-2's linear layer: its weight is [in, out]."""
+
+    def _sizes(self) -> tuple[int, int]:
+        n_in, n_out = self.module.weight.shape  # type: ignore[union-attr, misc]
+        return n_in, n_out
+
+    @property
+    def is_dense(self) -> bool:
+        return False
+
+    @property
+    def weight(self) -> Tensor:
+        raise AdapterStateError("cannot fuse into a Conv1D: its weight is kept transposed. Keep the adapter unfused.")
+
+    @property
+    def rows(self) -> Rows:
+        return lambda: float_rows(self.module.weight.T)  # type: ignore[union-attr, operator, arg-type]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """y of a layer that gives no gradient, with the gradient dy W0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, frozen: FrozenLinear) -> Tensor:
+        ctx.frozen = frozen
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.frozen.transposed(dy), None, None
 
 
 class FrozenConv2d:
@@ -133,6 +209,9 @@ class FrozenConv2d:
         BA = B.flatten(1) @ A.flatten(1)
         return self._conv(x, BA.reshape(self.module.weight.shape))
 
+    def output(self, x: Tensor) -> Tensor:
+        return self.module(x)  # type: ignore[no-any-return]
+
     def unbiased(self, x: Tensor) -> Tensor:
         return self._conv(x, self.weight.to(x.dtype))
 
@@ -151,14 +230,18 @@ class FrozenConv2d:
 
 
 def freeze_view(module: nn.Module) -> FrozenLayer | None:
-    """The view of a layer that can be adapted, or None for every other module."""
+    """The view of a layer that can be adapted, or None for every other module.
+
+    None also for the out_proj of nn.MultiheadAttention: its owner reads its weight and never calls it, so that an
+    adapter on it would do nothing.
+    """
     if isinstance(module, nn.Conv2d):
         return FrozenConv2d(module)
-    if isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return FrozenConv1D(module)
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if all(isinstance(size, int) and size > 0 for size in sizes):
         return FrozenLinear(module)
     return None
-
-
-def device_of(module: nn.Module) -> torch.device:
-    tensors = [*module.parameters(), *module.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
 from dora_diffusion.frozen import FrozenLayer, freeze_view
-from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, LoRAUpdate
+from dora_diffusion.layers import AdaptedLayer, LoRAUpdate
+from dora_diffusion.variants import LOW_RANK, update_class
 
 __all__ = [
     "ATTENTION_TARGETS",
     "KIND_LABEL",
     "Adapter",
     "AdapterConfig",
+    "AnyKind",
     "Kind",
     "adaptable_layers",
     "check_strength",
@@ -33,10 +35,15 @@ __all__ = [
     "matching_layers",
 ]
 
-Kind = Literal["dora", "lora"]
-KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA"}  # as people write them
+Kind = Literal["dora", "lora"]  # what can be trained
+AnyKind = Literal["dora", "lora", "full"]  # what files hold
+KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA", "full": "full difference"}  # as people write them
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-UPDATES: dict[str, type[LoRAUpdate]] = {"dora": DoRAUpdate, "lora": LoRAUpdate}
+PARAMETERS: dict[str, tuple[str, ...]] = {
+    "dora": (*LOW_RANK, "magnitude"),
+    "lora": LOW_RANK,
+    "full": ("difference",),
+}
 _FROZEN = "_frozen_for_adapters"
 
 
@@ -49,7 +56,7 @@ class AdapterConfig:
     2023). The patterns override rank and alpha for single modules by their full name. Raises ConfigError.
     """
 
-    kind: Kind = "dora"
+    kind: AnyKind = "dora"
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.0
@@ -61,7 +68,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         targets = self.target_modules
         object.__setattr__(self, "target_modules", (targets,) if isinstance(targets, str) else tuple(targets))
-        if self.kind not in UPDATES:
+        if self.kind not in PARAMETERS:
             raise ConfigError(f"kind is {self.kind!r}; it must be 'dora' or 'lora'.")
         for rank in (self.rank, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -92,13 +99,25 @@ class AdapterConfig:
 
 
 class Adapter:
-    """One adapter in one model. Made by `inject_adapter`; all layers share one name and one strength."""
+    """One adapter in one model, or in a pipeline's denoiser and text encoders; all layers share one name and strength.
 
-    def __init__(self, model: nn.Module, config: AdapterConfig, name: str, layers: dict[str, AdaptedLayer]) -> None:
+    Made by `inject_adapter` and `load_adapter`. `model` is the denoiser; a text encoder's layers stand in `layers`
+    behind its name in the pipeline: "text_encoder.".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdapterConfig,
+        name: str,
+        layers: dict[str, AdaptedLayer],
+        text_encoders: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         self.name = name
         self.layers = layers
+        self._roots = _Roots(model, text_encoders or {})
         self._strength = 1.0
         self._fused = False
 
@@ -159,6 +178,8 @@ class Adapter:
         """
         self._require_layers("fuse")
         for layer in self.layers.values():
+            layer.frozen.weight  # noqa: B018 (raises for a packed one, before any layer is written to)
+        for layer in self.layers.values():
             layer.set_fused(tuple(dict.fromkeys((*layer.fused, self.name))))
         self._fused = True
 
@@ -177,11 +198,9 @@ class Adapter:
         for path, layer in self.layers.items():
             del layer.updates[self.name]
             if not layer.updates:
-                _replace(self.model, path, layer.base)
+                self._roots.replace(path, layer.base)
         self.layers = {}
-        if not any(isinstance(module, AdaptedLayer) for module in self.model.modules()):
-            for parameter in self.model.__dict__.pop(_FROZEN, ()):
-                parameter.requires_grad_(True)
+        self._roots.thaw()
 
     def _require_layers(self, action: str) -> None:
         if not self.layers:
@@ -196,6 +215,10 @@ def inject_adapter(
     The model is frozen; at the start its output is unchanged. `seed` makes the random start of A repeatable. Further
     calls add further adapters, whose differences to the base add up. Raises TargetError when nothing matches.
     """
+    if config.kind == "full":
+        raise ConfigError(
+            "kind is 'full'; a new adapter is 'dora' or 'lora' (full differences are only read from files)."
+        )
     return inject_into(model, config, matching_layers(model, config.target_modules), name=name, seed=seed)
 
 
@@ -206,28 +229,82 @@ def inject_into(
     *,
     name: str | None = None,
     seed: int | None = None,
+    text_encoders: Mapping[str, nn.Module] | None = None,
+    parameters: Mapping[str, Iterable[str]] | None = None,
 ) -> Adapter:
-    """`inject_adapter` at exactly these layers of the model, whatever config.target_modules says."""
+    """`inject_adapter` at exactly these layers, whatever config.target_modules says.
+
+    `text_encoders` by their names in the pipeline; `parameters` by layer, where they are not those of config.kind.
+    """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    names = _adapter_names(model)
+    roots = _Roots(model, text_encoders or {})
+    name = _check_name(name, roots.adapter_names())
+    updates = {}
+    for path, frozen in views.items():  # all are made before the first is put in: a layer may refuse
+        make = update_class(PARAMETERS[config.kind] if parameters is None else parameters[path])
+        updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator)
+    roots.freeze(views)
+    layers = {}
+    for path, frozen in views.items():
+        current = roots.get(path)
+        layer = current if isinstance(current, AdaptedLayer) else AdaptedLayer(current, frozen)
+        layer.updates[name] = updates[path].train(layer.training)
+        if layer is not current:
+            roots.replace(path, layer)
+        layers[path] = layer
+    return Adapter(model, config, name, layers, text_encoders)
+
+
+@dataclass(frozen=True)
+class _Roots:
+    """The modules that one adapter may span: a denoiser's layers by their own names, others' behind a prefix."""
+
+    denoiser: nn.Module
+    text_encoders: Mapping[str, nn.Module]
+
+    def _find(self, path: str) -> tuple[nn.Module, str]:
+        prefix, _, rest = path.partition(".")
+        return (self.text_encoders[prefix], rest) if prefix in self.text_encoders else (self.denoiser, path)
+
+    def get(self, path: str) -> nn.Module:
+        root, inside = self._find(path)
+        return root.get_submodule(inside)
+
+    def replace(self, path: str, module: nn.Module) -> None:
+        root, inside = self._find(path)
+        parent, _, leaf = inside.rpartition(".")
+        setattr(root.get_submodule(parent), leaf, module)
+
+    def adapter_names(self) -> set[str]:
+        roots = (self.denoiser, *self.text_encoders.values())
+        layers = [m for root in roots for m in root.modules() if isinstance(m, AdaptedLayer)]
+        return {name for layer in layers for name in layer.updates}
+
+    def freeze(self, paths: Iterable[str]) -> None:
+        """Freeze the touched models' own parameters once, and remember on each which were trainable."""
+        for root in {id(root): root for root in (self._find(path)[0] for path in paths)}.values():
+            if _FROZEN in root.__dict__:
+                continue
+            trainable = [p for p in root.parameters() if p.requires_grad]
+            root.__dict__[_FROZEN] = trainable
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+
+    def thaw(self) -> None:
+        """Undo `freeze` in the models that no adapter is left in."""
+        for root in (self.denoiser, *self.text_encoders.values()):
+            if not any(isinstance(module, AdaptedLayer) for module in root.modules()):
+                for parameter in root.__dict__.pop(_FROZEN, ()):
+                    parameter.requires_grad_(True)
+
+
+def _check_name(name: str | None, names: set[str]) -> str:
     name = name or next(n for i in range(len(names) + 1) if (n := f"adapter_{i}") not in names)
     if name in names:
         raise ConfigError(f"an adapter named {name!r} is in the model already; choose another name.")
     if "." in name or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"an adapter cannot be named {name!r}, because modules cannot; choose another name.")
-    _freeze(model)
-    layers = {}
-    for path, frozen in views.items():
-        current = model.get_submodule(path)
-        layer = current if isinstance(current, AdaptedLayer) else AdaptedLayer(current, frozen)
-        update = UPDATES[config.kind](
-            layer.frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator
-        )
-        layer.updates[name] = update.train(layer.training)
-        if layer is not current:
-            _replace(model, path, layer)
-        layers[path] = layer
-    return Adapter(model, config, name, layers)
+    return name
 
 
 def matching_layers(model: nn.Module, target_modules: Iterable[str]) -> dict[str, FrozenLayer]:
@@ -249,7 +326,9 @@ def adaptable_layers(model: nn.Module) -> dict[str, FrozenLayer]:
     for path, module in model.named_modules():
         if inside and path.startswith(inside):
             continue
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, nn.TransformerEncoderLayer):
+            inside = (*inside, path + "." if path else "")  # in eval mode it reads its layers' weights and calls none
+        elif isinstance(module, AdaptedLayer):
             layers[path] = module.frozen
             inside = (*inside, path + ".")
         elif path and (frozen := freeze_view(module)) is not None:
@@ -283,10 +362,6 @@ def _leaf(path: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
-def _adapter_names(model: nn.Module) -> set[str]:
-    return {name for module in model.modules() if isinstance(module, AdaptedLayer) for name in module.updates}
-
-
 def check_strength(value: float) -> float:
     """The strength as a float. Raises ConfigError when it is no finite number."""
     if not _is_number(value):
@@ -296,17 +371,3 @@ def check_strength(value: float) -> float:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
-
-
-def _freeze(model: nn.Module) -> None:
-    """Freeze the model's own parameters once, and remember on the model which were trainable."""
-    if _FROZEN not in model.__dict__:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        model.__dict__[_FROZEN] = trainable
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -8,9 +8,9 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, sections 3
     y  = x W'^T + b          the bias is added last and never scaled
 
 and LoRA: W' = W0 + s B A. An adapter at strength w adds w (W' - W0), so several adapters add up in any order and
-strength 0 is the base. The file goes from the formula to the modules: `row_norms`, then one adapter's update of one
-layer (`LoRAUpdate`, `DoRAUpdate`), then the layer that carries them (`AdaptedLayer`). What they ask of the base is in
-frozen.py.
+strength 0 is the base. The file goes from the formula to the modules: one adapter's update of one layer
+(`LoRAUpdate`, `DoRAUpdate`), then the layer that carries them (`AdaptedLayer`). What they ask of the base is in
+frozen.py; kernels.py has the norm, and the same numbers quicker for the case that counts most: a dense linear layer.
 """
 
 from __future__ import annotations
@@ -20,30 +20,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.frozen import FrozenLayer, device_of
+from dora_diffusion.frozen import FrozenLayer, FrozenLinear, device_of
+from dora_diffusion.kernels import adapted_linear, linear_without_gradients, norm_ratio, row_norms
 
-__all__ = ["AdaptedLayer", "DoRAUpdate", "LoRAUpdate", "row_norms"]
-
-# Below this a row counts as zero; it keeps m / n finite where a row of W0 is zero and B still is.
-NORM_FLOOR = 1e-12
-
-
-def row_norms(base_squared: Tensor, W0_At: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """||W0 + s B A|| of every output row without building B A.
-
-    base_squared [out] is ||W0||^2 per row, W0_At [out, r] is W0 A^T, A [r, in], B [out, r]; all float32. Returns [out].
-    The square of a sum, written out: ||W0||^2 + 2 s <W0, BA> + s^2 ||BA||^2, the last two in products of size r.
-    """
-    cross = (W0_At * B).sum(1)  # [out]
-    low_rank = ((B @ (A @ A.T)) * B).sum(1)  # [out]
-    return (base_squared + 2 * s * cross + s * s * low_rank).clamp_min(0).sqrt()
+__all__ = ["AdaptedLayer", "DoRAUpdate", "LoRAUpdate"]
 
 
 class LoRAUpdate(nn.Module):
     """One adapter's change of one layer: W' - W0 = s B A (Hu et al. 2021).
 
     lora_A [r, in] (for a convolution [r, in, kh, kw]), lora_B [out, r] ([out, r, 1, 1]), both float32;
-    B starts at zero.
+    B starts at zero. `strength` is w in W0 + w (W' - W0); the layer that carries the update heeds it.
     """
 
     def __init__(
@@ -71,6 +58,15 @@ class LoRAUpdate(nn.Module):
         return self.lora_A.shape[0]
 
     @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = value
+        self.strength_tensor = torch.tensor(value)  # what compiled code reads: a float would compile it anew each time
+
+    @property
     def drops(self) -> bool:
         return self.training and self.dropout.p > 0
 
@@ -81,6 +77,14 @@ class LoRAUpdate(nn.Module):
     def forward(self, x: Tensor, y0: Tensor) -> Tensor:
         """x (W' - W0)^T, given y0 = x W0^T (not used by LoRA)."""
         return self.low_rank(self.dropout(x))
+
+    def linear(self, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
+        """x W'^T + b for a linear layer with this update alone at strength 1, by the fused function."""
+        return adapted_linear(x, W0, bias, self.lora_A, self.lora_B, self.scale)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, w s g B and w (g - 1), as `linear_without_gradients` takes them; LoRA has g = 1."""
+        return self.lora_A, self.strength * self.scale * self.lora_B, None
 
     def direction(self) -> Tensor:
         """s B A in the shape of the weight, float32 under autocast too."""
@@ -125,7 +129,8 @@ class DoRAUpdate(LoRAUpdate):
             return self._fresh_norm()
         state = (A._version, B._version, A.data_ptr(), B.data_ptr(), A.device, A.dtype)
         if self._norm is None or self._norm_of != state:
-            self._norm, self._norm_of = self._fresh_norm(), state
+            with torch.inference_mode(False), torch.no_grad():  # what is kept must do for a later training step too
+                self._norm, self._norm_of = self._fresh_norm(), state
         return self._norm
 
     def _fresh_norm(self) -> Tensor:
@@ -134,18 +139,30 @@ class DoRAUpdate(LoRAUpdate):
             return row_norms(self._base_squared.to(A.device), self.frozen.times_weight(A), A, B, self.scale)
 
     def ratio(self) -> Tensor:
-        """m / n, [out]; 0 for a row that is zero, never NaN."""
-        n = self.norm()
-        return torch.where(n > NORM_FLOOR, self.magnitude.float() / n.clamp_min(NORM_FLOOR), 0.0)
+        """g = m / n, [out]; 0 for a row that is zero, never NaN."""
+        return norm_ratio(self.magnitude, self.norm())
 
     def forward(self, x: Tensor, y0: Tensor) -> Tensor:
-        """x (W' - W0)^T = (m/n - 1) y0 + (m/n) s x A^T B^T, given y0 = x W0^T."""
+        """x (W' - W0)^T = g x V^T - y0, given y0 = x W0^T; written so that it is exactly zero at the start."""
         if self.drops:  # as the authors do: dropout on the input of both terms, which costs a second base product
             x = self.dropout(x)
             y0 = self.frozen.unbiased(x)
-        g = self.frozen.per_output(self.ratio())
         low_rank = self.low_rank(x)
-        return (g - 1).to(y0.dtype) * y0 + g.to(low_rank.dtype) * low_rank
+        excess = self.frozen.per_output(self.ratio() - 1).to(y0.dtype)
+        return low_rank + excess * (y0 + low_rank)  # x V^T = y0 + s x A^T B^T
+
+    def linear(self, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
+        if self.magnitude.device.type == "cpu" and not self.magnitude.all():
+            # The fused backward cannot know the gradient of a magnitude that is exactly 0; this can.
+            y = nn.functional.linear(x, W0, bias)
+            return y + self(x, self.frozen.without_bias(y))
+        squared = self._base_squared.to(x.device)
+        return adapted_linear(x, W0, bias, self.lora_A, self.lora_B, self.scale, self.magnitude, squared)
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        g = self.ratio()
+        B = (self.strength * self.scale * g)[:, None] * self.lora_B
+        return self.lora_A, B, self.strength * (g - 1)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -177,17 +194,54 @@ class AdaptedLayer(nn.Module):
         return getattr(self.base, "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        unfused: list[LoRAUpdate] = [u for name, u in self.updates.items() if name not in self.fused]  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            return self._traced(x, unfused)
         # Strength 0 skips the update, so that the base's bits come out and no time is spent.
-        active = [u for name, u in self.updates.items() if name not in self.fused and u.strength != 0]
+        active = [update for update in unfused if update.strength != 0]
         if not active:
-            return y
-        # While something is fused, base(x) is not x W0^T.
-        y0 = self.frozen.unbiased(x) if self.fused else self.frozen.without_bias(y)
+            return self.base(x)
+        if self._has_quick_way(x, active):
+            W0, bias = self.base.weight, self.base.bias
+            if not torch.is_grad_enabled():
+                return linear_without_gradients(x, W0, bias, [update.parts() for update in active])  # type: ignore[arg-type]
+            if len(active) == 1 and active[0].strength == 1:
+                return active[0].linear(x, W0, bias)  # type: ignore[arg-type]
+        y = self.frozen.output(x)
+        y0 = self._unbiased(x, y)
         for update in active:
             change = update(x, y0)
             y = y + (change if update.strength == 1 else update.strength * change)
         return y
+
+    def _traced(self, x: Tensor, updates: list[LoRAUpdate]) -> Tensor:
+        """The plain formula with the strengths as tensors, so that no number is compiled in."""
+        y = self.frozen.output(x)
+        y0 = self._unbiased(x, y)
+        for update in updates:
+            w = update.strength_tensor
+            y = torch.where(w == 0, y, y + w.to(y.dtype) * update(x, y0))
+        return y
+
+    def _unbiased(self, x: Tensor, y: Tensor) -> Tensor:
+        """x W0^T, given y = base(x), which is another product while something is fused."""
+        return self.frozen.unbiased(x) if self.fused else self.frozen.without_bias(y)
+
+    def _has_quick_way(self, x: Tensor, active: list[LoRAUpdate]) -> bool:
+        """Whether kernels.py may read the base's weight itself: a linear layer as PyTorch made it, with nothing fused,
+        hooked on to it or moved away, updates that it knows, and no dropout."""
+        base = self.base
+        return (
+            type(base) is nn.Linear
+            and isinstance(self.frozen, FrozenLinear)
+            and self.frozen.is_dense
+            and base.weight.device == x.device
+            and (base.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+            and not self.fused
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and "forward" not in base.__dict__  # accelerate's offloading puts its own there
+            and all(type(update) in (LoRAUpdate, DoRAUpdate) and not update.drops for update in active)
+        )
 
     @torch.no_grad()
     def merged_weight(self, names: tuple[str, ...] | None = None) -> Tensor:

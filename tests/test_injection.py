@@ -466,3 +466,57 @@ def test_load_copies_every_value(unet):
     output_of(twin)  # the norm of the start is kept now
     other.load({name: p.detach() for name, p in adapter.named_parameters().items()})
     assert torch.equal(output_of(twin), output_of(unet))
+
+
+# What must not be left half done.
+
+
+class NoLinearMap(nn.Module):
+    """Has the sizes of a linear layer and a ReLU inside."""
+
+    in_features = out_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Parameter(torch.eye(8))
+
+    def forward(self, x):
+        return (x @ self.inside).relu()
+
+
+def test_a_layer_that_refuses_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(8, 8), NoLinearMap())
+    before = dict(model.named_modules())
+    with pytest.raises(TargetError, match="no linear map"):
+        inject_adapter(model, AdapterConfig(target_modules=("0", "1"), rank=2))
+    assert dict(model.named_modules()) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Packed(nn.Module):
+    """A linear layer without a dense weight."""
+
+    in_features = out_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_fusing_writes_to_no_layer_when_one_of_them_is_packed():
+    model = nn.Sequential(nn.Linear(8, 8), Packed())
+    before = model[0].weight.clone()
+    adapter = perturb(inject_adapter(model, AdapterConfig(target_modules=("0", "1"), rank=2), seed=0))
+    with pytest.raises(AdapterStateError, match="packed"):
+        adapter.fuse()
+    adapter.eject()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_layer_whose_weight_is_read_and_not_called_is_no_target():
+    model = nn.TransformerEncoderLayer(16, 2, 32)
+    with pytest.raises(TargetError, match="matches no layer"):
+        inject_adapter(model, AdapterConfig(target_modules=("linear1",)))

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_diffusion.errors import AdapterStateError
 from dora_diffusion.frozen import freeze_view
-from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, LoRAUpdate, row_norms
+from dora_diffusion.kernels import row_norms
+from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, LoRAUpdate
 
 UPDATES = {"dora": DoRAUpdate, "lora": LoRAUpdate}
 kinds = pytest.mark.parametrize("kind", ["dora", "lora"])

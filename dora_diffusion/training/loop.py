@@ -201,7 +201,8 @@ def _images_loss(training: Training, images: EncodedImages, number: int, stream:
 def squared_error(training: Training, x0: Tensor, eps: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """Mean squared error of the denoiser's prediction for each picture, [batch], float32."""
     denoiser, objective = training.base.denoiser, training.objective
-    device, dtype = training.base.pipe.device, next(denoiser.parameters()).dtype
+    dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())  # a packed weight is uint8
+    device = training.base.pipe.device
     noisy = objective.noisy(x0, eps, t).to(device, dtype)
     autocast = training.accelerator.autocast() if dtype == torch.float32 else contextlib.nullcontext()
     with autocast:
