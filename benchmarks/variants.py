@@ -1,0 +1,264 @@
+"""Who is timed: the frozen base, PEFT, LyCORIS and this project, each used as its own documentation says.
+
+A variant adapts a copy of the model that shares every frozen parameter with the other copies, so that seven of them
+cost the memory of one. All get the same A, B and m, layer by layer, with B away from zero.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.injection import Adapter, AdapterConfig, inject_adapter
+
+__all__ = [
+    "VARIANTS",
+    "Adapted",
+    "Factors",
+    "Variant",
+    "adapt",
+    "available",
+    "kernels_of",
+    "preload",
+    "set_factors",
+    "shared_copy",
+]
+
+ALPHA_PER_RANK = 2  # s = alpha / rank = 2, so that no one can leave the scale out
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's A [r, in...], B [out, r...] and, for DoRA, m, as the library in question shapes them."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    m: nn.Parameter | None = None
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter([self.A, self.B] if self.m is None else [self.A, self.B, self.m])
+
+
+@dataclass
+class Injected:
+    """What a library's injection gives back: the factors by layer, and what has to be kept and switched with them."""
+
+    factors: Mapping[str, Factors]
+    network: nn.Module | None = None  # parameters that are not inside the model (LyCORIS)
+    adapter: Adapter | None = None  # this project's handle
+
+
+Inject = Callable[[nn.Module, tuple[str, ...], tuple[str, ...], int], Injected]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the tables. `kind` is what it computes; variants of one kind must give the same numbers."""
+
+    name: str
+    label: str
+    kind: str
+    inject: Inject | None = None
+    needs: str = "torch"
+    fused: bool = False
+    other_gradients: bool = False  # by its own definition; its note says which
+    note: str = ""
+
+
+def _peft(kind: str) -> Inject:
+    def inject(model: nn.Module, targets: tuple[str, ...], layers: tuple[str, ...], rank: int) -> Injected:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(
+            r=rank, lora_alpha=ALPHA_PER_RANK * rank, target_modules=list(targets), use_dora=kind == "dora"
+        )
+        inject_adapter_in_model(config, model)
+        return Injected({path: _peft_factors(model.get_submodule(path), kind) for path in layers})
+
+    return inject
+
+
+def _peft_factors(layer: nn.Module, kind: str) -> Factors:
+    part = {name: getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B")}
+    magnitude = layer.lora_magnitude_vector["default"].weight if kind == "dora" else None  # type: ignore[index, union-attr]
+    return Factors(part["lora_A"], part["lora_B"], magnitude)
+
+
+def _lycoris(kind: str, **options: object) -> Inject:
+    def inject(model: nn.Module, targets: tuple[str, ...], layers: tuple[str, ...], rank: int) -> Injected:
+        from lycoris import LycorisNetwork
+        from lycoris.logging import logger
+
+        logger.setLevel(logging.ERROR)
+
+        paths = {id(model.get_submodule(path)): path for path in layers}
+        # Its presets are class attributes; its patterns are matched from the start of a name, so they get an end.
+        names = [rf"(.*\.)?{re.escape(target)}$" for target in targets]
+        LycorisNetwork.apply_preset({"enable_conv": True, "target_module": [], "target_name": names})
+        alpha = ALPHA_PER_RANK * rank
+        network = LycorisNetwork(
+            model,
+            lora_dim=rank,
+            conv_lora_dim=rank,
+            alpha=alpha,
+            conv_alpha=alpha,
+            network_module="locon",
+            weight_decompose=kind == "dora",
+            warn_on_unmatched=False,
+            **options,
+        )
+        network.apply_to()
+        network.to(next(model.parameters()).device)
+        found = {paths[id(part.org_module[0])]: part for part in network.loras}
+        factors = {
+            path: Factors(part.lora_down.weight, part.lora_up.weight, part.dora_scale if kind == "dora" else None)
+            for path, part in found.items()
+        }
+        return Injected(factors, network=network)
+
+    return inject
+
+
+def _own(kind: str) -> Inject:
+    def inject(model: nn.Module, targets: tuple[str, ...], layers: tuple[str, ...], rank: int) -> Injected:
+        config = AdapterConfig(kind=kind, rank=rank, alpha=ALPHA_PER_RANK * rank, target_modules=targets)  # type: ignore[arg-type]
+        adapter = inject_adapter(model, config, seed=0)
+        named = adapter.named_parameters()
+        factors = {
+            path: Factors(named[f"{path}.lora_A"], named[f"{path}.lora_B"], named.get(f"{path}.magnitude"))
+            for path in adapter.layers
+        }
+        return Injected(factors, adapter=adapter)
+
+    return inject
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("base", "frozen base alone", "base"),
+        Variant("peft-lora", "PEFT LoRA", "lora", _peft("lora"), "peft"),
+        Variant("peft-dora", "PEFT DoRA", "dora", _peft("dora"), "peft"),
+        Variant("lycoris-locon", "LyCORIS LoCon", "lora", _lycoris("lora"), "lycoris"),
+        Variant(
+            "lycoris-bypass",
+            "LyCORIS LoCon, bypass_mode",
+            "lora",
+            _lycoris("lora", bypass_mode=True),
+            "lycoris",
+            note="its option that keeps the low-rank product apart; it has none for dora_wd. Only when asked for.",
+        ),
+        Variant(
+            "lycoris-dora",
+            "LyCORIS LoCon dora_wd",
+            "dora",
+            _lycoris("dora"),
+            "lycoris",
+            other_gradients=True,
+            note="the norm runs over the output axis (wd_on_out, its default) as in the paper, but it is not a "
+            "constant in the backward pass, so the gradients of A and B are others than the paper's; at strengths "
+            "other than 1 it interpolates m/n and keeps s B A whole.",
+        ),
+        Variant("lora", "LoRA here", "lora", _own("lora")),
+        Variant("dora", "DoRA here", "dora", _own("dora")),
+        Variant("dora-fused", "DoRA here, fused", "dora", _own("dora"), fused=True),
+    )
+}
+
+
+@dataclass
+class Adapted:
+    """A variant in a model, ready to run."""
+
+    variant: Variant
+    model: nn.Module
+    injected: Injected = field(default_factory=lambda: Injected({}))
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        return [parameter for factors in self.injected.factors.values() for parameter in factors]
+
+    def train(self, mode: bool) -> None:
+        self.model.train(mode)
+        if self.injected.network is not None:
+            self.injected.network.train(mode)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """The adapter's own tensors in this dtype; this project's stay float32, as its users have them."""
+        if self.injected.adapter is None:
+            for parameter in self.trainable:
+                parameter.data = parameter.data.to(dtype)
+
+    @torch.no_grad()
+    def touch(self) -> None:
+        """Write to the adapter as an optimizer would, so that nothing kept from one step can serve the next."""
+        for parameter in self.trainable:
+            parameter.mul_(1)
+
+
+def available(names: Iterable[str]) -> list[str]:
+    """Those of the named variants whose library is installed."""
+    return [name for name in names if importlib.util.find_spec(VARIANTS[name].needs) is not None]
+
+
+def kernels_of(adapted: Adapted) -> str:
+    """The backend that LyCORIS chooses for these tensors: "triton", "tilelang", "compile" or plain "torch"."""
+    from lycoris.kernels.select import choose
+
+    factors = next(iter(adapted.injected.factors.values()))
+    return str(choose(tuple(factor.detach() for factor in factors)))
+
+
+def preload() -> None:
+    """Import every library that is installed."""
+    for name in {VARIANTS[name].needs for name in available(VARIANTS)}:
+        importlib.import_module(name)
+
+
+def shared_copy(model: nn.Module, private: Iterable[str] = ()) -> nn.Module:
+    """The model's structure anew, on the very same parameters and buffers; layers in `private` get weights of their
+    own."""
+    own = {id(t) for path in private for t in model.get_submodule(path).parameters()}
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in own})
+
+
+def adapt(variant: Variant, base: nn.Module, targets: tuple[str, ...], layers: tuple[str, ...], rank: int) -> Adapted:
+    """The variant in a shared copy of the base, its factors set to the common values."""
+    if variant.inject is None:
+        return Adapted(variant, shared_copy(base))
+    model = shared_copy(base, private=layers if variant.fused else ())
+    injected = variant.inject(model, targets, layers, rank)
+    if set(injected.factors) != set(layers):
+        raise AssertionError(f"{variant.label} adapts {len(injected.factors)} layers and not these {len(layers)}")
+    adapted = Adapted(variant, model, injected)
+    adapted.cast(torch.float32)
+    set_factors(injected.factors, base)
+    return adapted
+
+
+@torch.no_grad()
+def set_factors(factors: Mapping[str, Factors], base: nn.Module) -> None:
+    """The same numbers for every library: the usual A, a B with which s B A is about as large as W0, and m up to
+    30 % away from the norms. So what the adapter changes stands well above the rounding of half precision."""
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(factors):
+        layer = factors[path]
+        weight: Tensor = base.get_submodule(path).weight.detach().float().flatten(1).cpu()  # type: ignore[union-attr, operator]
+        norms, rank = weight.norm(dim=1), layer.A.shape[0]
+        bound = weight.shape[1] ** -0.5
+        A = torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator)
+        # A row of A has a norm of about 1 / sqrt(3).
+        size = norms.mean() / (ALPHA_PER_RANK * (rank / 3) ** 0.5)
+        B = size * torch.randn(len(weight), rank, generator=generator)
+        m = norms * (0.7 + 0.6 * torch.rand(len(weight), generator=generator))  # drawn for LoRA too: the same A next
+        for parameter, value in zip(layer, (A, B, m), strict=False):
+            parameter.copy_(value.reshape(parameter.shape))
