@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
 from dora_diffusion.frozen import FrozenLayer, freeze_view
 from dora_diffusion.layers import AdaptedLayer, LoRAUpdate
+from dora_diffusion.roots import Roots
 from dora_diffusion.variants import LOW_RANK, update_class
 
 __all__ = [
@@ -44,7 +45,6 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "lora": LOW_RANK,
     "full": ("difference",),
 }
-_FROZEN = "_frozen_for_adapters"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Adapter:
         self.config = config
         self.name = name
         self.layers = layers
-        self._roots = _Roots(model, text_encoders or {})
+        self._roots = Roots(model, text_encoders or {})
         self._strength = 1.0
         self._fused = False
 
@@ -150,6 +150,7 @@ class Adapter:
         parameters = self.named_parameters()
         assert parameters.keys() == tensors.keys(), "callers check the names first"
         for name, parameter in parameters.items():
+            assert parameter.shape == tensors[name].shape, "and the shapes: copying would spread the values"
             parameter.copy_(tensors[name])
 
     @property
@@ -237,7 +238,7 @@ def inject_into(
     `text_encoders` by their names in the pipeline; `parameters` by layer, where they are not those of config.kind.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    roots = _Roots(model, text_encoders or {})
+    roots = Roots(model, text_encoders or {})
     name = _check_name(name, roots.adapter_names())
     updates = {}
     for path, frozen in views.items():  # all are made before the first is put in: a layer may refuse
@@ -253,49 +254,6 @@ def inject_into(
             roots.replace(path, layer)
         layers[path] = layer
     return Adapter(model, config, name, layers, text_encoders)
-
-
-@dataclass(frozen=True)
-class _Roots:
-    """The modules that one adapter may span: a denoiser's layers by their own names, others' behind a prefix."""
-
-    denoiser: nn.Module
-    text_encoders: Mapping[str, nn.Module]
-
-    def _find(self, path: str) -> tuple[nn.Module, str]:
-        prefix, _, rest = path.partition(".")
-        return (self.text_encoders[prefix], rest) if prefix in self.text_encoders else (self.denoiser, path)
-
-    def get(self, path: str) -> nn.Module:
-        root, inside = self._find(path)
-        return root.get_submodule(inside)
-
-    def replace(self, path: str, module: nn.Module) -> None:
-        root, inside = self._find(path)
-        parent, _, leaf = inside.rpartition(".")
-        setattr(root.get_submodule(parent), leaf, module)
-
-    def adapter_names(self) -> set[str]:
-        roots = (self.denoiser, *self.text_encoders.values())
-        layers = [m for root in roots for m in root.modules() if isinstance(m, AdaptedLayer)]
-        return {name for layer in layers for name in layer.updates}
-
-    def freeze(self, paths: Iterable[str]) -> None:
-        """Freeze the touched models' own parameters once, and remember on each which were trainable."""
-        for root in {id(root): root for root in (self._find(path)[0] for path in paths)}.values():
-            if _FROZEN in root.__dict__:
-                continue
-            trainable = [p for p in root.parameters() if p.requires_grad]
-            root.__dict__[_FROZEN] = trainable
-            for parameter in trainable:
-                parameter.requires_grad_(False)
-
-    def thaw(self) -> None:
-        """Undo `freeze` in the models that no adapter is left in."""
-        for root in (self.denoiser, *self.text_encoders.values()):
-            if not any(isinstance(module, AdaptedLayer) for module in root.modules()):
-                for parameter in root.__dict__.pop(_FROZEN, ()):
-                    parameter.requires_grad_(True)
 
 
 def _check_name(name: str | None, names: set[str]) -> str:

@@ -12,9 +12,10 @@ from torch import nn
 from dora_diffusion.frozen import FrozenLayer
 from dora_diffusion.injection import adaptable_layers
 
-__all__ = ["HEADER_KEY", "BaseIdentity", "Description", "identify_base"]
+__all__ = ["HEADER_KEY", "MADE_FOR_KEY", "BaseIdentity", "Description", "identify_base"]
 
 HEADER_KEY = "dora_diffusion"
+MADE_FOR_KEY = "dora_diffusion_made_for"  # marks a repaired file that is right in one program and nowhere else
 SKETCHED_LAYERS = 8
 
 
@@ -29,6 +30,9 @@ class BaseIdentity(BaseModel):
 
     name: str = "unknown"
     model_class: str = "unknown"
+    layers_per_block: int | None = None  # a UNet's, which its original names depend on
+    plain_up_blocks: tuple[int, ...] = ()  # those without attention
+    is_xl: bool = False
     sketch: dict[str, float] = Field(default_factory=dict)
 
     @property
@@ -49,15 +53,16 @@ class Description(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     format_version: int = 1
-    kind: Literal["dora", "lora"]
+    kind: Literal["dora", "lora", "full"]
     rank: int
     alpha: float
     dropout: float = 0.0
     use_rslora: bool = False
     target_modules: tuple[str, ...]
-    norm_axis: Literal["output"] = "output"
+    norm_axis: Literal["output", "input", "mixed", "none"] = "output"
     base: BaseIdentity = BaseIdentity()
     training: dict[str, str | int | float | None] = Field(default_factory=dict)
+    conversion: dict[str, str | int | float | None] = Field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -68,8 +73,17 @@ def identify_base(model: nn.Module, layers: list[str] | None = None) -> BaseIden
         attention = [path for path in views if path.endswith("to_q")] or list(views)
         layers = attention[:: max(1, len(attention) // SKETCHED_LAYERS)][:SKETCHED_LAYERS]
     sketch = {path: _rms(views[path]) for path in layers if path in views}
-    source = getattr(getattr(model, "config", None), "_name_or_path", "") or "unknown"
-    return BaseIdentity(name=source, model_class=type(model).__name__, sketch=sketch)
+    config = getattr(model, "config", None)
+    n = getattr(config, "layers_per_block", None)
+    ups = getattr(config, "up_block_types", None) or ()
+    return BaseIdentity(
+        name=getattr(config, "_name_or_path", "") or "unknown",
+        model_class=type(model).__name__,
+        layers_per_block=n if isinstance(n, int) else None,
+        plain_up_blocks=tuple(i for i, kind in enumerate(ups) if "Attn" not in str(kind)),
+        is_xl=getattr(config, "addition_embed_type", None) == "text_time",
+        sketch=sketch,
+    )
 
 
 def _rms(frozen: FrozenLayer) -> float:

@@ -1,73 +1,98 @@
 """The PEFT / diffusers dialect: `unet.<layer>.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector`.
 
-The scale is in the JSON under `lora_adapter_metadata` in the safetensors header: PEFT's LoraConfig, each key behind the
-model's prefix ("unet.r", "unet.lora_alpha", ...). Without it diffusers takes alpha = rank in every layer.
+The scale is in the JSON under `lora_adapter_metadata` in the safetensors header: PEFT's LoraConfig of each component,
+each key behind its prefix ("unet.r", "text_encoder.lora_alpha"). Without it diffusers takes alpha = rank everywhere.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
+from dora_diffusion.errors import AdapterFileError
+from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.injection import AdapterConfig
 
-__all__ = ["LEAVES", "METADATA_KEY", "PREFIXES", "from_keys", "peft_config", "scales", "to_keys"]
+__all__ = ["METADATA_KEY", "peft_config", "scales", "to_keys"]
 
 METADATA_KEY = "lora_adapter_metadata"
-PREFIXES = ("unet", "transformer")
-# What a key ends with, and the parameter of ours that it holds. PEFT reads both spellings of the magnitude; the first
-# one of each parameter is written.
-LEAVES = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
+ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+CANNOT_HOLD = {
+    "input_magnitude": "a norm by input, which PEFT does not compute",
+    "unscaled_magnitude": "ai-toolkit's norm without alpha / rank, which PEFT does not compute",
+    "difference": "a whole difference, which PEFT does not have",
 }
-_ENDING = {parameter: leaf for leaf, parameter in reversed(LEAVES.items())}
 
 
-def to_keys(parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """`<layer>.lora_A` and so on, to the keys of a file. A convolution's magnitude is [1, out, 1, 1] there."""
+def to_keys(file: AdapterFile) -> dict[str, Tensor]:
+    """The tensors by the keys of a file. A convolution's magnitude is [1, out, 1, 1] there. Raises AdapterFileError."""
     tensors = {}
-    for name, tensor in parameters.items():
-        layer, _, parameter = name.rpartition(".")
-        if parameter == "magnitude" and parameters[f"{layer}.lora_A"].dim() == 4:
-            tensor = tensor.reshape(1, -1, 1, 1)
-        tensors[f"{prefix}.{layer}.{_ENDING[parameter]}"] = tensor
+    for layer, held in by_layer(file.tensors).items():
+        for parameter, tensor in held.items():
+            if parameter in CANNOT_HOLD:
+                raise AdapterFileError(
+                    f"{file.path}: {layer} has {CANNOT_HOLD[parameter]}. Write it as a difference, which is exact "
+                    "everywhere (--to diff, with the base)."
+                )
+            if layer in file.flat:
+                raise AdapterFileError(
+                    f"{file.path}: where the dots go in {layer!r} only the model can tell. Give the base with --base."
+                )
+            if parameter == "magnitude" and held["lora_A"].dim() == 4:
+                tensor = tensor.reshape(1, -1, 1, 1)
+            in_encoder = layer.startswith(TEXT_ENCODERS)
+            # diffusers' models take both spellings of the magnitude, transformers' only the longer one.
+            ending = ENDINGS[parameter] + ".weight" * (in_encoder and parameter == "magnitude")
+            tensors[f"{layer}.{ending}" if in_encoder else f"{file.prefix}.{layer}.{ending}"] = tensor
     return tensors
 
 
-def from_keys(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], list[str]]:
-    """The prefix, the parameters by `<layer>.<parameter>`, and the keys that belong to neither."""
-    prefix = next((p for p in PREFIXES if any(key.startswith(p + ".") for key in tensors)), "")
-    parameters, unknown = {}, []
-    for key, tensor in tensors.items():
-        leaf = next((leaf for leaf in LEAVES if key.endswith("." + leaf)), None)
-        if leaf is None or not key.startswith(prefix + "." if prefix else ""):
-            unknown.append(key)
-            continue
-        layer = key[: -len(leaf) - 1].removeprefix(prefix + "." if prefix else "")
-        parameters[f"{layer}.{LEAVES[leaf]}"] = tensor.flatten() if LEAVES[leaf] == "magnitude" else tensor
-    return prefix, parameters, unknown
+def peft_config(file: AdapterFile) -> str:
+    """The header's JSON, from which diffusers builds PEFT's LoraConfig of each component."""
+    fields: dict[str, object] = {}
+    for prefix in (file.prefix, *TEXT_ENCODERS):
+        layers = [layer for layer in file.layers if layer.startswith(f"{prefix}.") == (prefix in TEXT_ENCODERS)]
+        if prefix == file.prefix:
+            layers = [layer for layer in layers if not layer.startswith(TEXT_ENCODERS)]
+        start = f"{prefix}." if prefix in TEXT_ENCODERS else ""
+        if layers:
+            held = _lora_config(file.config, [layer.removeprefix(start) for layer in layers], start)
+            is_dora = any(f"{layer}.magnitude" in file.tensors for layer in layers)
+            fields |= {f"{prefix}.{key}": value for key, value in {**held, "use_dora": is_dora}.items()}
+    return json.dumps(fields, sort_keys=True)
 
 
-def peft_config(config: AdapterConfig, layers: list[str], prefix: str) -> str:
-    """The header's JSON, from which diffusers builds PEFT's LoraConfig."""
-    fields = {
+def _lora_config(config: AdapterConfig, names: list[str], start: str) -> dict[str, object]:
+    def patterns(by_layer: Mapping[str, float]) -> dict[str, float]:
+        inside = {layer.removeprefix(start): value for layer, value in by_layer.items() if layer.startswith(start)}
+        return {_pattern(name, start): value for name, value in inside.items() if name in names}
+
+    return {
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "rank_pattern": {f"^{name}": rank for name, rank in config.rank_pattern.items()},
-        "alpha_pattern": {f"^{name}": alpha for name, alpha in config.alpha_pattern.items()},
+        "rank_pattern": patterns(config.rank_pattern),
+        "alpha_pattern": patterns(config.alpha_pattern),
         "lora_dropout": config.dropout,
-        "target_modules": layers,
-        "use_dora": config.kind == "dora",
+        "target_modules": [_without_text_model(name, start) for name in names],
         "use_rslora": config.use_rslora,
         "peft_type": "LORA",
         "bias": "none",
     }
-    return json.dumps({f"{prefix}.{key}": value for key, value in fields.items()}, sort_keys=True)
+
+
+def _pattern(name: str, start: str) -> str:
+    """What PEFT matches with the end of a layer's name."""
+    return re.escape(_without_text_model(name, start)) if start else f"^{re.escape(name)}"
+
+
+def _without_text_model(name: str, start: str) -> str:
+    """transformers 5 has a CLIPTextModel without `text_model`; diffusers takes it out of the keys, not out of these.
+    The end of the name is enough for PEFT."""
+    return name.removeprefix("text_model.") if start else name
 
 
 def scales(header: str | None, prefix: str) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -13,9 +14,18 @@ from torch import Tensor
 from dora_diffusion.errors import AdapterFileError, OutputError, nearest
 from dora_diffusion.outputs import whole_file
 
-__all__ = ["read_safetensors", "write_safetensors"]
+__all__ = ["Header", "read_header", "read_safetensors", "write_safetensors"]
 
-PICKLES = (b"\x80", b"PK")  # how a bare pickle and torch.save's zip begin; a sound safetensors file may, too
+# The largest adapter's header has some hundred thousand characters; a tag list of a training folder may add megabytes.
+MAX_HEADER = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says before its numbers: its metadata, and the dtype and shape of each tensor."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
@@ -46,7 +56,58 @@ def _sort_header(path: Path) -> None:
 
 
 def read_safetensors(path: Path, what: str = "adapter") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file; nothing is ever unpickled. Raises AdapterFileError."""
+    """Tensors and metadata of a safetensors file; nothing is ever unpickled. Raises AdapterFileError."""
+    header = read_header(path, what)
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in header.tensors}, header.metadata
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise _unsound(path, error) from error
+
+
+def read_header(path: Path, what: str = "adapter") -> Header:
+    """The header alone, checked before anything else of the file is touched. Raises AdapterFileError."""
+    _look(path, what)
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            size = int.from_bytes(start, "little")
+            there = path.stat().st_size - 8
+            if len(start) < 8 or size > there:
+                raise ValueError(f"its header should have {size:,} bytes, and {max(there, 0):,} are there")
+            if size > MAX_HEADER:
+                raise ValueError(f"its header has {size:,} bytes; no adapter needs more than {MAX_HEADER:,}")
+            entries = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
+        return _parse(entries)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unsound(path, error) from error
+
+
+def _parse(entries: object) -> Header:
+    if not isinstance(entries, dict):
+        raise ValueError("its header is no table")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is no table of texts")
+    tensors = {}
+    for name, entry in entries.items():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(n) is int for n in shape):
+            raise ValueError(f"its header does not say what {name!r} is")
+        tensors[name] = (dtype, tuple(shape))
+    return Header(metadata, tensors)
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"its header has {next(n for n in names if names.count(n) > 1)!r} twice")
+    return table
+
+
+def _look(path: Path, what: str) -> None:
     if path.is_dir():
         inside = sorted(p.name for p in path.glob("*.safetensors"))
         hint = f" Did you mean {path / inside[0]}?" if inside else ""
@@ -55,24 +116,24 @@ def read_safetensors(path: Path, what: str = "adapter") -> tuple[dict[str, Tenso
         near = nearest(path.name, [p.name for p in path.parent.glob("*.safetensors")]) if path.parent.is_dir() else []
         hint = f" Near names there: {', '.join(near)}." if near else " Check the path."
         raise AdapterFileError(f"no {what} file at {path}.{hint}")
-    try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            return tensors, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        if _first_bytes(path).startswith(PICKLES):
-            raise AdapterFileError(
-                f"{path} is a pickle, which can run any code when it is opened, so it is never loaded here. "
-                "Get the .safetensors version of it, or convert it in a sandbox you trust."
-            ) from error
-        raise AdapterFileError(
-            f"{path} is no sound safetensors file ({error}). It is damaged or cut short: download or train it again."
-        ) from error
 
 
-def _first_bytes(path: Path) -> bytes:
+def _unsound(path: Path, error: Exception) -> AdapterFileError:
+    if _is_pickle(path):
+        return AdapterFileError(
+            f"{path} is a pickle, which can run any code when it is opened, so it is never loaded here. "
+            "Get the .safetensors version of it, or convert it in a sandbox you trust."
+        )
+    return AdapterFileError(
+        f"{path} is no sound safetensors file ({error}). It is damaged or cut short: download or train it again."
+    )
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether it begins as torch.save's zip or a bare pickle does (a safetensors header begins with a brace)."""
     try:
         with path.open("rb") as file:
-            return file.read(4)
+            start = file.read(9)
     except OSError:
-        return b""
+        return False
+    return start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[8:] != b"{")

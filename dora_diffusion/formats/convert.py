@@ -1,0 +1,184 @@
+"""Files from one dialect to another: exact where the dialect can hold the adapter, measured where it cannot.
+
+diffusers and kohya are the same tensors under other names. `diff` is the whole W' - W0 of each layer, which every
+program adds alike; `lora` its best approximation of a rank (Eckart and Young 1936). Both need the base.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.errors import AdapterFileError, ConfigError
+from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.description import identify_base
+from dora_diffusion.formats.loading import attach
+from dora_diffusion.formats.reading import read_adapter_file
+from dora_diffusion.formats.writing import describe, file_layer, write_adapter_file
+from dora_diffusion.injection import AdapterConfig
+
+__all__ = ["DTYPES", "TARGETS", "Conversion", "Target", "convert_adapter"]
+
+Target = Literal["diffusers", "kohya", "diff", "lora"]
+TARGETS: tuple[Target, ...] = ("diffusers", "kohya", "diff", "lora")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written, and what it cost: `residuals` by layer, ||dW - dW'|| / ||dW|| of the update, for `lora`;
+    `rounding` the same of the tensor that rounding changed most, where a dtype was asked for."""
+
+    path: Path
+    file: AdapterFile
+    notes: tuple[str, ...]
+    residuals: Mapping[str, float]
+    rounding: float | None
+    rounded_worst: str
+
+    def report(self) -> Iterator[str]:
+        """What a person wants to know of it, line by line."""
+        for layer, residual in sorted(self.residuals.items(), key=lambda item: -item[1]):
+            yield f"  {residual:8.3%} of the update is left out in {layer}"
+        if self.residuals:
+            mean = sum(self.residuals.values()) / len(self.residuals)
+            worst = max(self.residuals.values())
+            yield f"rank {self.file.config.rank}: {mean:.3%} of the update left out on average, {worst:.3%} at worst"
+        if self.rounding is not None:
+            yield f"rounding changes a tensor by {self.rounding:.2e} of its size at most ({self.rounded_worst})"
+        yield from (f"note: {note}" for note in self.notes)
+        yield f"{self.path}: {self.file.config.kind_label}, {len(self.file.layers)} layers, read as {self.file.dialect}"
+
+
+def convert_adapter(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: Target,
+    *,
+    base: object = None,
+    dtype: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+) -> Conversion:
+    """Write the adapter in another dialect. `base` is a pipeline or model, which `diff` and `lora` need.
+
+    Raises AdapterFileError for what the dialect cannot hold, ConfigError for options that cannot be used, OutputError.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"to is {to!r}; it must be one of {', '.join(TARGETS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    if rank is not None and (to != "lora" or rank < 1):
+        raise ConfigError(f"rank is {rank}; it goes with --to lora, and is at least 1.")
+    file = read_adapter_file(source, alpha=alpha)
+    file.check_universal()
+    residuals: dict[str, float] = {}
+    if to in ("diff", "lora"):
+        file, residuals = _by_difference(file, base, to, rank)
+    elif base is not None:
+        file = _with_base(file, base)
+    file, rounding, worst = _rounded(file, dtype)
+    conversion: dict[str, str | int | float | None] = {"from": file.dialect, "to": to}
+    conversion |= {"dtype": dtype, "rounding": rounding} if dtype else {}
+    conversion |= {"worst_residual": max(residuals.values())} if residuals else {}
+    path, notes = write_adapter_file(file, Path(out), "diffusers" if to == "diffusers" else "kohya", conversion)
+    return Conversion(path, file, (*file.notes, *notes), residuals, rounding, worst)
+
+
+def _with_base(file: AdapterFile, base: object) -> AdapterFile:
+    """The file with its layers by the base's own paths, and the base described."""
+    adapter = attach(base, file)
+    paths = dict(zip(file.layers, adapter.layers))
+    identity = identify_base(adapter.model)
+    adapter.eject()
+    renamed = {layer: file_layer(path) for layer, path in paths.items()}
+    tensors = {f"{renamed[la]}.{p}": t for la, held in by_layer(file.tensors).items() for p, t in held.items()}
+    config = replace(
+        file.config,
+        rank_pattern={renamed[la]: r for la, r in file.config.rank_pattern.items()},
+        alpha_pattern={renamed[la]: a for la, a in file.config.alpha_pattern.items()},
+    )
+    named = replace(file, tensors=tensors, config=config, flat=frozenset(), written={})
+    identity = identity.model_copy(update={"name": file.base.name}) if file.base.name != "unknown" else identity
+    training = file.description.training if file.description else None
+    return replace(named, description=describe(named, identity, training))
+
+
+@torch.no_grad()
+def _by_difference(
+    file: AdapterFile, base: object, to: Target, rank: int | None
+) -> tuple[AdapterFile, dict[str, float]]:
+    if base is None:
+        raise ConfigError(f"--to {to} computes W' - W0 of each layer, so it needs the base: give --base.")
+    named = _with_base(file, base)
+    rank = rank or file.config.rank
+    adapter = attach(base, named)
+    tensors: dict[str, Tensor] = {}
+    residuals: dict[str, float] = {}
+    try:
+        for path, update in adapter.updates().items():
+            layer, delta = file_layer(path), update.delta_weight().cpu()
+            if to == "diff":
+                tensors[f"{layer}.difference"] = delta
+            else:
+                A, B, residuals[layer] = best_low_rank(delta, rank)
+                tensors |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
+    finally:
+        adapter.eject()
+    ranks = {la: _rank(held) for la, held in by_layer(tensors).items()}
+    config = AdapterConfig(
+        kind="full" if to == "diff" else "lora",
+        rank=max(ranks.values()),
+        alpha=float(max(ranks.values())),
+        target_modules=named.config.target_modules,
+        rank_pattern={layer: r for layer, r in ranks.items() if r != max(ranks.values())},
+        alpha_pattern={layer: float(r) for layer, r in ranks.items() if r != max(ranks.values())},
+    )
+    return replace(named, tensors=tensors, config=config, notes=file.notes), residuals
+
+
+def _rank(held: Mapping[str, Tensor]) -> int:
+    return held["lora_A"].shape[0] if "lora_A" in held else min(held["difference"].flatten(1).shape)
+
+
+def best_low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """A [r, in, ...] and B [out, r, ...] with B A closest to delta, and the part left out: ||delta - B A|| / ||delta||.
+
+    In float64 by the eigenvectors of the smaller of dW dW^T and dW^T dW, which is quicker than a whole SVD.
+    """
+    W = delta.flatten(1).double()
+    tall = W.shape[0] > W.shape[1]
+    gram = W.T @ W if tall else W @ W.T
+    rank = min(rank, gram.shape[0])
+    U = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)  # [n, r], the largest first
+    B, A = (W @ U, U.T) if tall else (U, U.T @ W)
+    norm = W.norm()
+    residual = float((W - B @ A).norm() / norm) if norm > 0 else 0.0
+    # B and A of about the same size, so that half precision serves both.
+    size = (B.norm() / A.norm().clamp_min(1e-30)).sqrt().clamp_min(1e-30)
+    A, B = (A * size).float(), (B / size).float()
+    ones = (1,) * (delta.dim() - 2)
+    return A.reshape(rank, *delta.shape[1:]), B.reshape(-1, rank, *ones), residual
+
+
+def _rounded(file: AdapterFile, dtype: str | None) -> tuple[AdapterFile, float | None, str]:
+    """The file in a dtype, the largest relative change of a tensor, and which it was. Raises AdapterFileError."""
+    if dtype is None:
+        return file, None, ""
+    tensors, worst, name_of_worst = {}, 0.0, ""
+    for name, tensor in file.tensors.items():
+        rounded = tensor.to(DTYPES[dtype])
+        if not rounded.isfinite().all():
+            raise AdapterFileError(f"{file.path}: {name} has values too large for {dtype}. Use bfloat16 or float32.")
+        norm = tensor.double().norm()
+        change = float((rounded.double() - tensor.double()).norm() / norm) if norm > 0 else 0.0
+        if change > worst:
+            worst, name_of_worst = change, name
+        tensors[name] = rounded
+    return replace(file, tensors=tensors), worst, name_of_worst

@@ -1,0 +1,214 @@
+"""An adapter file into a pipeline or a model: every layer at its place, or one error that names all that is not."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
+from dora_diffusion.formats import original
+from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.description import BaseIdentity, identify_base
+from dora_diffusion.formats.names import FLAT_PREFIXES, TEXT_ENCODERS, unflatten
+from dora_diffusion.formats.reading import Findings, read_with_findings, some
+from dora_diffusion.frozen import FrozenLayer
+from dora_diffusion.injection import Adapter, adaptable_layers, check_strength, inject_into
+
+__all__ = ["attach", "denoiser_of", "load_adapter"]
+
+
+def denoiser_of(pipe_or_model: object) -> nn.Module:
+    """The UNet or transformer of a pipeline, or the module itself. Raises AdapterMismatchError."""
+    pipe_or_model = getattr(pipe_or_model, "pipe", pipe_or_model)  # a Base, as load_base gives it
+    for name in ("unet", "transformer"):
+        module = getattr(pipe_or_model, name, None)
+        # A text encoder has a `transformer` too; a pipeline is no module.
+        if isinstance(module, nn.Module) and not isinstance(pipe_or_model, nn.Module):
+            return module
+    if isinstance(pipe_or_model, nn.Module):
+        return pipe_or_model
+    raise AdapterMismatchError(
+        f"cannot load an adapter into a {type(pipe_or_model).__name__}: "
+        "give a diffusers pipeline with a unet or a transformer, or one of these models itself."
+    )
+
+
+def text_encoders_of(pipe_or_model: object) -> dict[str, nn.Module]:
+    """A pipeline's text encoders by their names in it; a bare model has none."""
+    pipe = getattr(pipe_or_model, "pipe", pipe_or_model)
+    if isinstance(pipe, nn.Module):
+        return {}
+    return {name: m for name in TEXT_ENCODERS if isinstance(m := getattr(pipe, name, None), nn.Module)}
+
+
+def load_adapter(
+    pipe_or_model: object,
+    path: str | os.PathLike[str],
+    *,
+    strength: float = 1.0,
+    name: str | None = None,
+    partial: bool = False,
+    alpha: float | None = None,
+) -> Adapter:
+    """Load an adapter of any dialect into a diffusers pipeline, or into a bare UNet or transformer.
+
+    `path` is a file, a PEFT folder or a hub id ("owner/name", "owner/name/file.safetensors"). `alpha` is for the files
+    of programs that do not save theirs. Raises AdapterFileError for a file that is no sound adapter and
+    AdapterMismatchError when any of its layers is not in the model or has another shape: nothing is loaded in part,
+    unless `partial` asks for it. Warns when the base has other weights.
+    """
+    file, findings = read_with_findings(path, alpha=alpha)
+    return _attach(pipe_or_model, file, findings, strength, name, partial)
+
+
+def attach(
+    pipe_or_model: object,
+    file: AdapterFile,
+    *,
+    strength: float = 1.0,
+    name: str | None = None,
+    partial: bool = False,
+) -> Adapter:
+    """`load_adapter` for a file that was read already."""
+    return _attach(pipe_or_model, file, Findings(), strength, name, partial)
+
+
+def _attach(
+    pipe_or_model: object, file: AdapterFile, findings: Findings, strength: float, name: str | None, partial: bool
+) -> Adapter:
+    check_strength(strength)
+    file.check_universal()
+    model, encoders = denoiser_of(pipe_or_model), text_encoders_of(pipe_or_model)
+    views = adaptable_layers(model)
+    here = identify_base(model, [layer for layer in file.base.sketch if layer in views] or None)
+    for encoder, module in encoders.items():
+        views |= {f"{encoder}.{path}": view for path, view in adaptable_layers(module).items()}
+    fitted = _fit(file, views, here)
+    if fitted.problems or findings:
+        _report(file, fitted, findings, identify_base(model), partial)
+    if not file.base.same_weights(here):
+        warnings.warn(
+            f"{file.path.name} was trained on {file.base.name!r} (fingerprint {file.base.fingerprint}), this base is "
+            f"{here.name!r} ({here.fingerprint}): same layers, other weights. It is loaded; its effect may differ.",
+            stacklevel=3,
+        )
+    places = fitted.places
+    config = replace(
+        file.config,
+        dropout=0.0,
+        rank_pattern={places[layer]: r for layer, r in file.config.rank_pattern.items() if layer in places},
+        alpha_pattern={places[layer]: a for layer, a in file.config.alpha_pattern.items() if layer in places},
+    )
+    adapter = inject_into(
+        model,
+        config,
+        {path: views[path] for path in fitted.tensors},
+        name=name,
+        text_encoders=encoders,
+        parameters=fitted.tensors,
+    )
+    adapter.load({f"{path}.{p}": tensor for path, held in fitted.tensors.items() for p, tensor in held.items()})
+    adapter.strength = strength
+    return adapter
+
+
+@dataclass
+class _Fitted:
+    """A file's layers at their paths in the model, and what found no place, one line each."""
+
+    places: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer], here: BaseIdentity) -> _Fitted:
+    fitted = _Fitted()
+    flat = {path.replace(".", "_"): path for path in views}
+    for layer, held in by_layer(file.tensors).items():
+        path = _path(layer, file, views, flat, here)
+        if path is None:
+            near = nearest(layer, views, 1)
+            fitted.problems.append(
+                f"{_said(layer, file)}: not in this model" + (f" (nearest: {near[0]})" if near else "")
+            )
+        elif path in fitted.tensors:
+            fitted.problems.append(f"{_said(layer, file)}: {path} has an update of this file already")
+        elif problem := _misfit(held, views[path]):
+            fitted.problems.append(f"{_said(layer, file)}: {problem}")
+        else:
+            fitted.places[layer] = path
+            fitted.tensors[path] = {p: _shaped(p, tensor, views[path]) for p, tensor in held.items()}
+    return fitted
+
+
+def _path(
+    layer: str, file: AdapterFile, views: Mapping[str, FrozenLayer], flat: Mapping[str, str], here: BaseIdentity
+) -> str | None:
+    """The layer's path in this model; names that leave room are settled by what the model has."""
+    written = file.written.get(layer, "")
+    bare = next((written.removeprefix(p) for p in FLAT_PREFIXES if written.startswith(p)), written)
+    # What an original UNet name means depends on how many layers this UNet has in a block.
+    blocks = original.unet_path(unflatten(bare) or bare, here.layers_per_block) if here.layers_per_block else None
+    candidates = (blocks or layer, layer.replace("text_model.", "", 1))
+    return next((c for c in candidates if c in views), flat.get(layer.replace(".", "_")))
+
+
+def _said(layer: str, file: AdapterFile) -> str:
+    written = file.written.get(layer, layer)
+    return layer if written.endswith(layer) else f"{layer} ({written})"
+
+
+def _misfit(held: Mapping[str, Tensor], view: FrozenLayer) -> str:
+    """Why a layer's tensors do not fit; empty when they do."""
+    wanted = (view.out_features, *view.in_shape)
+    if "difference" in held:
+        shape = tuple(held["difference"].shape)
+        return "" if _same(shape, wanted) else f"a difference of {list(shape)} for a weight of {list(wanted)}"
+    A, B = held["lora_A"], held["lora_B"]
+    if not _same((B.shape[0], *A.shape[1:]), wanted):
+        return (
+            f"adapter for {B.shape[0]} x {list(A.shape[1:])}, "
+            f"this layer has {view.out_features} x {list(view.in_shape)}"
+        )
+    return ""
+
+
+def _same(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Alike up to the two ones that tell a 1 x 1 convolution from a linear layer, which are the same map."""
+    return shape == wanted or (
+        shape[:2] == wanted[:2] and not (set(shape[2:]) | set(wanted[2:])) - {1} and len(shape) != len(wanted)
+    )
+
+
+def _shaped(parameter: str, tensor: Tensor, view: FrozenLayer) -> Tensor:
+    if parameter == "lora_A":
+        return tensor.reshape(-1, *view.in_shape)
+    if parameter == "lora_B":
+        return tensor.reshape(view.out_features, -1, *view.up_shape)
+    return tensor.reshape(view.out_features, *view.in_shape) if parameter == "difference" else tensor
+
+
+def _report(file: AdapterFile, fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bool) -> None:
+    """Raise, or with `partial` warn, saying all that does not fit. Raises AdapterFileError, AdapterMismatchError."""
+    fitting, total = len(fitted.tensors), max(len(file.layers), len(fitted.tensors))
+    lines = (("\n  " + some(fitted.problems, "\n  ")) if fitted.problems else "") + findings.lines()
+    if partial and fitting:
+        dropped = f" and {len(file.left_out)} keys left out" if file.left_out else ""
+        warnings.warn(f"{file.path.name} is loaded in part: {fitting} of {total} layers{dropped}.{lines}", stacklevel=5)
+        return
+    if not fitted.problems:
+        raise AdapterFileError(f"{file.path} cannot be read whole.{lines}\n{findings.way_out()}")
+    trained = (
+        f"Trained on {file.base.name!r} ({file.base.model_class}, fingerprint {file.base.fingerprint}); this base is "
+        if file.base.sketch
+        else "The file does not say what it was trained on; this base is "
+    )
+    raise AdapterMismatchError(
+        f"{file.path} does not fit this base: {fitting} of {total} layers match.{lines}\n{trained}"
+        f"{here.name!r} ({here.model_class}, {here.fingerprint}). Load it with the base it was trained on"
+        + (", or what fits of it with partial=True." if fitting else ".")
+    )

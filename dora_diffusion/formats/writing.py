@@ -1,0 +1,112 @@
+"""Adapters to files, in each dialect, with their whole description in the header."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.formats import diffusers, kohya
+from dora_diffusion.formats.content import AdapterFile
+from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Description, identify_base
+from dora_diffusion.formats.storage import write_safetensors
+from dora_diffusion.injection import Adapter
+
+__all__ = ["Layout", "describe", "file_layer", "file_of", "save_adapter", "write_adapter_file"]
+
+Layout = Literal["diffusers", "kohya"]
+Summary = Mapping[str, str | int | float | None]
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    training: Summary | None = None,
+    base_name: str | None = None,
+) -> Path:
+    """Write the adapter in PEFT/diffusers layout, which stock `pipe.load_lora_weights(path)` reads too.
+
+    The header carries the configuration, the base's identity and `training`, a summary of the run. The file appears
+    under its name only when it is whole. Raises OutputError, and AdapterFileError for an adapter that the layout cannot
+    hold (a norm by input, a whole difference).
+    """
+    file = file_of(adapter, Path(path), training=training, base_name=base_name)
+    return write_adapter_file(file, Path(path), "diffusers")[0]
+
+
+def file_of(
+    adapter: Adapter, path: Path, *, training: Summary | None = None, base_name: str | None = None
+) -> AdapterFile:
+    """The adapter in a model as the file it would be. Raises AdapterStateError."""
+    if not adapter.layers:
+        adapter._require_layers("save")
+    base = identify_base(adapter.model)
+    tensors = {file_layer(name): p.detach().to("cpu", torch.float32) for name, p in adapter.named_parameters().items()}
+    config = adapter.config
+    config = replace(
+        config,
+        rank_pattern={file_layer(layer): rank for layer, rank in config.rank_pattern.items()},
+        alpha_pattern={file_layer(layer): alpha for layer, alpha in config.alpha_pattern.items()},
+    )
+    prefix = "transformer" if "Transformer" in type(adapter.model).__name__ else "unet"
+    file = AdapterFile(path, prefix, config, tensors, None)
+    base = base.model_copy(update={"name": base_name}) if base_name else base
+    return replace(file, description=describe(file, base, training))
+
+
+def file_layer(name: str) -> str:
+    """transformers 5 has a CLIPTextModel without `text_model`; files name it all the same."""
+    encoder, _, path = name.partition(".")
+    return (
+        f"{encoder}.text_model.{path}" if encoder.startswith("text_encoder") and path.startswith("encoder.") else name
+    )
+
+
+def describe(file: AdapterFile, base: BaseIdentity, training: Summary | None = None) -> Description:
+    config = file.config
+    return Description(
+        kind=config.kind,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        target_modules=config.target_modules,
+        norm_axis=file.norm_axis,  # type: ignore[arg-type]
+        base=base,
+        training=dict(training or {}),
+    )
+
+
+def write_adapter_file(
+    file: AdapterFile, path: Path, layout: Layout, conversion: Summary | None = None
+) -> tuple[Path, list[str]]:
+    """Write the file in a layout; with it come notes on what the layout says otherwise.
+
+    Other programs' entries in the header are kept, ours are written anew. Raises OutputError, AdapterFileError.
+    """
+    description = file.description or describe(file, BaseIdentity())
+    description = description.model_copy(
+        update={
+            "norm_axis": file.norm_axis,
+            "kind": file.config.kind,
+            "rank": file.config.rank,
+            "alpha": file.config.alpha,
+            "use_rslora": file.config.use_rslora,
+            "conversion": {**description.conversion, **(conversion or {})},
+        }
+    )
+    kept = {key: value for key, value in file.header.items() if key not in (HEADER_KEY, diffusers.METADATA_KEY)}
+    metadata = {**kept, "format": "pt", HEADER_KEY: description.model_dump_json()}
+    if layout == "diffusers":
+        tensors: dict[str, Tensor] = diffusers.to_keys(file)
+        notes: list[str] = []
+        metadata[diffusers.METADATA_KEY] = diffusers.peft_config(file)
+    else:
+        tensors, notes = kohya.to_keys(file)
+    return write_safetensors(tensors, path, metadata), notes

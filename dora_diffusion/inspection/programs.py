@@ -1,0 +1,237 @@
+"""What other programs make of adapter files, as data: one row per program, with the source it was read from.
+
+A row says which module names and which keys the program reads, and the formula it puts them into. They change: when a
+program does, its row is mended, and docs/parity.md with it. `formula.py` computes what a row says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dora_diffusion.errors import ConfigError, nearest
+
+__all__ = ["PROGRAMS", "Program", "Spelling", "program_named"]
+
+Model = Literal["unet", "sd3", "flux", "other"]
+Part = Literal["down", "up", "core", "alpha", "magnitude", "difference"]
+EVERY: tuple[Model, ...] = ("unet", "sd3", "flux", "other")
+FLOAT32_EPSILON = 2.0**-23
+
+# How a flat name of an original checkpoint goes on after its prefix.
+ORIGINAL = (
+    "(?:input_blocks|middle_block|output_blocks|time_embed_[02]|label_emb|out_2"
+    "|double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
+)
+CLIP = r"text_model[._]encoder[._]layers[._]\d+[._](?:self_attn[._](?:[qkv]|out)_proj|mlp[._]fc[12])"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Module names that a program looks up, as a regular expression for the whole name, and for which models.
+
+    `lost` are endings that it expects but does not find under these names: a magnitude then stays at its start, ||W0||.
+    """
+
+    pattern: str
+    models: tuple[Model, ...] = EVERY
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program's rules. W0 is the base's weight, V = W0 + s B A.
+
+    parts        the keys' endings that it reads, and what it takes them for; all other keys are dropped
+    scale        s: from the header ("lora_adapter_metadata"), from `.alpha` / rank, or 1 where there is none
+    axis         which way a norm runs: over each output's row, over each input's column, or told from the magnitude's
+                 shape: by output if its first axis has as many entries as the layer has outputs
+    output_norm  whether the norm of a row is that of V, as it should be, or that of W0; the norm of a column is V's
+    magnitude    which shapes it takes: "peft" exactly [out], a convolution's [1, out, 1, 1]; "copied" what can be
+                 copied into [out, 1, ...]; "broadcast" whatever torch broadcasts, rightly or not
+    strength     w: "difference" W0 + w (W' - W0); "low rank" w scales s inside V; "ratio" V (1 + w (m / n - 1))
+    on_error     what a shape that does not fit leads to: the layer is left out, or nothing is loaded
+    strict       module names (a pattern) for which one key that it does not know makes it refuse the file
+    bias         what happens to the layer's bias
+    """
+
+    name: str
+    label: str
+    version: str
+    sources: tuple[str, ...]
+    read_on: str
+    spellings: tuple[Spelling, ...]
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    header: bool = False
+    needs_alpha: bool = False
+    axis: Literal["output", "input", "shape"] = "output"
+    output_norm: Literal["V", "W0"] = "V"
+    epsilon: float = 0.0
+    magnitude: Literal["peft", "copied", "broadcast"] = "broadcast"
+    strength: Literal["difference", "low rank", "ratio"] = "difference"
+    on_error: Literal["skip", "stop"] = "stop"
+    strict: str = ""
+    bias: str = "left as it is"
+
+
+_KOHYA: dict[str, Part] = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "core",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+    "diff": "difference",
+}
+_PEFT: dict[str, Part] = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_COMFY_SPELLINGS = (
+    Spelling("lora_unet_.+", ("unet",)),
+    Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3")),
+    Spelling("lycoris_.+", ("unet", "sd3", "flux")),
+    Spelling(r"(?:unet\.)?.+\.processor\..+", ("unet",)),
+    Spelling(r"diffusion_model\..+"),
+    Spelling(r"transformer\..+", ("sd3", "flux")),
+    Spelling("lora_transformer_.+", ("sd3", "flux")),
+    Spelling(f"lora_te[12]?_{CLIP}"),
+    Spelling(rf"text_encoder(?:_2)?\.{CLIP}"),
+)
+_COMFY_KEYS: dict[str, Part] = {
+    **_KOHYA,
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+}
+
+PROGRAMS = (
+    Program(
+        name="diffusers",
+        label="diffusers",
+        version="0.42.1 (transformers 5.23)",
+        sources=(
+            "https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/loaders/lora_pipeline.py",
+            "https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/loaders/lora_conversion_utils.py",
+            "https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/utils/peft_utils.py",
+        ),
+        read_on="2026-11-23",
+        spellings=(
+            Spelling(r"unet\..+", ("unet",)),
+            Spelling(r"transformer\..+", ("sd3", "flux", "other")),
+            # transformers 5 loads these layers, and looks for a parameter's name with `.weight`.
+            Spelling(r"text_encoder(?:_2)?\..+", lost=("lora_magnitude_vector",)),
+            Spelling("lora_(?:unet|te|te1|te2)_.+", ("unet",)),
+            Spelling(f"lora_unet_{ORIGINAL}.*|lora_transformer_.+|lora_te1_.+", ("flux",)),
+        ),
+        # `dora_scale` is taken out of every file before anything else.
+        parts={**_PEFT, "lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"},
+        header=True,
+        magnitude="peft",
+        strength="low rank",
+        strict="lora_(?:unet|te|te1|te2)_.+",
+        bias="left as it is",
+    ),
+    Program(
+        name="peft",
+        label="PEFT",
+        version="0.21.2",
+        sources=("https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/dora.py",),
+        read_on="2026-11-23",
+        spellings=(Spelling(r"(?:base_model\.model|unet|transformer|text_encoder(?:_2)?)\..+"),),
+        parts=_PEFT,
+        header=True,
+        magnitude="peft",
+        strength="low rank",
+    ),
+    Program(
+        name="comfyui",
+        label="ComfyUI",
+        version="commit 9c0cf36 (base.py), 6f98b15 (lora.py), ec93dca (keys)",
+        sources=(
+            "https://github.com/Comfy-Org/ComfyUI/blob/9c0cf36cd7964978850fd40f8cf76ac2cf9f9e15/comfy/weight_adapter/base.py",
+            "https://github.com/Comfy-Org/ComfyUI/blob/6f98b150e065f1ffc788558574a887835068bd40/comfy/weight_adapter/lora.py",
+            "https://github.com/Comfy-Org/ComfyUI/blob/ec93dcacb96b922f7cb1417b3ba22bccb082df32/comfy/lora.py",
+        ),
+        read_on="2026-11-23",
+        spellings=_COMFY_SPELLINGS,
+        parts={**_COMFY_KEYS, "lora_A": "down", "lora_B": "up"},
+        axis="shape",
+        output_norm="W0",
+        epsilon=FLOAT32_EPSILON,
+        on_error="skip",
+    ),
+    Program(
+        name="forge",
+        label="Forge",
+        version="commit cea9f37 (merge), 5e1dcd3 (keys)",
+        sources=(
+            "https://github.com/lllyasviel/stable-diffusion-webui-forge/blob/cea9f37fa5fd5b4c372b95bd46635f4241f60d26/backend/patcher/lora.py",
+            "https://github.com/lllyasviel/stable-diffusion-webui-forge/blob/5e1dcd35a8535564884a4116f6bbb37dbb8dfc46/packages_3rdparty/comfyui_lora_collection/lora.py",
+        ),
+        read_on="2026-11-23",
+        spellings=(
+            *(s for s in _COMFY_SPELLINGS if s.models != ("sd3", "flux") and s.models != ("unet", "sd3", "flux")),
+            Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3")),
+            Spelling("lycoris_.+", ("unet", "flux")),
+            Spelling(r"transformer\..+", ("flux",)),
+            Spelling("lora_transformer_.+", ("flux",)),
+        ),
+        parts=_COMFY_KEYS,
+        axis="shape",
+        output_norm="W0",
+        epsilon=FLOAT32_EPSILON,
+        on_error="stop",
+    ),
+    Program(
+        name="a1111",
+        label="A1111",
+        version="1.10 (pull request 16151 included)",
+        sources=(
+            "https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/v1.10.1/extensions-builtin/Lora/network.py",
+            "https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/v1.10.1/extensions-builtin/Lora/networks.py",
+            "https://github.com/AUTOMATIC1111/stable-diffusion-webui/pull/16151",
+            "https://github.com/lllyasviel/stable-diffusion-webui-forge/blob/bed7d60a7e15ee3520f13f81227575cbb8f9b28c/packages_3rdparty/webui_lora_collection/network.py",
+        ),
+        read_on="2026-11-23",
+        spellings=(
+            Spelling("lora_unet_.+", ("unet",)),
+            Spelling(f"lora_te[12]?_{CLIP}", ("unet",)),
+            Spelling(r"transformer\..+", ("sd3",)),
+        ),
+        parts={**_KOHYA, "lora_A.weight": "down", "lora_B.weight": "up"},
+        axis="input",
+        on_error="skip",
+    ),
+    Program(
+        name="lycoris",
+        label="LyCORIS",
+        version="4.1.3",
+        sources=(
+            "https://github.com/KohakuBlueleaf/LyCORIS/blob/v4.1.3/lycoris/modules/locon.py",
+            "https://github.com/KohakuBlueleaf/LyCORIS/blob/v4.1.3/lycoris/functional/general.py",
+        ),
+        read_on="2026-11-23",
+        spellings=(Spelling("(?:lora_unet|lora_te[123]?|lycoris)_.+"),),
+        parts=_KOHYA,
+        needs_alpha=True,
+        axis="output",
+        epsilon=FLOAT32_EPSILON,
+        magnitude="copied",
+        strength="ratio",
+    ),
+)
+
+
+def program_named(name: str) -> Program:
+    """The row of this name. Raises ConfigError."""
+    for program in PROGRAMS:
+        if name.lower() in (program.name, program.label.lower()):
+            return program
+    names = [program.name for program in PROGRAMS]
+    near = nearest(name.lower(), names, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"no rules are known for a program {name!r}; there are rules for {', '.join(names)}.{hint}")

@@ -1,0 +1,109 @@
+"""What a program finds in a file: the keys it reads, grouped by module, and the keys it drops."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dora_diffusion.formats.names import is_flux, locate
+from dora_diffusion.formats.original import Part as Piece
+from dora_diffusion.inspection.programs import Model, Program
+
+__all__ = ["FileModule", "Reading", "model_of", "read_as", "split_key"]
+
+_MODELS: dict[str, Model] = {
+    "UNet2DConditionModel": "unet",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+}
+# Every ending that some dialect uses, the longest first, so that a module's name ends where its parameter's begins.
+_ENDINGS = sorted(
+    (
+        *("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "diff", "diff_b"),
+        *("lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_B.default.weight", "lora_A", "lora_B"),
+        *("lora.down.weight", "lora.up.weight", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
+        *("magnitude", "weight_m_wdecomp.weight"),
+    ),
+    key=len,
+    reverse=True,
+)
+
+
+@dataclass(frozen=True)
+class FileModule:
+    """What a program took from a file for one module; `pieces` are its layers in diffusers, and their rows in it.
+
+    `untrained` says that the program makes a magnitude of its own, ||W0||, and loses the file's.
+    """
+
+    name: str
+    pieces: tuple[Piece, ...]
+    down: Tensor | None = None
+    up: Tensor | None = None
+    core: Tensor | None = None
+    alpha: float | None = None
+    magnitude: Tensor | None = None
+    difference: Tensor | None = None
+    untrained: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return self.difference is not None or (self.down is not None and self.up is not None)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The modules that a program takes up, the endings of the keys that it drops with their number, and why it gave up
+    on the whole file, if it did."""
+
+    modules: tuple[FileModule, ...]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    refused: str = ""
+
+
+def model_of(class_name: str) -> Model:
+    """The kind of denoiser that the spellings speak of."""
+    return _MODELS.get(class_name, "other")
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """A key's module and its ending: `lora_unet_x.alpha` is `lora_unet_x` and `alpha`."""
+    for ending in _ENDINGS:
+        if key.endswith("." + ending):
+            return key[: -len(ending) - 1], ending
+    module, _, ending = key.rpartition(".")
+    return module, ending
+
+
+def read_as(program: Program, tensors: Mapping[str, Tensor], model: Model, layers_per_block: int = 2) -> Reading:
+    """What the program reads of a file with these tensors, for a base with this kind of denoiser."""
+    spellings = [(re.compile(s.pattern), s) for s in program.spellings if model in s.models]
+    found: dict[str, dict[str, Tensor]] = {}
+    untrained: set[str] = set()
+    dropped: Counter[str] = Counter()
+    for key, tensor in tensors.items():
+        module, ending = split_key(key)
+        part = program.parts.get(ending)
+        spelling = next((s for pattern, s in spellings if pattern.fullmatch(module)), None)
+        if part is not None and spelling is not None and ending not in spelling.lost:
+            found.setdefault(module, {})[part] = tensor
+            continue
+        if program.strict and re.fullmatch(program.strict, module) and ending != "dora_scale":
+            return Reading((), {ending: 1}, f"refuses the file: it does not know the key {key!r}")
+        dropped[ending] += 1
+        if part == "magnitude" and spelling is not None:
+            untrained.add(module)
+    flux = is_flux(found)
+    modules = []
+    for module, parts in found.items():
+        pieces = locate(module, flux=flux, layers_per_block=layers_per_block).parts
+        alpha = parts.pop("alpha", None)
+        scale = None if alpha is None else float(alpha)
+        made = FileModule(module, pieces, alpha=scale, untrained=module in untrained, **parts)
+        if made.complete:
+            modules.append(made)
+    return Reading(tuple(modules), dict(dropped))

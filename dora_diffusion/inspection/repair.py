@@ -1,0 +1,185 @@
+"""Write the file that comes out right in one program, or say that none can.
+
+Each form is a way to write an adapter. They are tried from the smallest to the largest, by putting what would be
+written through the program's own rules; the first that gives the true update in every layer is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
+from dora_diffusion.formats import diffusers, kohya
+from dora_diffusion.formats.content import AdapterFile
+from dora_diffusion.formats.files import read_adapter_file
+from dora_diffusion.formats.storage import read_header
+from dora_diffusion.formats.writing import Layout, file_layer, file_of, write_adapter_file
+from dora_diffusion.injection import Adapter, AdapterConfig, check_strength
+from dora_diffusion.inspection.parity import MADE_FOR_KEY, RIGHT, Parity, attached, evaluate, refuse_marked
+from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
+from dora_diffusion.layers import DoRAUpdate
+from dora_diffusion.models.loading import Base
+from dora_diffusion.variants import dense_weight
+
+__all__ = ["FORMS", "Form", "Repaired", "Unrepairable", "repair"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to write an adapter: `change` makes of it what the layout then writes, or None where it cannot hold it."""
+
+    name: str
+    meaning: str
+    layout: Layout
+    change: Callable[[AdapterFile, Adapter], AdapterFile | None]
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """A file that was written: its form, and the largest relative error of a layer by the program's rules."""
+
+    path: Path
+    form: Form
+    error: float
+
+
+class Unrepairable(ConfigError):
+    """No form of this adapter comes out right in the program; the message has each form's error."""
+
+
+def repair(
+    path: str | os.PathLike[str],
+    base: Base,
+    program: Program,
+    out: Path,
+    *,
+    strength: float = 1.0,
+    form: str | None = None,
+) -> Repaired:
+    """Write `path`'s adapter to `out` so that it is right in the program, at strength 1 and at `strength`.
+
+    `form` asks for one of FORMS. Raises Unrepairable, AdapterFileError, AdapterMismatchError and OutputError.
+    """
+    strength = check_strength(strength)
+    refuse_marked(Path(path), read_header(Path(path)).metadata)
+    description = read_adapter_file(path).description
+    tried = []
+    with attached(base, path) as adapter, torch.no_grad():
+        training = description.training if description else None
+        file = file_of(adapter, out, training=training, base_name=description.base.name if description else None)
+        for one in FORMS if form is None else (_form_named(form),):
+            changed = one.change(file, adapter)
+            if changed is None:
+                tried.append(f"{one.name} cannot hold this adapter")
+                continue
+            found = _check(one, changed, adapter, program, strength)
+            if found is not None and found.right and found.right_at_strength:
+                conversion: dict[str, str | int | float | None] = {"repaired_for": program.name, "form": one.name}
+                write_adapter_file(_marked(one, changed, program), out, one.layout, conversion)
+                return Repaired(out, one, found.worst.error)
+            tried.append(f"{one.name}: {_outcome(found)}")
+    at = "" if strength == 1 else f" at strength 1 and at {strength:g}"
+    raise Unrepairable(
+        f"no file of this adapter comes out right in {program.label}{at} (up to {RIGHT:g}). Tried: {'; '.join(tried)}. "
+        + ("Use it at strength 1 there, or in this project." if strength != 1 else "Use it in another program.")
+    )
+
+
+def _check(form: Form, file: AdapterFile, adapter: Adapter, program: Program, strength: float) -> Parity | None:
+    try:
+        tensors = diffusers.to_keys(file) if form.layout == "diffusers" else kohya.to_keys(file)[0]
+    except AdapterFileError:  # what the layout cannot hold
+        return None
+    scale_of = (lambda layer: file.scale_of(file_layer(layer))) if form.layout == "diffusers" else None
+    return evaluate((program,), tensors, adapter, strength, scale_of)[0]
+
+
+def _outcome(found: Parity | None) -> str:
+    if found is None:
+        return "cannot hold this adapter"
+    if found.stopped or not found.read:
+        return found.stopped or "none of it is read"
+    return f"relative error {max(max(x.error, x.error_at_strength) for x in found.layers):.2g} in the worst layer"
+
+
+def _form_named(name: str) -> Form:
+    for form in FORMS:
+        if form.name == name:
+            return form
+    names = [form.name for form in FORMS]
+    near = nearest(name, names, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"there is no form {name!r} to write; the forms are {', '.join(names)}.{hint}")
+
+
+def _as_it_is(file: AdapterFile, adapter: Adapter) -> AdapterFile:
+    return file
+
+
+def _compensated(file: AdapterFile, adapter: Adapter) -> AdapterFile | None:
+    """m ||W0|| / ||V|| as the magnitude: dividing it by ||W0||, as ComfyUI does, gives m / ||V||."""
+    updates = adapter.updates()
+    if any(type(update) is not DoRAUpdate for update in updates.values()):
+        return None
+    tensors = dict(file.tensors)
+    for path, update in updates.items():
+        W0 = dense_weight(update.frozen).double()
+        V = W0 + update.direction().double()
+        n0, n = W0.flatten(1).norm(dim=1), V.flatten(1).norm(dim=1)
+        factor = torch.where(n > 0, (n0 + FLOAT32_EPSILON) / n.clamp_min(1e-300), 0.0)
+        name = f"{file_layer(path)}.magnitude"
+        tensors[name] = (tensors[name].double() * factor.cpu()).float()
+    return replace(file, tensors=tensors)
+
+
+def _difference(file: AdapterFile, adapter: Adapter) -> AdapterFile:
+    updates = adapter.updates().items()
+    tensors = {f"{file_layer(path)}.difference": update.delta_weight().cpu() for path, update in updates}
+    return replace(file, tensors=tensors, config=replace(file.config, kind="full"))
+
+
+def _full_rank(file: AdapterFile, adapter: Adapter) -> AdapterFile:
+    """A plain LoRA whose B A is dW: A or B is the identity, whichever is smaller."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for path, update in adapter.updates().items():
+        layer, delta = file_layer(path), update.delta_weight().cpu()
+        flat = delta.flatten(1)  # [out, in * kernel]
+        r = ranks[layer] = min(flat.shape)
+        A, B = (torch.eye(r), flat) if flat.shape[1] == r else (flat, torch.eye(r))
+        tensors[f"{layer}.lora_A"] = A.reshape(r, *delta.shape[1:])
+        tensors[f"{layer}.lora_B"] = B.reshape(-1, r, *(1,) * (delta.dim() - 2))
+    most = max(ranks.values())
+    config = AdapterConfig(
+        kind="lora",
+        rank=most,
+        alpha=float(most),
+        target_modules=file.config.target_modules,
+        rank_pattern={layer: r for layer, r in ranks.items() if r != most},
+        alpha_pattern={layer: float(r) for layer, r in ranks.items() if r != most},
+    )
+    return replace(file, tensors=tensors, config=config)
+
+
+FORMS = (
+    Form("diffusers", "PEFT's keys", "diffusers", _as_it_is),
+    Form("kohya", "kohya's keys", "kohya", _as_it_is),
+    Form("compensated", "magnitudes for dividing by ||W0||, wrong in every other program", "kohya", _compensated),
+    Form("diff", "the whole difference of every layer", "kohya", _difference),
+    Form("full-rank", "a plain LoRA of full rank, larger than the difference", "diffusers", _full_rank),
+)
+
+
+def _marked(form: Form, file: AdapterFile, program: Program) -> AdapterFile:
+    """A file that is right in one program alone says so in its header."""
+    if form.name != "compensated":
+        return file
+    mark = {"program": program.label, "version": program.version, "base": file.base.fingerprint}
+    return replace(file, header={**file.header, MADE_FOR_KEY: json.dumps(mark, sort_keys=True)})

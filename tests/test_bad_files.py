@@ -1,0 +1,276 @@
+"""Files that are broken, hostile or none of ours: each is a clear error, and none is loaded in silence."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+import struct
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mutants import Tiny, entry_of, mutant, pack, reference_deltas, seeds, weights_of, write
+from torch import nn
+
+from dora_diffusion.errors import AdapterFileError
+from dora_diffusion.formats.convert import convert_adapter
+from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.formats.storage import MAX_HEADER
+from dora_diffusion.layers import AdaptedLayer
+
+MUTANTS = 20_000
+QUICK = 600
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Tiny()
+
+
+def refused(path: Path, model: nn.Module, *said: str) -> None:
+    with pytest.raises(AdapterFileError) as raised:
+        load_adapter(model, path)
+    for part in (str(path), *said):
+        assert part in str(raised.value), raised.value
+    assert not any(isinstance(module, AdaptedLayer) for module in model.modules())
+
+
+def file_of(tmp_path: Path, change: dict[str, torch.Tensor | None], kind: int = 1, **metadata: str) -> Path:
+    """A sound kohya DoRA (or another seed) with some entries changed, added or, with None, left out."""
+    entries, header = seeds(Tiny())[kind]
+    entries = {key: entry for key, entry in entries.items() if change.get(key, 0) is not None}
+    entries |= {key: entry_of(tensor) for key, tensor in change.items() if tensor is not None}
+    return write(tmp_path / "a.safetensors", pack(entries, header | metadata))
+
+
+DOWN, UP = "lora_unet_to_q.lora_down.weight", "lora_unet_to_q.lora_up.weight"
+SCALE, ALPHA = "lora_unet_to_q.dora_scale", "lora_unet_to_q.alpha"
+
+
+def test_the_seeds_are_sound(tmp_path, model):
+    for i in range(7):
+        adapter = load_adapter(model, file_of(tmp_path, {}, kind=i))
+        assert len(adapter.layers) >= 2
+        adapter.eject()
+
+
+SHAPES = {
+    "rank 0": ({DOWN: torch.zeros(0, 6), UP: torch.zeros(6, 0)}, "to_q: no rank in common"),
+    "a rank that would be spread": ({UP: torch.ones(6, 1)}, "to_q: no rank in common: lora_A [4, 6], lora_B [6, 1]"),
+    "a magnitude that would be spread": (
+        {SCALE: torch.ones(1, 1)},
+        "dora_scale of shape [1, 1] for 6 outputs and 6 inputs",
+    ),
+    "a magnitude for each weight": ({SCALE: torch.ones(6, 6)}, "dora_scale of shape [6, 6]"),
+    "an alpha for each rank": ({ALPHA: torch.ones(4)}, "alpha of shape [4]"),
+    "an alpha of zero": ({ALPHA: torch.tensor(0.0)}, "alpha is 0; it must be above 0"),
+    "an alpha below zero": ({ALPHA: torch.tensor(-2.0)}, "alpha is -2; it must be above 0"),
+    "half a module": ({UP: None}, "missing:\n  lora_unet_to_q: lora_B"),
+    "no magnitude in one layer": ({SCALE: None}, "missing:\n  lora_unet_to_q: its magnitude"),
+    "another layer's width": (
+        {DOWN: torch.ones(4, 5), SCALE: torch.ones(6, 1)},
+        "adapter for 6 x [5], this layer has 6 x [6]",
+    ),
+    "a key of nobody's": (
+        {"lora_unet_to_q.lora_sideways": torch.ones(1)},
+        "unexpected:\n  lora_unet_to_q.lora_sideways",
+    ),
+    "a layer of nobody's": ({DOWN.replace("to_q", "to_k"): torch.ones(4, 6)}, "lora_unet_to_k: lora_B"),
+    "biases": ({"lora_unet_to_q.diff_b": torch.ones(6)}, "diff_b: a change of biases, which is not read here"),
+    "a difference beside a LoRA": ({"lora_unet_to_q.diff": torch.ones(6, 6)}, "lora_A beside a whole difference"),
+}
+
+
+@pytest.mark.parametrize("change, said", SHAPES.values(), ids=SHAPES.keys())
+def test_a_wrong_shape_or_key_is_named(tmp_path, model, change, said):
+    refused(file_of(tmp_path, change), model, said)
+
+
+def test_all_that_is_wrong_stands_in_one_error(tmp_path, model):
+    change = {UP: None, "lora_unet_proj_in.dora_scale": torch.ones(3), "lora_unet_conv_in.odd": torch.ones(1)}
+    elsewhere = {DOWN: torch.ones(4, 6), UP: torch.ones(6, 4), SCALE: torch.ones(6, 1)}
+    path = file_of(tmp_path, change | {key.replace("to_q", "to_v"): tensor for key, tensor in elsewhere.items()})
+    refused(
+        path,
+        model,
+        "does not fit this base: 1 of 2 layers match",
+        "to_v: not in this model (nearest: to_q)",
+        "missing:\n  lora_unet_to_q: lora_B",
+        "unexpected:\n  lora_unet_conv_in.odd",
+        "misshapen:\n  lora_unet_proj_in: dora_scale of shape [3]",
+    )
+    with pytest.warns(UserWarning, match="loaded in part: 1 of 2 layers"):
+        assert list(load_adapter(model, path, partial=True).layers) == ["conv_in"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e12])
+def test_values_no_weight_can_have_are_named(tmp_path, model, value):
+    refused(file_of(tmp_path, {DOWN: torch.full((4, 6), value)}), model, "not finite", DOWN, "earlier checkpoint")
+
+
+@pytest.mark.parametrize(
+    "dtype, size", [("I32", 4), ("I8", 1), ("BOOL", 1), ("F8_E4M3", 1), ("F8_E5M2", 1), ("U16", 2), ("F4", 1)]
+)
+def test_numbers_of_another_kind_are_named(tmp_path, model, dtype, size):
+    entries, header = seeds(Tiny())[1]
+    entries[DOWN] = dtype, [4, 6], bytes(24 * size)
+    path = write(tmp_path / "a.safetensors", pack(entries, header))
+    refused(path, model, f"{DOWN} ({dtype})", "float32, float16, bfloat16 or float64")
+
+
+@pytest.mark.parametrize("dtype, size", [("I64", 8), ("I32", 4), ("F16", 2)])
+def test_an_alpha_that_is_a_whole_number_is_read(tmp_path, model, dtype, size):
+    entries, header = seeds(Tiny())[1]
+    number = np.array(6, {"I64": "<i8", "I32": "<i4", "F16": "<f2"}[dtype]).tobytes()
+    for module in ("to_q", "proj_in", "conv_in"):
+        entries[f"lora_unet_{module}.alpha"] = dtype, [], number
+    assert load_adapter(model, write(tmp_path / "a.safetensors", pack(entries, header))).config.alpha == 6
+
+
+def test_two_dialects_in_one_file_are_named(tmp_path, model):
+    sound = seeds(Tiny())
+    path = write(tmp_path / "a.safetensors", pack(sound[0][0] | sound[4][0], {}))
+    refused(path, model, "mixes two dialects, PEFT and kohya", "convert each by itself")
+    entries = {k: e for k, e in sound[1][0].items()} | {"lora_unet_to_q.magnitude": entry_of(torch.ones(6))}
+    refused(write(path, pack(entries, {})), model, "mixes two dialects, ai-toolkit and kohya")
+
+
+def test_one_layer_under_two_names_is_named(tmp_path, model):
+    entries, _ = seeds(Tiny())[0]
+    twice = {key.replace("lora_unet_", "lycoris_"): entry for key, entry in entries.items() if "to_q" in key}
+    refused(write(tmp_path / "a.safetensors", pack(entries | twice, {})), model, "the layer to_q is there already")
+
+
+def test_a_file_bent_for_one_program_is_not_loaded(tmp_path, model):
+    path = file_of(tmp_path, {}, dora_diffusion_made_for="ComfyUI")
+    refused(path, model, "was made for one program alone (ComfyUI)", "Use the file it was made from")
+    with pytest.raises(AdapterFileError, match="one program alone"):
+        convert_adapter(path, tmp_path / "b.safetensors", "diffusers")
+
+
+def with_header(tmp_path: Path, text: bytes, size: int | None = None) -> Path:
+    return write(tmp_path / "a.safetensors", struct.pack("<Q", len(text) if size is None else size) + text)
+
+
+def test_a_name_that_stands_twice_in_the_header_is_named(tmp_path, model):
+    entry = '"to_q.lora_A.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    refused(with_header(tmp_path, f"{{{entry}, {entry}}}".encode()), model, "'to_q.lora_A.weight' twice")
+
+
+@pytest.mark.parametrize("size", [10**6, 2**40, 2**63, 2**64 - 1])
+def test_a_header_larger_than_the_file_is_named(tmp_path, model, size):
+    refused(with_header(tmp_path, b"{}", size), model, f"its header should have {size:,} bytes, and 2 are there")
+
+
+def test_a_header_larger_than_any_adapters_is_not_read(tmp_path, model):
+    path = tmp_path / "a.safetensors"
+    with path.open("wb") as file:  # a sparse file: it takes no room
+        file.write(struct.pack("<Q", MAX_HEADER + 1))
+        file.truncate(MAX_HEADER + 100)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(path, model, "no adapter needs more than")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b'{"a":' * 100_000, b"[]", b"1", b"\xff\xfe", b'{"a": 1}', b'{"__metadata__": {"a": 1}}']
+)
+def test_a_header_that_is_no_table_of_tensors_is_named(tmp_path, model, text):
+    refused(with_header(tmp_path, text), model, "is no sound safetensors file")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+b", "((x*)*)*", "(.*a){20}", "a" * 400])
+def test_a_pattern_that_could_take_for_ever_is_refused(tmp_path, model, pattern):
+    text = json.dumps({"unet.lora_alpha": 6, "unet.alpha_pattern": {pattern: 3}})
+    path = file_of(tmp_path, {}, kind=4, lora_adapter_metadata=text)
+    started = time.perf_counter()
+    refused(path, model, "could take for ever to match")
+    assert time.perf_counter() - started < 5
+
+
+def test_partial_has_its_limits(tmp_path, model):
+    path = file_of(tmp_path, {DOWN: torch.full((4, 6), float("nan"))})
+    with pytest.raises(AdapterFileError, match="not finite"):
+        load_adapter(model, path, partial=True)
+    with pytest.raises(AdapterFileError, match="cannot be read whole"):
+        read_adapter_file(write(path, pack({UP: entry_of(torch.ones(6, 4))}, {})), partial=True)
+
+
+# The fuzz.
+
+
+def run_mutants(folder: Path, count: int, seed: int) -> dict[str, int]:
+    """Load mutants one after another: each is an AdapterFileError, or means what a second reading says it means."""
+    rng, model = random.Random(seed), Tiny()
+    sound, outcomes = seeds(model), {"refused": 0, "loaded": 0}
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    weights = weights_of(model)
+    for _ in range(count):
+        data = mutant(rng, sound)
+        path = write(folder / "mutant.safetensors", data)
+        try:
+            with _within_seconds(10):
+                adapter = load_adapter(model, path)
+        except AdapterFileError:
+            outcomes["refused"] += 1
+        else:
+            outcomes["loaded"] += 1
+            expected = reference_deltas(data, weights)
+            found = {layer: update.delta_weight().double().numpy() for layer, update in adapter.updates().items()}
+            adapter.eject()
+            assert found.keys() == expected.keys()
+            for layer, delta in expected.items():
+                size = max(np.abs(delta).max(), 1e-3)
+                assert np.abs(found[layer] - delta).max() <= 1e-3 * size, (layer, data[:2000])
+        assert not any(isinstance(module, AdaptedLayer) for module in model.modules())
+        assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    return outcomes
+
+
+class _within_seconds:
+    """A hang becomes a failure."""
+
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        def ring(*_: object) -> None:
+            raise TimeoutError("a file took too long")
+
+        self.before = signal.signal(signal.SIGALRM, ring)
+        signal.alarm(self.seconds)
+
+    def __exit__(self, *_: object) -> None:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, self.before)
+
+
+@pytest.fixture
+def no_warnings_shown() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def test_mutated_files_are_refused_or_mean_what_they_say(tmp_path, no_warnings_shown):
+    outcomes = run_mutants(tmp_path, QUICK, seed=1)
+    assert outcomes["refused"] > QUICK // 2 and outcomes["loaded"] > QUICK // 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_thousand_mutated_files(tmp_path, no_warnings_shown):
+    run_mutants(tmp_path, 500, seed=0)  # what is loaded on first use is loaded
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcomes = run_mutants(tmp_path, MUTANTS, seed=2)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"{MUTANTS} mutants: {outcomes}, {grown:.0f} MiB more memory at the peak")
+    assert sum(outcomes.values()) == MUTANTS
+    assert grown < 200

@@ -1,0 +1,476 @@
+"""Files of every dialect, as their writers write them: each layer's weight is the one that the writer meant."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import bases
+import dialect_files as files
+import pytest
+import torch
+from dialect_files import Made, make
+from oracles import inputs_of, output_of, relative_error
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
+from dora_diffusion.formats import original
+from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.formats.names import locate, unflatten
+from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter
+from dora_diffusion.variants import DifferenceUpdate, InputAxisDoRAUpdate, UnscaledNormDoRAUpdate
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+PATHS = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn1.to_out.0", f"{BLOCK}.ff.net.0.proj"]
+WITH_CONVOLUTIONS = [*PATHS, "conv_in", "down_blocks.0.resnets.0.conv1", "down_blocks.1.resnets.0.conv_shortcut"]
+TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1"]
+
+
+def assert_means(adapter: Adapter, deltas: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    found = {path: update.delta_weight() for path, update in adapter.updates().items()}
+    assert found.keys() == deltas.keys()
+    for path, expected in deltas.items():
+        assert relative_error(found[path], expected) <= tolerance, path
+
+
+def load_quietly(model: object, path: Path, **options: object) -> Adapter:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_adapter(model, path, **options)
+
+
+DIALECTS = {
+    "kohya LoRA": (files.flat("lora_unet_"), files.kohya, files.lora_delta),
+    "LyCORIS DoRA": (files.flat("lora_unet_"), files.kohya_dora, files.dora_delta),
+    "LyCORIS DoRA by input": (files.flat("lora_unet_"), files.kohya_input_axis, files.input_axis_delta),
+    "LyCORIS on any model": (files.flat("lycoris_"), files.kohya_dora, files.dora_delta),
+    "differences": (files.flat("lora_unet_"), lambda v: {"diff": files.lora_delta(v).float()}, files.lora_delta),
+    "dots and alphas": (
+        files.dotted("diffusion_model."),
+        lambda v: {**files.peft(v), **files.alpha(v)},
+        files.lora_delta,
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_file_means_what_its_writer_meant_linear_and_convolution(tmp_path, unet, dialect):
+    name, leaves, delta = DIALECTS[dialect]
+    made = make(unet, WITH_CONVOLUTIONS, name, leaves, delta)
+    assert_means(load_quietly(unet, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+# Where alpha is the rank: PEFT without a configuration, and programs that save none.
+UNSCALED = {
+    "NVlabs": (files.dotted("base_model.model."), files.nvlabs, files.dora_delta),
+    "ai-toolkit": (
+        files.dotted("transformer."),
+        lambda v: {**files.peft(v), "magnitude": v.by_output},
+        files.ai_toolkit_delta,
+    ),
+    "PEFT, no configuration": (files.dotted("unet."), files.peft, files.lora_delta),
+    "a dora_scale with one axis": (
+        files.flat("lora_unet_"),
+        lambda v: {**files.kohya(v), "dora_scale": v.by_output},
+        files.dora_delta,
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect", UNSCALED)
+def test_a_file_with_alpha_equal_to_rank_means_what_its_writer_meant(tmp_path, unet, dialect):
+    name, leaves, delta = UNSCALED[dialect]
+    made = make(unet, PATHS, name, leaves, delta, s=1.0)
+    assert_means(load_quietly(unet, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+def test_old_diffusers_names_are_read(tmp_path, unet):
+    paths = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_out.0"]
+
+    def name(path: str) -> str:
+        return "unet." + path.replace("attn1.", "attn1.processor.").removesuffix(".0") + "_lora"
+
+    made = make(unet, paths, name, files.old_diffusers, files.lora_delta, s=1.0)
+    assert f"unet.{BLOCK}.attn1.processor.to_out_lora.down.weight" in made.tensors
+    assert_means(load_quietly(unet, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+# ai-toolkit: its norm leaves alpha / rank out, and it does not save alpha.
+
+
+def ai_toolkit_kohya(unet: nn.Module) -> Made:
+    def leaves(v: files.Values) -> dict[str, Tensor]:
+        return {"lora_down.weight": v.A, "lora_up.weight": v.B, "magnitude": v.by_output}
+
+    return make(unet, PATHS, files.flat("lora_unet_"), leaves, files.ai_toolkit_delta)
+
+
+def test_ai_toolkits_norm_is_computed_as_ai_toolkit_does_once_alpha_is_said(tmp_path, unet):
+    made = ai_toolkit_kohya(unet)
+    adapter = load_adapter(unet, made.save(tmp_path / "a.safetensors"), alpha=files.ALPHA)
+    assert_means(adapter, made.deltas)
+    assert {type(update) for update in adapter.updates().values()} == {UnscaledNormDoRAUpdate}
+
+
+def test_an_alpha_that_ai_toolkit_did_not_save_is_asked_for(tmp_path, unet):
+    path = ai_toolkit_kohya(unet).save(tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"does not save alpha.*linear_alpha.*--alpha 1"):
+        load_adapter(unet, path)
+
+
+# The norm's axis.
+
+
+def test_the_axis_of_a_square_layer_is_told_by_the_shape(tmp_path, unet):
+    path = f"{BLOCK}.attn1.to_q"
+    assert unet.get_submodule(path).weight.shape == (32, 32)
+    deltas = []
+    for leaves, delta in (
+        (files.kohya_dora, files.dora_delta),
+        (files.kohya_input_axis, files.input_axis_delta),
+    ):
+        made = make(unet, [path], files.flat("lora_unet_"), leaves, delta)
+        adapter = load_quietly(unet, made.save(tmp_path / "a.safetensors"))
+        assert_means(adapter, made.deltas)
+        deltas.append(adapter.updates()[path].delta_weight())
+        adapter.eject()
+    assert relative_error(deltas[0], deltas[1]) > 0.1
+
+
+def test_a_scale_with_one_axis_on_a_square_layer_is_said_to_be_read_by_output(tmp_path, unet):
+    name, leaves, delta = UNSCALED["a dora_scale with one axis"]
+    path = make(unet, PATHS[:1], name, leaves, delta).save(tmp_path / "a.safetensors")
+    assert any("one axis on a square layer" in note for note in read_adapter_file(path).notes)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_norm_by_input_in_forward_is_that_of_the_merged_weight(grouped):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 6, 3, groups=2) if grouped else nn.Conv2d(8, 6, 3)
+    for layer, x in ((nn.Linear(8, 6), torch.randn(5, 8)), (conv, torch.randn(2, 8, 7, 7))):
+        adapter = inject_adapter(nn.Sequential(layer), AdapterConfig(target_modules=("0",), rank=2), seed=0)
+        adapted = adapter.layers["0"]
+        update = InputAxisDoRAUpdate(adapted.frozen, 2, 1.5).eval()
+        assert torch.equal(update(x, torch.zeros(())), torch.zeros_like(layer(x))), "it starts as the base"
+        with torch.no_grad():
+            update.lora_B.normal_()
+            update.input_magnitude.mul_(0.5 + torch.rand(update.input_magnitude.shape))
+        W = layer.weight.detach() + update.delta_weight()
+        merged = (
+            layer._conv_forward(x, W, layer.bias)
+            if isinstance(layer, nn.Conv2d)
+            else torch.nn.functional.linear(x, W, layer.bias)
+        )
+        assert relative_error(layer(x) + update(x, torch.zeros(())), merged) < 1e-5
+
+
+@pytest.mark.parametrize("make_update", [DifferenceUpdate, UnscaledNormDoRAUpdate])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_the_other_updates_in_forward_are_those_of_the_merged_weight(make_update, kind):
+    torch.manual_seed(0)
+    layer: nn.Linear | nn.Conv2d = nn.Linear(8, 6) if kind == "linear" else nn.Conv2d(8, 6, 3)
+    x = torch.randn(5, 8) if kind == "linear" else torch.randn(2, 8, 7, 7)
+    frozen = adaptable_layers(nn.Sequential(layer))["0"]
+    update = make_update(frozen, 2, 1.5).eval()
+    with torch.no_grad():
+        for parameter in update.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+        y = layer(x)
+        found = y + update(x, frozen.without_bias(y))
+        assert relative_error(found, y) > 0.1
+        layer.weight.add_(update.delta_weight())
+        assert relative_error(found, layer(x)) < 1e-5
+
+
+def test_a_packed_layer_takes_the_norm_by_input():
+    class Packed(nn.Module):
+        """A linear map that shows no matrix."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 8, 6
+            self.register_buffer("packed", torch.randn(6, 8, generator=torch.Generator().manual_seed(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.packed.T
+
+    packed, dense = Packed(), nn.Linear(8, 6, bias=False)
+    with torch.no_grad():
+        dense.weight.copy_(packed.packed)
+    norms = []
+    for module in (packed, dense):
+        update = InputAxisDoRAUpdate(adaptable_layers(nn.Sequential(module))["0"], 2, 1.0)
+        norms.append(update.input_magnitude.detach())
+    assert torch.allclose(norms[0], norms[1])
+
+
+# Text encoders, and a handle over all of a pipeline.
+
+
+def kohya_pipeline_file(pipe: object, encoders: dict[str, str], leaves: files.Leaves, delta: object) -> Made:
+    made = make(pipe.unet, PATHS, files.flat("lora_unet_"), leaves, delta)
+    for i, (encoder, prefix) in enumerate(encoders.items()):
+        model = getattr(pipe, encoder)
+        inside = "text_model." if hasattr(model, "text_model") else ""
+        paths = [inside + path for path in TEXT]
+        name = files.flat(prefix if inside else prefix + "text_model_")
+        make(model, paths, name, leaves, delta, seed=i + 1, into=made, deltas_behind=f"{encoder}.")
+    return made
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_kohya_text_encoders_land_in_the_pipelines_own(tmp_path, family, kind):
+    pipe = files.fresh(family)
+    encoders = (
+        {"text_encoder": "lora_te_"} if family == "sd" else {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    )
+    leaves, delta = (files.kohya, files.lora_delta) if kind == "lora" else (files.kohya_dora, files.dora_delta)
+    made = kohya_pipeline_file(pipe, encoders, leaves, delta)
+    assert any("lora_te" in key and "text_model_encoder_layers_0_self_attn_q_proj" in key for key in made.tensors)
+    assert_means(load_quietly(pipe, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+def test_a_text_encoder_needs_the_pipeline_and_a_bare_unet_says_so(tmp_path):
+    pipe = files.fresh("sd")
+    path = kohya_pipeline_file(pipe, {"text_encoder": "lora_te_"}, files.kohya, files.lora_delta).save(
+        tmp_path / "a.safetensors"
+    )
+    with pytest.raises(
+        AdapterMismatchError, match=r"4 of 6 layers match.*(?s:.)*text_encoder\.text_model.*not in this model"
+    ):
+        load_adapter(pipe.unet, path)
+    with pytest.warns(UserWarning, match=r"loaded in part: 4 of 6 layers"):
+        adapter = load_adapter(pipe.unet, path, partial=True)
+    assert len(adapter.layers) == 4
+
+
+# Original names: SDXL's blocks, FLUX's fused layers.
+
+
+def test_sdxl_blocks_by_their_original_names(tmp_path):
+    pipe = files.fresh("xl")
+    n = pipe.unet.config.layers_per_block
+    paths = [path for path in adaptable_layers(pipe.unet) if path != "conv_norm_out"]
+
+    def name(path: str) -> str:
+        return "lora_unet_" + original.unet_original(path, n, (0,)).replace(".", "_")
+
+    made = make(pipe.unet, paths, name, files.kohya_dora, files.dora_delta)
+    assert any("input_blocks_1_1_transformer_blocks_0_attn1_to_q" in key for key in made.tensors)
+    assert_means(load_quietly(pipe, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+SDXL_NAMES = {  # from sd-scripts' own UNet and diffusers' conversion tables
+    "input_blocks.4.1.transformer_blocks.0.attn1.to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "input_blocks.8.1.proj_in": "down_blocks.2.attentions.1.proj_in",
+    "input_blocks.7.0.skip_connection": "down_blocks.2.resnets.0.conv_shortcut",
+    "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks.2.0.in_layers.2": "down_blocks.0.resnets.1.conv1",
+    "middle_block.1.transformer_blocks.9.ff.net.2": "mid_block.attentions.0.transformer_blocks.9.ff.net.2",
+    "middle_block.2.out_layers.3": "mid_block.resnets.1.conv2",
+    "output_blocks.0.1.transformer_blocks.3.ff.net.2": "up_blocks.0.attentions.0.transformer_blocks.3.ff.net.2",
+    "output_blocks.5.2.conv": "up_blocks.1.upsamplers.0.conv",
+    "output_blocks.8.0.emb_layers.1": "up_blocks.2.resnets.2.time_emb_proj",
+    "time_embed.0": "time_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "out.2": "conv_out",
+}
+
+
+@pytest.mark.parametrize("theirs, ours", SDXL_NAMES.items())
+def test_sdxl_names_go_there_and_back(theirs, ours):
+    (part,) = locate("lora_unet_" + theirs.replace(".", "_")).parts
+    assert part.layer == ours
+    assert original.unet_original(ours) == theirs
+
+
+def fused_flux(model: nn.Module, kind: str) -> Made:
+    """A FLUX file as sd-scripts writes it: q, k and v in one layer, its rows one after another."""
+    groups = {
+        "double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+        "double_blocks_0_txt_attn_qkv": [f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"],
+        "single_blocks_0_linear1": [
+            *(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"),
+            "single_transformer_blocks.0.proj_mlp",
+        ],
+        "double_blocks_0_img_mlp_0": ["transformer_blocks.0.ff.net.0.proj"],
+        "single_blocks_0_linear2": ["single_transformer_blocks.0.proj_out"],
+    }
+    leaves, delta = {
+        "lora": (files.kohya, files.lora_delta),
+        "dora": (files.kohya_dora, files.dora_delta),
+        "input": (files.kohya_input_axis, files.input_axis_delta),
+    }[kind]
+    made, generator = Made(), torch.Generator().manual_seed(0)
+    for name, paths in groups.items():
+        weights = [model.get_submodule(path).weight for path in paths]
+        v = files.values_of(torch.cat(weights), generator)
+        made.tensors |= {f"lora_unet_{name}.{leaf}": tensor for leaf, tensor in leaves(v).items()}
+        made.deltas |= dict(zip(paths, delta(v).split([len(w) for w in weights])))
+    return made
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_fused_layers_of_flux_are_cut_along_their_rows_exactly(tmp_path, kind):
+    model = bases.flux_transformer()
+    made = fused_flux(model, kind)
+    assert_means(load_quietly(model, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+def test_a_norm_by_input_of_a_fused_layer_is_refused_with_the_reason(tmp_path):
+    model = bases.flux_transformer()
+    path = fused_flux(model, "input").save(tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"img_attn_qkv: its norm by input runs over all rows.*no exact way"):
+        load_adapter(model, path)
+    with pytest.warns(UserWarning, match="2 of 2 layers"):
+        load_adapter(model, path, partial=True)
+
+
+def test_fluxs_last_layer_has_its_halves_swapped(tmp_path):
+    model = bases.flux_transformer()
+    v = files.values_of(model.norm_out.linear.weight, torch.Generator().manual_seed(0))
+    theirs = files.Values(
+        torch.cat(v.W0.chunk(2)[::-1]),
+        v.A,
+        torch.cat(v.B.chunk(2)[::-1]),
+        torch.cat(v.by_output.chunk(2)[::-1]),
+        v.by_input,
+        v.s,
+    )
+    name = "lora_unet_final_layer_adaLN_modulation_1"
+    made = Made(
+        {f"{name}.{leaf}": t for leaf, t in files.kohya_dora(theirs).items()}, {"norm_out.linear": files.dora_delta(v)}
+    )
+    assert_means(load_quietly(model, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+def test_onetrainers_flux_names_are_read(tmp_path):
+    model = bases.flux_transformer()
+    paths = ["transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_mlp"]
+    made = make(model, paths, files.flat("lora_transformer_"), files.kohya_input_axis, files.input_axis_delta)
+    path = made.save(tmp_path / "a.safetensors", {"ot_revision": "1"})
+    assert_means(load_quietly(model, path), made.deltas)
+    file = read_adapter_file(path)
+    assert (file.dialect, file.norm_axis) == ("OneTrainer", "input")
+
+
+def test_every_layer_name_of_the_small_models_survives_flattening():
+    for model in (bases.unet(), bases.flux_transformer(), bases.sd3_transformer(), files.fresh("xl").text_encoder_2):
+        for path in adaptable_layers(model):
+            assert unflatten(path.replace(".", "_")) == path
+
+
+def test_a_flat_name_with_an_unknown_word_is_settled_by_the_model(tmp_path):
+    model = nn.ModuleDict({"odd_name": nn.ModuleList([nn.Linear(8, 6)])})
+    made = make(model, ["odd_name.0"], files.flat("lora_unet_"), files.kohya, files.lora_delta)
+    path = made.save(tmp_path / "a.safetensors")
+    assert read_adapter_file(path).layers == ["odd_name_0"]
+    assert_means(load_quietly(model, path), made.deltas)
+
+
+@pytest.mark.parametrize("path", ["down_blocks.1.resnets.0.conv_shortcut", PATHS[0]])
+def test_a_linear_layer_and_a_one_by_one_convolution_are_the_same_map(tmp_path, unet, path):
+    made = make(unet, [path], files.flat("lora_unet_"), files.kohya_dora, files.dora_delta)
+    name = "lora_unet_" + path.replace(".", "_")
+    for leaf in ("lora_down.weight", "lora_up.weight", "dora_scale"):
+        tensor = made.tensors[f"{name}.{leaf}"]
+        made.tensors[f"{name}.{leaf}"] = tensor.flatten(1) if tensor.dim() == 4 else tensor[:, :, None, None]
+    assert_means(load_quietly(unet, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+def test_a_tucker_core_is_multiplied_in(tmp_path, unet):
+    g = torch.Generator().manual_seed(0)
+    up, mid, down = (torch.randn(*shape, generator=g) for shape in ((32, 4, 1, 1), (4, 4, 3, 3), (4, 4, 1, 1)))
+    tensors = {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down, "alpha": torch.tensor(2.0)}
+    save_file({f"lora_unet_conv_in.{leaf}": t for leaf, t in tensors.items()}, tmp_path / "a.safetensors")
+    expected = 0.5 * torch.einsum("mnxy,im,nj->ijxy", mid.double(), up.double().flatten(1), down.double().flatten(1))
+    adapter = load_quietly(unet, tmp_path / "a.safetensors")
+    assert_means(adapter, {"conv_in": expected})
+    assert any("Tucker" in note for note in read_adapter_file(tmp_path / "a.safetensors").notes)
+
+
+# PEFT's own folders, and the hub.
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_folder_that_peft_saved_is_read_with_its_configuration(tmp_path, unet, use_dora):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=10,
+        target_modules=["to_q", "conv1"],
+        use_dora=use_dora,
+        init_lora_weights=False,
+        alpha_pattern={"attn2.to_q": 3},
+        rank_pattern={"conv1": 2},
+    )
+    theirs = get_peft_model(unet, config)
+    theirs.save_pretrained(tmp_path / "folder")
+    fresh = bases.unet()
+    adapter = load_quietly(fresh, tmp_path / "folder")
+    with torch.no_grad():
+        expected = theirs(**inputs_of(fresh), return_dict=False)[0]
+    assert relative_error(output_of(fresh), expected) <= 1e-5
+    assert adapter.config.alpha == 10 and set(adapter.config.alpha_pattern.values()) == {3.0}
+
+
+def in_the_hubs_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *names: str) -> Path:
+    """A repository as the hub's client leaves it on disk."""
+    repository = tmp_path / "hub" / "models--someone--style"
+    folder = repository / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    made = make(bases.unet(), PATHS, files.flat("lora_unet_"), files.kohya, files.lora_delta)
+    for name in names:
+        made.save(folder / name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return folder
+
+
+def test_a_hub_id_is_read_from_the_hub(tmp_path, monkeypatch, unet):
+    in_the_hubs_cache(monkeypatch, tmp_path, "style.safetensors")
+    assert len(load_quietly(unet, "someone/style").layers) == len(PATHS)
+
+
+def test_several_files_on_the_hub_have_to_be_told_apart(tmp_path, monkeypatch, unet):
+    in_the_hubs_cache(monkeypatch, tmp_path, "a.safetensors", "b.safetensors")
+    with pytest.raises(AdapterFileError, match=r"2 adapter files \(a\.safetensors, b\.safetensors\)"):
+        load_adapter(unet, "someone/style")
+    assert len(load_quietly(unet, "someone/style/b.safetensors").layers) == len(PATHS)
+
+
+def test_a_hub_id_that_is_nowhere_says_both(unet):
+    with pytest.raises(AdapterFileError, match=r"no adapter file at no-one/nothing.*hub"):
+        load_adapter(unet, "no-one/nothing")
+
+
+# What LyCORIS itself writes.
+
+
+@pytest.mark.parametrize("on_output", [True, False])
+def test_a_file_that_lycoris_saved_means_what_lycoris_computes(tmp_path, unet, on_output):
+    from lycoris.wrapper import LycorisNetwork, create_lycoris
+
+    LycorisNetwork.apply_preset(
+        {"target_name": [], "target_module": ["Transformer2DModel", "ResnetBlock2D"], "lora_prefix": "lycoris"}
+    )
+    network = create_lycoris(
+        unet, 1.0, 4, 6, preset="full", algo="lora", dora_wd=True, wd_on_output=on_output, warn_on_unmatched=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for lora in network.loras:
+            lora.lora_up.weight.copy_(0.1 * torch.randn(lora.lora_up.weight.shape, generator=generator))
+            lora.dora_scale.mul_(0.7 + 0.6 * torch.rand(lora.dora_scale.shape, generator=generator))
+    expected = {lora.lora_name: lora.get_merged_weight()[0].detach() - lora.org_weight for lora in network.loras}
+    network.apply_to()
+    network.save_weights(str(tmp_path / "a.safetensors"), None, None)
+    adapter = load_quietly(bases.unet(), tmp_path / "a.safetensors")
+    assert len(adapter.layers) == len(expected) > 20
+    for path, update in adapter.updates().items():
+        assert relative_error(update.delta_weight(), expected["lycoris_" + path.replace(".", "_")]) <= 1e-4

@@ -1,0 +1,155 @@
+"""Adapters in whole pipelines, as people work with them: the README's lines, and no leftover after unloading."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from dialect_files import dora_delta, fresh, input_axis_delta, kohya_dora, kohya_input_axis
+from oracles import largest_difference, output_of, relative_error
+from test_convert import saved
+from test_dialects import kohya_pipeline_file
+from torch import Tensor
+
+from dora_diffusion.errors import AdapterStateError, ConfigError
+from dora_diffusion.formats.convert import convert_adapter
+from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
+from dora_diffusion.layers import AdaptedLayer
+
+README = Path(__file__).parent.parent / "README.md"
+ENCODERS = {"sd": {"text_encoder": "lora_te_"}, "xl": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}}
+STEPS = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, "output_type": "pt"}
+
+
+def picture(pipe: object) -> Tensor:
+    """What the whole pipeline draws: text encoders, denoiser and VAE."""
+    return pipe("a cat", generator=torch.Generator().manual_seed(1), **STEPS).images
+
+
+@pytest.fixture(params=["sd", "xl"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def paths(tmp_path: Path, family: str) -> list[Path]:
+    """Two files over denoiser and text encoders: DoRA by output and by input."""
+    pipe = fresh(family)
+    kinds = {"a": (kohya_dora, dora_delta), "b": (kohya_input_axis, input_axis_delta)}
+    return [
+        kohya_pipeline_file(pipe, ENCODERS[family], *formula).save(tmp_path / f"{name}.safetensors")
+        for name, formula in kinds.items()
+    ]
+
+
+def test_after_unloading_the_pipeline_draws_the_bases_bits(family, paths):
+    pipe = fresh(family)
+    base = picture(pipe)
+    names = {part: [n for n, _ in getattr(pipe, part).named_modules()] for part in ("unet", "text_encoder")}
+    adapters = [load_adapter(pipe, path, strength=0.7) for path in paths]
+    stacked = picture(pipe)
+    assert largest_difference(stacked, base) > 1e-3
+    adapters[0].fuse()
+    adapters[1].fuse()
+    assert largest_difference(picture(pipe), stacked) < 1e-4
+    adapters[0].unfuse()
+    adapters[1].strength = 0.0
+    adapters[0].strength = 0.0
+    assert torch.equal(picture(pipe), base), "strength 0 is the base, bit for bit"
+    for adapter in adapters:
+        adapter.eject()
+    assert torch.equal(picture(pipe), base)
+    assert {part: [n for n, _ in getattr(pipe, part).named_modules()] for part in names} == names
+    assert all(p.requires_grad for part in names for p in getattr(pipe, part).parameters())
+    with pytest.raises(AdapterStateError):
+        adapters[0].fuse()
+
+
+def test_adapters_are_taken_out_in_any_order(family, paths):
+    pipe = fresh(family)
+    base, one = picture(pipe), None
+    first = load_adapter(pipe, paths[0])
+    one = picture(pipe)
+    second = load_adapter(pipe, paths[1])
+    second.eject()
+    assert torch.equal(picture(pipe), one)
+    second = load_adapter(pipe, paths[1])
+    first.eject()
+    assert {type(m) for m in pipe.text_encoder.modules()} & {AdaptedLayer}
+    second.eject()
+    assert torch.equal(picture(pipe), base)
+
+
+def test_the_text_encoders_layers_count(family, paths):
+    """An adapter without its text encoders draws something else: they are really adapted."""
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, paths[0])
+    whole = picture(pipe)
+    for layer, update in adapter.updates().items():
+        if layer.startswith("text_encoder"):
+            update.strength = 0.0
+    assert largest_difference(picture(pipe), whole) > 1e-4
+
+
+def test_a_strength_is_linear_in_every_part(family, paths):
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, paths[1], strength=0.5)
+    for layer in adapter.layers.values():
+        W0, half = layer.frozen.weight, layer.merged_weight()
+        assert relative_error(half - W0, 0.5 * layer.updates[adapter.name].delta_weight()) < 1e-4
+
+
+def test_names_are_one_for_the_whole_pipeline(family, paths):
+    pipe = fresh(family)
+    load_adapter(pipe, paths[0], name="style")
+    with pytest.raises(ConfigError, match="'style' is in the model already"):
+        load_adapter(pipe, paths[1], name="style")
+
+
+def test_a_pipelines_adapter_is_saved_with_its_text_encoders(tmp_path, family, paths):
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, paths[0])
+    saved_path = save_adapter(adapter, tmp_path / "whole.safetensors")
+    assert read_adapter_file(saved_path).layers.__len__() == len(adapter.layers)
+    again = fresh(family)
+    load_adapter(again, saved_path)
+    assert torch.equal(picture(again), picture(pipe))
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+def test_the_same_file_draws_the_same_through_stock_diffusers(tmp_path, family, kind):
+    path, _ = saved(tmp_path, family, kind)
+    ours, theirs = fresh(family), fresh(family)
+    adapter = load_adapter(ours, path)
+    theirs.load_lora_weights(str(path), adapter_name="style")
+    theirs.set_adapters(["style"], [1.0])
+    assert largest_difference(picture(ours), picture(theirs)) < 1e-4
+    adapter.fuse()
+    theirs.fuse_lora(components=[n for n in ("unet", "text_encoder", "text_encoder_2") if hasattr(theirs, n)])
+    assert largest_difference(picture(ours), picture(theirs)) < 1e-4
+    assert largest_difference(picture(ours), picture(fresh(family))) > 1e-3
+
+
+def test_the_readmes_lines_run(tmp_path, monkeypatch):
+    """The blocks in the README, on a small pipeline and on files of two dialects by its names."""
+    text = README.read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(from diffusers import StableDiffusionPipeline\n.*?)```", text, re.DOTALL)
+    (stock,) = re.findall(r"```python\n(pipe\.load_lora_weights.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    path, _ = saved(tmp_path, "sd", "dora")
+    Path("outputs/demo").mkdir(parents=True)
+    path.rename("outputs/demo/dora.safetensors")
+    convert_adapter("outputs/demo/dora.safetensors", "from_comfyui.safetensors", "kohya")
+    pipe = fresh("sd")
+    base = output_of(pipe.unet)
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.from_pretrained", lambda *_, **__: pipe)
+    block = block.replace("num_inference_steps=25", "num_inference_steps=1, height=16, width=16")
+    exec(compile(block, str(README), "exec"), {})
+    assert Path("owl.png").is_file()
+    assert torch.equal(output_of(pipe.unet), base), "the last line leaves the base as it was"
+    exec(compile(stock, str(README), "exec"), {"pipe": pipe})
+    expected = fresh("sd")
+    load_adapter(expected, "outputs/demo/dora.safetensors")
+    assert largest_difference(output_of(pipe.unet), output_of(expected.unet)) < 1e-4
