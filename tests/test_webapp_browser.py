@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import zlib
+import io
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import pytest
-from web_helpers import make_pair, sample_files
+from browsing import (
+    CHROMIUM,
+    FLAGS,
+    NARROW,
+    OVERFLOW,
+    WIDE,
+    choose_view,
+    compare,
+    grave_findings,
+    opened,
+    quick,
+    served,
+    set_number,
+    train_tab,
+)
+from PIL import Image
+from web_helpers import make_pair, sample_files, serving
 
 from dora_diffusion.models.loading import load_base
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-ROOT = Path(__file__).parent.parent
-WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-SLOW = 90_000  # milliseconds; a machine that trains something else at the same time still gets there
-
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing: install Debian's package chromium"),
 ]
 
@@ -43,23 +45,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(outputs: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "app.py", "--port", str(port), "--outputs", str(outputs)]
-    log = outputs.parent / "server.log"
-    with log.open("w") as written:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=written, stderr=subprocess.STDOUT, env=dict(os.environ))
-    try:
-        deadline = time.monotonic() + 120
-        while "open at" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-        assert "Traceback" not in log.read_text(), log.read_text()
-    finally:
-        process.terminate()
-        process.wait(30)
+    with serving(outputs) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -71,96 +58,76 @@ def browser() -> Iterator[object]:
         chromium.close()
 
 
-@contextmanager
-def opened(browser, server: str, viewport: dict[str, int] = WIDE) -> Iterator[object]:
-    """A page of its own context; at the end, nothing may have gone wrong in it and no other host been asked."""
-    context = browser.new_context(viewport=viewport)
-    page = context.new_page()
-    page.set_default_timeout(SLOW)
-    wrong: list[str] = []
-
-    def only_our_server(route) -> None:
-        if route.request.url.startswith((server, "data:", "blob:")):
-            route.continue_()
-        else:
-            wrong.append(f"asked a foreign host: {route.request.url}")
-            route.abort()
-
-    context.route("**/*", only_our_server)
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.goto(server)
-    page.wait_for_selector("#compare")
-    yield page
-    context.close()
-    assert not wrong, wrong
-
-
 @pytest.fixture
 def page(browser, server: str) -> Iterator[object]:
     with opened(browser, server) as page:
         yield page
 
 
-def set_number(page, element: str, value: str) -> None:
-    page.fill(f"{element} input[type=number]", value)
-    page.press(f"{element} input[type=number]", "Tab")
-
-
-def quick(page, seeds: str = "1") -> None:
-    """Few steps: what the pictures show does not matter here."""
-    page.fill("#seeds textarea, #seeds input", seeds)
-    set_number(page, "#steps", "3")
-
-
-def wait_for_pictures(page, count: int) -> None:
-    page.wait_for_function("n => document.querySelectorAll('#grid img').length === n", arg=count)
-    page.wait_for_function("() => [...document.querySelectorAll('#grid img')].every(i => i.complete)")
-
-
-def pixel_data(page, place: int) -> bytes:
-    """The decompressed pixel data of the PNG that the server serves for the picture at `place`."""
-    data = page.request.get(page.locator("#grid img").nth(place).evaluate("i => i.src")).body()
-    assert data.startswith(b"\x89PNG")
-    position, pixels = 8, b""
-    while position < len(data):
-        length = int.from_bytes(data[position : position + 4], "big")
-        if data[position + 4 : position + 8] == b"IDAT":
-            pixels += data[position + 8 : position + 8 + length]
-        position += 12 + length
-    return zlib.decompress(pixels)
-
-
 def upload_samples(page, pictures: int) -> None:
-    page.get_by_role("tab", name="Train").click()
+    train_tab(page)
     page.set_input_files("#pictures input[type=file]", [str(path) for path in sample_files(pictures)])
     page.wait_for_function("() => document.querySelector('#checks').innerText.includes('all readable')")
     page.wait_for_function("() => !document.querySelector('#train').disabled")
 
 
+# Compare
+
+
+def test_the_page_opens_with_a_precomputed_example_and_the_pair_is_preset(page):
+    assert page.inner_text("#grid .dd-badge") == "precomputed example"
+    assert page.locator("#grid img").count() == 6
+    assert page.input_value("#first-adapter input") == "pair/lora"
+    assert page.input_value("#second-adapter input") == "pair/dora"
+
+
 def test_three_live_pictures_after_one_click(page):
     quick(page)
-    page.click("#compare")
-    wait_for_pictures(page, 3)
-    page.wait_for_function("() => document.querySelector('#compare-status').innerText.includes('3 pictures in')")
+    compare(page, 3)
+    assert page.locator("#grid img").count() == 3 and page.locator("#grid .dd-badge").count() == 0
     assert [text.split("\n")[0] for text in page.locator(".dd-head").all_inner_texts()] == ["Base", "LoRA", "DoRA"]
     captions = page.locator("#grid figcaption").all_inner_texts()
     assert "LoRA · rank 4 · strength 1 · seed 1" in captions[1] and "mean |difference|" in captions[2]
-    assert len({pixel_data(page, place) for place in range(3)}) == 3
+    assert len({served(page, place) for place in range(3)}) == 3
     box = page.locator("#grid img").first.bounding_box()
     assert box["width"] > 250 and abs(box["width"] - box["height"]) < 2
     natural = page.locator("#grid img").first.evaluate("i => [i.naturalWidth, i.naturalHeight]")
     assert natural == [64, 64]
 
 
+def test_a_downloaded_png_is_the_servers_own_carries_metadata_and_restores_the_request(page, tmp_path: Path):
+    page.fill("#prompt textarea, #prompt input", "frog, openmoji style")
+    quick(page, seeds="7")
+    set_number(page, "#second-strength", "0.5")
+    compare(page, 3)
+    with page.expect_download() as saved:
+        page.locator("#grid a").nth(2).click()
+    data = Path(saved.value.path()).read_bytes()
+    assert data == served(page, 2)
+    record = json.loads(Image.open(io.BytesIO(data)).text["dora_diffusion"])
+    assert record["prompts"] == ["frog, openmoji style"] and record["seeds"] == [7]
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(data)
+    page.fill("#prompt textarea, #prompt input", "something else")
+    set_number(page, "#second-strength", "1")
+    page.click("#restore > button")
+    page.set_input_files("#restore-file input[type=file]", str(picture))
+    page.wait_for_function("() => document.querySelector('#prompt textarea, #prompt input').value.startsWith('frog')")
+    page.get_by_text("the picture's request is restored").wait_for()
+    assert page.input_value("#second-strength input[type=number]") == "0.5"
+    compare(page, 3)
+    assert page.locator("#grid .dd-cached").count() == 3
+    assert Image.open(io.BytesIO(served(page, 2))).tobytes() == Image.open(picture).tobytes()
+
+
 def test_strength_zero_serves_the_base_byte_for_byte(page):
     quick(page)
     set_number(page, "#first-strength", "0")
     set_number(page, "#second-strength", "0")
-    page.click("#compare")
-    wait_for_pictures(page, 3)
-    assert pixel_data(page, 0) == pixel_data(page, 1) == pixel_data(page, 2)
-    assert page.locator("#grid figcaption").nth(1).inner_text().endswith("strength 0 is the base")
+    compare(page, 3)
+    pixels = [Image.open(io.BytesIO(served(page, place))).tobytes() for place in range(3)]
+    assert pixels[0] == pixels[1] == pixels[2]
+    assert "strength 0 is the base" in page.locator("#grid figcaption").nth(1).inner_text()
 
 
 def test_a_prompt_that_is_too_long_shows_a_panel_and_keeps_the_form(page):
@@ -169,16 +136,15 @@ def test_a_prompt_that_is_too_long_shows_a_panel_and_keeps_the_form(page):
     quick(page, seeds="7, 8")
     page.click("#compare")
     panel = page.wait_for_selector("#compare-error .dd-error")
-    assert "The prompt is too long" in panel.inner_text() and "Shorten it" in panel.inner_text()
+    assert "The prompt cannot be used" in panel.inner_text() and "Shorten it" in panel.inner_text()
     assert page.input_value("#prompt textarea, #prompt input") == prompt
     assert page.input_value("#seeds textarea, #seeds input") == "7, 8"
     assert page.input_value("#steps input[type=number]") == "3"
-    assert page.is_visible("#compare")
+    page.wait_for_selector("#compare", state="visible")
 
 
 def test_stop_ends_a_comparison(page):
-    page.fill("#seeds textarea, #seeds input", "1, 2, 3, 4, 5")
-    set_number(page, "#steps", "100")
+    quick(page, seeds="1, 2, 3, 4, 5", steps="100")
     page.click("#compare")
     page.click("#stop-compare")
     page.wait_for_function("() => document.querySelector('#compare-status').innerText.includes('stopped')")
@@ -186,68 +152,194 @@ def test_stop_ends_a_comparison(page):
     assert page.locator("#grid img").count() < 15
 
 
-def test_train_both_survives_a_reload_and_ends_in_compare(page):
-    upload_samples(page, 3)
-    set_number(page, "#train-steps", "8")
-    page.click("#train")
-    page.wait_for_function(
-        "() => /(LoRA|DoRA) \\d+\\/8, \\d+:\\d\\d left/.test(document.querySelector('#chip').innerText)"
-    )
-    page.reload()
-    page.wait_for_selector("#job-chip")
-    page.get_by_role("tab", name="Train").click()
-    page.wait_for_function("() => /\\d+\\/8|finished/.test(document.querySelector('#job').innerText)")
-    page.wait_for_function(
-        "() => document.querySelector('#job').innerText.includes('finished: LoRA and DoRA, 8 steps')"
-    )
-    assert page.locator("#curves polyline").count() >= 4
-    page.click("#compare-these")
-    page.wait_for_function("() => document.querySelector('#second-adapter input').value.endsWith('/dora')")
+def test_the_handle_uncovers_without_moving_a_picture(page):
     quick(page)
-    page.click("#compare")
-    wait_for_pictures(page, 3)
+    compare(page, 3)
+    choose_view(page, "Slider")
+    page.wait_for_selector(".dd-slide input")
+    places = (
+        "() => [...document.querySelectorAll('.dd-slide img')].map(i => [i.offsetLeft, i.offsetTop, i.offsetWidth])"
+    )
+    before = page.evaluate(places)
+    assert before[0] == before[1] and before[0][2] > 250  # one lies on the other
+    page.focus(".dd-slide input")
+    for _ in range(20):
+        page.keyboard.press("ArrowLeft")
+    assert page.evaluate("() => document.querySelector('.dd-slide').style.getPropertyValue('--cut')") == "30%"
+    assert page.evaluate(places) == before
 
 
-def test_stop_saves_a_checkpoint_and_says_so(page, outputs: Path):
+def test_differences_have_a_fixed_scale_with_a_legend(page):
+    quick(page)
+    compare(page, 3)
+    caption = page.locator("#grid figcaption").nth(1).inner_text()
+    choose_view(page, "Difference")
+    page.wait_for_selector(".dd-legend")
+    assert page.inner_text(".dd-marks").split() == ["0", "32", "64", "96", "128+"]
+    mean = caption.split("mean |difference| ")[1].split()[0]
+    assert f"mean {mean} ·" in page.locator("#grid figcaption").first.inner_text()
+
+
+def test_a_blind_vote_names_no_adapter_anywhere_before_the_vote(page):
+    quick(page, seeds="21, 22")
+    choose_view(page, "Blind vote")
+    page.wait_for_selector("#blind-start")
+    answers: list[object] = []
+    page.on("response", lambda answer: answers.append(answer))
+    compare(page, 6)
+    assert page.locator("#grid img").count() == 0
+    page.click("#blind-start")
+    page.wait_for_function("() => [...document.querySelectorAll('#ballot img')].filter(i => i.complete).length === 2")
+    told = page.inner_html("#blind") + page.inner_html("#grid") + page.inner_html("#compare-status")
+    pictures = [answer for answer in answers if "/file=" in answer.url]
+    assert len(pictures) == 2
+    for picture in pictures:
+        told += picture.url.rpartition("/")[2] + str(picture.all_headers()) + picture.body().decode("latin-1")
+    for word in ("lora", "dora_", "rank", "strength", "pair/"):
+        assert word not in told.lower(), word
+    assert not page.is_visible("#command") and not page.is_visible("#links")
+    page.click("#vote-left")
+    page.wait_for_selector("#vote-result")
+    result = page.inner_text("#vote-result")
+    assert "LoRA, pair/lora, strength 1" in result and "n = 1" in result and "Wilson interval" in result
+    page.click("#blind-next")
+    page.get_by_text("Pair 2 of 2").wait_for()
+    assert page.locator("#vote-result").count() == 0
+
+
+def test_a_sweep_says_its_size_and_draws_a_labelled_grid(page):
+    quick(page, steps="1")
+    page.click("#sweep > button")
+    page.fill("#sweep-prompts textarea", "panda, openmoji style")
+    page.fill("#sweep-seeds textarea, #sweep-seeds input", "1")
+    page.fill("#sweep-strengths textarea, #sweep-strengths input", "0.5, 1")
+    page.get_by_text("5 pictures, about").wait_for()
+    page.click("#sweep-go")
+    page.get_by_text("5 pictures in").wait_for()
+    assert page.locator("#grid img").count() == 5
+    heads = [text.split("\n")[0] for text in page.locator(".dd-head").all_inner_texts()]
+    assert heads == ["Base", "LoRA 0.5", "LoRA 1", "DoRA 0.5", "DoRA 1"]
+
+
+def test_the_keyboard_alone_is_enough(page):
+    quick(page)
+    page.focus("#prompt textarea, #prompt input")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.id") == "compare":
+            break
+    page.keyboard.press("Enter")
+    page.get_by_text("3 pictures in").wait_for()
+    page.focus("[role=tab]")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#instance-prompt", state="visible")
+
+
+def test_two_browsers_see_nothing_of_each_other(browser, server: str):
+    with opened(browser, server) as first, opened(browser, server) as second:
+        for page, prompt in ((first, "fox, openmoji style"), (second, "crown, openmoji style")):
+            page.fill("#prompt textarea, #prompt input", prompt)
+            quick(page)
+            page.click("#compare")
+        for page in (first, second):
+            page.get_by_text("3 pictures in").wait_for()
+        assert "fox" in first.locator("#grid img").first.get_attribute("alt")
+        assert "crown" in second.locator("#grid img").first.get_attribute("alt")
+
+
+# Train
+
+
+def test_train_both_survives_a_reload_and_ends_in_compare(browser, server: str):
+    with opened(browser, server) as page, opened(browser, server) as stranger:
+        upload_samples(page, 3)
+        set_number(page, "#train-steps", "6")
+        page.click("#advanced > button")
+        set_number(page, "#batch", "2")
+        page.click("#train")
+        page.wait_for_function(
+            "() => /(LoRA|DoRA) \\d+\\/6, \\d+:\\d\\d left/.test(document.querySelector('#chip').innerText)"
+        )
+        page.reload()
+        page.wait_for_selector("#job-chip")
+        train_tab(page)
+        page.wait_for_function("() => /\\d+\\/6|finished/.test(document.querySelector('#job').innerText)")
+        page.wait_for_function(
+            "() => document.querySelector('#job').innerText.includes('finished: LoRA and DoRA, 6 steps')"
+        )
+        assert page.locator("#curves polyline").count() >= 4 and page.locator("#previews img").count() >= 2
+        assert "config.toml" in page.input_value("#train-command textarea, #train-command input")
+        page.click("#compare-these")
+        page.wait_for_function("() => document.querySelector('#second-adapter input').value.startsWith('DoRA trained')")
+        quick(page)
+        compare(page, 3)
+        assert stranger.locator("#job-chip").count() == 0
+        page.get_by_role("tab", name="History").click()
+        page.wait_for_selector("#run input")
+        page.wait_for_function("() => document.querySelector('#run input').value.includes('finished')")
+        stranger.get_by_role("tab", name="History").click()
+        stranger.get_by_text("There are no runs yet").wait_for()
+
+
+def test_stop_comes_within_two_steps_and_saves_a_checkpoint(page, outputs: Path):
     upload_samples(page, 2)
     page.click("#kind label:has-text('DoRA')")
     page.click("#train")
-    page.wait_for_function("() => /DoRA \\d+\\/200/.test(document.querySelector('#job').innerText)")
+    page.wait_for_function("() => /DoRA \\d+\\/300/.test(document.querySelector('#job').innerText)")
     page.click("#stop-train")
-    page.wait_for_function("() => /stopped at step \\d+ of 200/.test(document.querySelector('#job').innerText)")
+    page.wait_for_function("() => /stopped at \\d+ of 300/.test(document.querySelector('#job').innerText)")
     assert "checkpoint saved" in page.inner_text("#job")
-    assert list(outputs.glob("web/*/checkpoints/dora.safetensors"))
+    assert list(outputs.glob("web/visitors/*/runs/*/checkpoints/dora.safetensors"))
     page.wait_for_selector("#train", state="visible")
+    assert page.is_visible("#resume") and not page.is_visible("#compare-these")
 
 
-def test_a_broken_picture_is_named_and_train_stays_disabled(page, tmp_path: Path):
-    broken = tmp_path / "holiday.png"
+def test_a_bad_folder_is_named_and_keeps_every_form_value(page, tmp_path: Path):
+    broken = tmp_path / "mine" / "holiday.png"
+    broken.parent.mkdir()
     broken.write_bytes(sample_files(1)[0].read_bytes()[:300])
-    page.get_by_role("tab", name="Train").click()
+    train_tab(page)
     page.fill("#instance-prompt textarea, #instance-prompt input", "openmoji style")
-    page.set_input_files("#pictures input[type=file]", [str(broken)])
+    page.click("#kind label:has-text('DoRA')")
+    set_number(page, "#train-steps", "33")
+    page.set_input_files("input[webkitdirectory]", str(broken.parent))
     page.wait_for_selector("#train-error .dd-error")
     assert "holiday.png: is damaged" in page.inner_text("#train-error")
+    page.wait_for_function("() => document.querySelector('#checks').innerText.includes('holiday.png')")
     assert page.is_disabled("#train")
     assert page.input_value("#instance-prompt textarea, #instance-prompt input") == "openmoji style"
+    assert page.input_value("#train-steps input[type=number]") == "33"
+    assert page.is_checked("#kind label:has-text('DoRA') input")
 
 
-def test_nothing_scrolls_sideways_on_a_telephone(browser, server: str):
-    overflow = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    with opened(browser, server, NARROW) as page:
+# Everywhere
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_no_sideways_scrolling_and_nothing_grave_for_axe(browser, server: str, size, scheme: str):
+    pytest.importorskip("axe_playwright_python", reason="pip install '.[test]'")
+    findings = []
+    with opened(browser, server, size, scheme) as page:
         quick(page)
-        page.click("#compare")
-        wait_for_pictures(page, 3)
-        assert page.evaluate(overflow) <= 0
+        compare(page, 3)
         tops = {round(box["y"]) for box in (img.bounding_box() for img in page.locator("#grid img").all())}
-        assert len(tops) == 1  # still side by side
+        assert len(tops) == 1  # side by side, on a telephone too
+        page.click("#facts > button")
+        page.wait_for_selector(".dd-facts code")
+        for view in ("Grid", "Slider", "Difference"):
+            choose_view(page, view)
+            page.wait_for_timeout(1500)
+            assert page.evaluate(OVERFLOW) <= 0, view
+            findings += [f"{view}: {each}" for each in grave_findings(page)]
         upload_samples(page, 2)
         page.wait_for_selector("#captions img", state="attached")
         page.wait_for_timeout(1500)  # the table is laid out again some time after it is filled
-        assert page.evaluate(overflow) <= 0
-
-
-def test_a_foreign_host_header_is_refused(server: str):
-    with pytest.raises(HTTPError) as refused:
-        urlopen(Request(server, headers={"Host": "evil.example"}))
-    assert refused.value.code == 400
+        assert page.evaluate(OVERFLOW) <= 0
+        findings += [f"Train: {each}" for each in grave_findings(page)]
+        page.get_by_role("tab", name="History").click()
+        page.wait_for_timeout(1500)
+        assert page.evaluate(OVERFLOW) <= 0
+        findings += [f"History: {each}" for each in grave_findings(page)]
+    assert not findings, "\n".join(findings)

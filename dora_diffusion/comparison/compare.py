@@ -5,31 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from dora_diffusion.errors import ConfigError
+from dora_diffusion.comparison.cache import PictureCache, file_digest
+from dora_diffusion.comparison.metrics import mean_difference
+from dora_diffusion.comparison.request import BASE, Cell, Column, CompareRequest
+from dora_diffusion.errors import AdapterMismatchError, ConfigError
+from dora_diffusion.formats.description import identify_base
 from dora_diffusion.formats.files import AdapterFile, attach, read_adapter_file
-from dora_diffusion.generation import GenerationRequest, OnStep, check_prompt, generate
-from dora_diffusion.injection import Adapter
+from dora_diffusion.generation import OnStep, check_prompt, generate
+from dora_diffusion.injection import Adapter, adaptable_layers
 from dora_diffusion.models.loading import Base
 
 __all__ = ["BASE", "Cell", "Column", "CompareRequest", "columns_of", "compare", "mean_difference"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column: an adapter file at a strength, or with no file the base."""
-
-    label: str
-    path: Path | None = None
-    strength: float = 1.0
-
-
-BASE = Column("base")
 
 
 def columns_of(paths: Sequence[Path], strengths: Sequence[float] | None = None) -> tuple[Column, ...]:
@@ -46,88 +37,52 @@ def columns_of(paths: Sequence[Path], strengths: Sequence[float] | None = None) 
 
 
 @dataclass(frozen=True)
-class CompareRequest:
-    """What to draw: every prompt with every seed in every column. The base's column comes first, always."""
+class _Ready:
+    """A column whose adapter is in the base at strength 0, or does not fit it."""
 
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    adapters: tuple[Column, ...]
-    negative_prompt: str = ""
-    num_inference_steps: int = 25
-    guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-
-    def __post_init__(self) -> None:
-        if not self.prompts or not self.seeds:
-            raise ConfigError("a comparison needs at least one prompt and one seed.")
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (BASE, *self.adapters)
-
-    @property
-    def rows(self) -> tuple[tuple[str, int], ...]:
-        return tuple((prompt, seed) for prompt in self.prompts for seed in self.seeds)
-
-    def picture(self, prompt: str, seed: int) -> GenerationRequest:
-        return GenerationRequest(
-            prompt=prompt,
-            seed=seed,
-            negative_prompt=self.negative_prompt,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            width=self.width,
-            height=self.height,
-        )
+    column: Column
+    file: AdapterFile | None
+    adapter: Adapter | None
+    note: str = ""
+    fits: bool = True
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One picture of the comparison.
-
-    `difference` is the mean absolute difference to the base's picture over all pixels and channels, 0 to 255.
-    `caption` says what is needed to read the picture: adapter, rank, strength, seed.
-    """
-
-    row: int
-    column: int
-    prompt: str
-    seed: int
-    image: Image.Image
-    caption: str
-    difference: float
-    seconds: float
-
-
-def compare(base: Base, request: CompareRequest, on_step: OnStep | None = None) -> Iterator[Cell]:
+def compare(
+    base: Base,
+    request: CompareRequest,
+    on_step: OnStep | None = None,
+    *,
+    cache: PictureCache | None = None,
+    owner: str = "",
+    tolerant: bool = False,
+) -> Iterator[Cell]:
     """Draw the comparison, a cell at a time, row by row and the base first.
 
     Adapters are loaded once, at strength 0, and only their strengths change between cells. They are taken out again at
-    the end, whatever happens. Raises the errors of reading and loading before the first cell.
+    the end, whatever happens. Raises the errors of reading and loading before the first cell; `tolerant` shows an
+    adapter that does not fit the base as the base's picture with a note instead. Pictures that `owner` has in the cache
+    are not drawn again.
     """
     for prompt in request.prompts:
         check_prompt(base.pipe, prompt)
     files = [read_adapter_file(column.path) if column.path else None for column in request.columns]
     with ExitStack() as undo:
-        adapters: list[Adapter | None] = []
-        for i, file in enumerate(files):
-            adapter = None if file is None else attach(base.denoiser, file, strength=0.0, name=f"column_{i}")
-            if adapter is not None:
+        ready: list[_Ready] = []
+        for i, (column, file) in enumerate(zip(request.columns, files, strict=True)):
+            ready.append(_attach(base, column, file, f"column_{i}", tolerant))
+            if (adapter := ready[-1].adapter) is not None:
                 undo.callback(adapter.eject)
-            adapters.append(adapter)
+        identity = (owner, base.name, identify_base(base.denoiser).fingerprint, str(base.pipe.device))
         for row, (prompt, seed) in enumerate(request.rows):
             reference: Image.Image | None = None
-            for i, column in enumerate(request.columns):
+            for i, each in enumerate(ready):
                 began = time.monotonic()
-                adapter = adapters[i]
-                if adapter is not None:
-                    adapter.strength = column.strength
-                try:
-                    image = generate(base, request.picture(prompt, seed), on_step)
-                finally:
-                    if adapter is not None:
-                        adapter.strength = 0.0
+                key = repr((identity, _mark(each), astuple(request.picture(prompt, seed))))
+                image = reference if not each.fits else (cache.find(key) if cache else None)
+                cached = image is not None and each.fits
+                image = image or _draw(base, request, prompt, seed, each, on_step)
+                if cache is not None and each.fits:
+                    cache.keep(key, image)
                 reference = reference or image
                 yield Cell(
                     row=row,
@@ -135,19 +90,53 @@ def compare(base: Base, request: CompareRequest, on_step: OnStep | None = None) 
                     prompt=prompt,
                     seed=seed,
                     image=image,
-                    caption=_caption(column, files[i], seed),
+                    caption=_caption(each.column, each.file, seed),
                     difference=mean_difference(image, reference),
                     seconds=time.monotonic() - began,
+                    note=each.note,
+                    fits=each.fits,
+                    cached=cached,
                 )
+
+
+def _attach(base: Base, column: Column, file: AdapterFile | None, name: str, tolerant: bool) -> _Ready:
+    if file is None:
+        return _Ready(column, None, None)
+    try:
+        adapter = attach(base.denoiser, file, strength=0.0, name=name)
+    except AdapterMismatchError:
+        if not tolerant:
+            raise
+        layers = adaptable_layers(base.denoiser)
+        matched = sum(layer in layers for layer in file.layers)
+        what = "keys matched" if matched == 0 else "keys matched by name, with other shapes"
+        note = f"{matched} of {len(file.layers)} {what}: made for another base, so this is the base's picture"
+        return _Ready(column, file, None, note, fits=False)
+    here = identify_base(base.denoiser, list(file.base.sketch) or None)
+    if file.base.same_weights(here):
+        return _Ready(column, file, adapter)
+    note = f"trained on {file.base.name} with other weights ({file.base.fingerprint}, here {here.fingerprint})"
+    return _Ready(column, file, adapter, note)
+
+
+def _draw(
+    base: Base, request: CompareRequest, prompt: str, seed: int, each: _Ready, on_step: OnStep | None
+) -> Image.Image:
+    if each.adapter is not None:
+        each.adapter.strength = each.column.strength
+    try:
+        return generate(base, request.picture(prompt, seed), on_step)
+    finally:
+        if each.adapter is not None:
+            each.adapter.strength = 0.0
+
+
+def _mark(each: _Ready) -> tuple[str, float]:
+    """What decides a picture beside the request: the adapter's bytes and its strength."""
+    return (file_digest(each.column.path), each.column.strength) if each.column.path else ("", 0.0)
 
 
 def _caption(column: Column, file: AdapterFile | None, seed: int) -> str:
     if file is None:
         return f"{column.label} · seed {seed}"
     return f"{column.label} · rank {file.config.rank} · strength {column.strength:g} · seed {seed}"
-
-
-def mean_difference(a: Image.Image, b: Image.Image) -> float:
-    """Mean absolute difference of two pictures of one size, 0 to 255."""
-    first, second = (np.asarray(image.convert("RGB"), dtype=np.float32) for image in (a, b))
-    return float(np.abs(first - second).mean())

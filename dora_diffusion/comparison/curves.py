@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_diffusion.injection import KIND_LABEL
-
 __all__ = ["Curve", "draw_curves", "read_curves"]
 
 COLOURS = {"lora": "#d97706", "dora": "#2563eb", "base": "#6b7280"}
+LABELS = {"lora": "LoRA", "dora": "DoRA"}  # as injection.KIND_LABEL has them, without its import of torch
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 28, 26
 MOST_POINTS = 300  # a finer line would not be seen
@@ -118,7 +117,7 @@ def _legend(curves: Mapping[str, Curve]) -> str:
     parts, x = [], LEFT
     for kind in curves:
         parts.append(f"<circle cx='{x + 5}' cy='12' r='5' fill='{COLOURS[kind]}'/>")
-        parts.append(f"<text x='{x + 15}' y='16' class='dd-key'>{KIND_LABEL[kind]}</text>")
+        parts.append(f"<text x='{x + 15}' y='16' class='dd-key'>{LABELS[kind]}</text>")
         x += 70
     note = "thick: held out (dashed: the base) · thin: training, smoothed"
     parts.append(f"<text x='{WIDTH - RIGHT}' y='16' text-anchor='end'>{note}</text>")

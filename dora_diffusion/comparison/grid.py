@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dora_diffusion.comparison.compare import Cell, CompareRequest
+from dora_diffusion.comparison.request import Cell, CompareRequest
 
 __all__ = ["draw_grid", "enlarge"]
 

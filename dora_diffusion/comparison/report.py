@@ -10,8 +10,8 @@ from html import escape
 
 from PIL import Image
 
-from dora_diffusion.comparison.compare import Cell, CompareRequest
 from dora_diffusion.comparison.curves import Curve, draw_curves
+from dora_diffusion.comparison.request import Cell, CompareRequest
 from dora_diffusion.formats.files import AdapterFile, read_adapter_file
 
 __all__ = ["write_report"]

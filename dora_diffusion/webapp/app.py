@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import gradio as gr
@@ -11,39 +12,51 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dora_diffusion.errors import ConfigError
-from dora_diffusion.models.loading import pick_device
-from dora_diffusion.webapp import parts
+from dora_diffusion.webapp.api import add_endpoints
 from dora_diffusion.webapp.compare import CompareTab
+from dora_diffusion.webapp.guard import MOST_BYTES_A_FILE, Guard
+from dora_diffusion.webapp.header import Header
+from dora_diffusion.webapp.history import HistoryTab
 from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.style import CSS, HEAD, theme
 from dora_diffusion.webapp.train import TrainTab
+from dora_diffusion.webapp.watch import Watch
 
 __all__ = ["build", "launch"]
 
 LOOPBACK = ("127.0.0.1", "localhost")
 EVERYWHERE = ("0.0.0.0", "::")
-LARGEST_UPLOAD = "2gb"  # an adapter of a large base; pictures have a limit of their own
+MOST_QUEUED = 256  # events; comparisons and trainings have lines of their own, which are shorter
+THREADS = 96  # those who wait for their turn to draw hold one each
 SECONDS_FOR_A_CHECKPOINT = 60
+LOOK_EVERY = 1.0  # seconds between looks at the training
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(studio: Studio) -> gr.Blocks:
     """The page. Gradio's own folder must be set before: components remember it."""
     os.environ["GRADIO_TEMP_DIR"] = str(studio.cache)
-    compare = CompareTab(studio)
-    train = TrainTab(studio, compare)
+    header, compare, train = Header(studio), CompareTab(studio), TrainTab(studio)
+    history = HistoryTab(studio, compare)
     with gr.Blocks(title="DoRA Diffusion", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
-        with gr.Row(elem_id="top"):
-            gr.HTML(parts.header(studio.base_name, pick_device().type))
-            chip = gr.HTML("", elem_id="chip", elem_classes="dd-right")
+        header.build()
         with gr.Tabs() as tabs:
             with gr.Tab("Compare", id="compare"):
                 compare.build()
             with gr.Tab("Train", id="train"):
-                train.build(chip, tabs)
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        opened = page.load(compare.preset, None, [*compare.pickers, compare.grid], **quiet)
-        opened.then(train.watch, [train.seen, train.trouble, train.table, train.prompt], train.watched, **quiet)
-    return page.queue(max_size=64)
+                train.build()
+            with gr.Tab("History", id="history") as history_tab:
+                history.build()
+        history.connect(history_tab, tabs)
+        watch = Watch(studio, header, train.layout, compare)
+        look = {"fn": watch.look, "inputs": train.layout.seen, "outputs": watch.outputs, **QUIET}
+        page.load(compare.preset, None, compare.on_open, **QUIET).then(**look)
+        gr.Timer(LOOK_EVERY).tick(concurrency_limit=None, **look)
+        for begun in (train.started, train.resumed, history.resumed):
+            begun.then(**look)
+        train.layout.look.click(lambda: gr.Tabs(selected="compare"), None, tabs, queue=False, **QUIET)
+        add_endpoints(studio)
+    return page.queue(max_size=MOST_QUEUED, default_concurrency_limit=16)
 
 
 def launch(
@@ -53,6 +66,7 @@ def launch(
     host: str | None = None,
     port: int = 7860,
     auth: str | None = None,
+    mcp: bool = False,
 ) -> None:
     """Serve the app until Ctrl-C. `auth` is USER:PASSWORD, which any host but this machine's own demands.
 
@@ -60,9 +74,15 @@ def launch(
     """
     address = host or LOOPBACK[0]
     login = _login(address, auth)
+    if mcp and find_spec("mcp") is None:
+        raise ConfigError("--mcp needs a package that is not installed: pip install 'dora-diffusion[mcp]'.")
     _keep_quiet()
     studio = Studio.open(outputs, base)
     page = build(studio)
+    guards = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(address)),
+        Middleware(Guard, uploads=studio.cache),
+    ]
     try:
         _, url, _ = page.launch(
             server_name=address,
@@ -72,11 +92,13 @@ def launch(
             css=CSS,
             head=HEAD,
             footer_links=[],
-            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(address))]},
-            allowed_paths=[str(studio.pictures)],
-            max_file_size=LARGEST_UPLOAD,
+            app_kwargs={"middleware": guards},
+            allowed_paths=[str(studio.albums.folder), *example_paths()],
+            max_file_size=MOST_BYTES_A_FILE,
+            max_threads=THREADS,
             enable_monitoring=False,
             run_history=False,
+            mcp_server=mcp,
             share=False,
             ssr_mode=False,
             pwa=False,
@@ -88,10 +110,20 @@ def launch(
         raise ConfigError(
             f"port {port} on {address} cannot be opened, or is taken. Choose another with --port."
         ) from error
-    print(f"DoRA Diffusion is open at {url}  (Ctrl-C ends it; everything is kept in {studio.web})", flush=True)
+    print(f"DoRA Diffusion is open at {url}  (Ctrl-C ends it; everything is kept in {outputs / 'web'})", flush=True)
+    if mcp:
+        print(f"Its tools for MCP clients are at {url}gradio_api/mcp/", flush=True)
+    studio.painter.warm_up()
     page.block_thread()
     if not studio.jobs.close(SECONDS_FOR_A_CHECKPOINT):
         print("The training was ended without a last checkpoint.", flush=True)
+
+
+def example_paths() -> list[str]:
+    """The packaged pictures, which the page shows first."""
+    from dora_diffusion.webapp.example import EXAMPLE
+
+    return [str(path) for path in EXAMPLE.glob("*.png")]
 
 
 def _login(address: str, auth: str | None) -> tuple[str, str] | None:

@@ -2,255 +2,288 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.comparison.compare import Cell, CompareRequest, columns_of
-from dora_diffusion.errors import ConfigError, DoraDiffusionError, PromptError
-from dora_diffusion.models.loading import EMBEDDED
-from dora_diffusion.outputs import save_png
-from dora_diffusion.webapp import parts
+from dora_diffusion.comparison.export import metadata_of, read_record, record_of
+from dora_diffusion.comparison.request import Cell, CompareRequest
+from dora_diffusion.errors import DoraDiffusionError
+from dora_diffusion.webapp import cells, parts
+from dora_diffusion.webapp.cards import full_card, inspection, short_card
+from dora_diffusion.webapp.compare_layout import CompareLayout
 from dora_diffusion.webapp.drawing import Drawing
-from dora_diffusion.webapp.studio import Studio
+from dora_diffusion.webapp.exports import command_line, export_files, export_links
+from dora_diffusion.webapp.forms import Chosen, compare_request, restored, sweep_of
+from dora_diffusion.webapp.heavy import ready
+from dora_diffusion.webapp.pictures import Album
+from dora_diffusion.webapp.shown import Placed, Shown, packaged_example
+from dora_diffusion.webapp.studio import EMBEDDED_NAME, Studio
+from dora_diffusion.webapp.views import BLIND, GRID, SLIDER, hidden_grid, show_view
+from dora_diffusion.webapp.visitors import visitor_of
 
-__all__ = ["CompareTab", "parse_seeds"]
+__all__ = ["CompareTab"]
 
-MOST_SEEDS = 8
-MOST_STEPS = 100
 TELL_EVERY = 0.5  # seconds; a message for every step of a quick base would take longer than the step
 Update = tuple[object, ...]
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """ "1, 2 3" as (1, 2, 3). Raises ConfigError."""
-    words = [word for word in re.split(r"[,;\s]+", text.strip()) if word]
-    if not words or not all(re.fullmatch(r"\d{1,18}", word) for word in words):
-        raise ConfigError(f"seeds is {text!r}; give whole numbers with commas between, such as 1, 2.")
-    if len(words) > MOST_SEEDS:
-        raise ConfigError(f"{len(words)} seeds are more than the {MOST_SEEDS} this page draws at once. Give fewer.")
-    return tuple(dict.fromkeys(int(word) for word in words))
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class CompareTab:
-    """Builds the tab; `pickers` and `refresh` are for those who have made new adapters."""
+    """Connects the layout to what draws; `pickers` is for those who have made new adapters."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
+        self.example = packaged_example() if studio.base_name == EMBEDDED_NAME else None
+        self.layout = CompareLayout(self.example)
 
     def build(self) -> None:
-        base = self.studio.base_name
-        guidance = EMBEDDED[base].guidance_scale if base in EMBEDDED else None
-        with gr.Row(equal_height=True):
-            self.prompt = gr.Textbox(
-                "dog face, openmoji style" if base in EMBEDDED else "",
-                label="Prompt",
-                placeholder="what to draw",
-                scale=4,
-                min_width=260,
-                max_lines=3,
-                elem_id="prompt",
-            )
-            self.seeds = gr.Textbox("1, 2", label="Seeds", scale=1, min_width=90, elem_id="seeds")
-            self.steps = gr.Slider(
-                1, MOST_STEPS, value=25, step=1, label="Steps", scale=2, min_width=150, elem_id="steps"
-            )
-            self.guidance = gr.Number(
-                guidance,
-                label="Guidance",
-                placeholder="the base's own",
-                minimum=0,
-                maximum=30,
-                step=0.5,
-                scale=1,
-                min_width=100,
-                elem_id="guidance",
-            )
-        with gr.Row():
-            keys = self.studio.shelf.pair()
-            first = self._adapter("First adapter", "first", keys[0])
-            second = self._adapter("Second adapter", "second", keys[1])
-        self.pickers, self.strengths = (first[0], second[0]), (first[1], second[1])
-        self._uploads, self._cards = (first[2], second[2]), (first[3], second[3])
-        with gr.Row():
-            self.go = gr.Button("Compare", variant="primary", elem_id="compare")
-            self.halt = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-compare")
-        self.status = gr.HTML(parts.status_line(""), elem_id="compare-status")
-        self.error = gr.HTML("", visible=False, elem_id="compare-error")
-        self.grid = gr.HTML(parts.empty_state(keys[0] is not None), elem_id="grid")
-        self._connect()
-
-    def _adapter(
-        self, label: str, name: str, chosen: str | None
-    ) -> tuple[gr.Dropdown, gr.Slider, gr.UploadButton, gr.HTML]:
-        with gr.Column(elem_classes="dd-adapter", min_width=290):
-            picker = gr.Dropdown(self._offered(), value=chosen or "", label=label, elem_id=f"{name}-adapter")
-            strength = gr.Slider(0, 1.5, value=1, step=0.05, label="Strength", elem_id=f"{name}-strength")
-            with gr.Row(equal_height=True, elem_classes="dd-under"):
-                card = gr.HTML(self.show_card(chosen)[0], elem_id=f"{name}-card", scale=3, min_width=120)
-                upload = gr.UploadButton(
-                    "Upload a file",
-                    file_types=[".safetensors"],
-                    size="sm",
-                    scale=0,
-                    min_width=120,
-                    elem_id=f"{name}-upload",
-                )
-        return picker, strength, upload, card
-
-    def _connect(self) -> None:
-        for picker, upload, card in zip(self.pickers, self._uploads, self._cards):
-            picker.change(self.show_card, picker, [card, self.error], show_progress="hidden", api_visibility="private")
-            upload.upload(self.take_in, upload, [picker, self.error], api_visibility="private")
-        # A list that was filled an hour ago would lack what was made since.
-        for picker in self.pickers:
-            picker.focus(self.choices, picker, picker, show_progress="hidden", queue=False, api_visibility="private")
-        form = [self.prompt, self.seeds, self.steps, self.guidance]
-        adapters = [self.pickers[0], self.strengths[0], self.pickers[1], self.strengths[1]]
-        shown = [self.grid, self.status, self.error, self.go, self.halt]
-        for start in (self.go.click, self.prompt.submit):
-            start(
-                self.draw,
-                [*form, *adapters],
-                shown,
-                show_progress="hidden",
-                concurrency_limit=4,  # those who wait their turn see that they do; the painter lets one draw
-                concurrency_id="compare",
-                api_visibility="private",
-            )
-        self.halt.click(self.stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
+        page = self.layout
+        page.build()
+        self.pickers = page.pickers
+        self.on_open = [*page.pickers, *page.cards]
+        for picker, upload, card in zip(page.pickers, page.uploads, page.cards):
+            picker.change(self.show_card, picker, [card, page.error], **QUIET)
+            upload.upload(self.take_in, upload, [picker, page.error], api_visibility="private")
+            # A list that was filled an hour ago would lack what was made since.
+            picker.focus(self.choices, picker, picker, queue=False, **QUIET)
+        shown = [page.grid, page.status, page.error, page.go, page.halt, page.shown, page.links, page.command]
+        running = {"concurrency_limit": None, "concurrency_id": "compare", **QUIET}  # the painter lets one draw
+        for start in (page.go.click, page.prompt.submit):
+            start(self.draw, page.form, shown, **running)
+        for strength in page.strengths:
+            strength.release(self.draw_again, [page.shown, *page.form], shown, **running)
+        page.halt.click(self.stop, None, None, queue=False, **QUIET)
+        page.view.change(self.look, [page.shown, page.view, page.pair], page.look_shown, **QUIET)
+        page.pair.change(self.look, [page.shown, page.view, page.pair], page.look_shown, **QUIET)
+        page.restore.upload(self.restore, page.restore, page.restored, **QUIET)
+        page.sweep_go.click(self.sweep, page.sweep_form, [*shown, page.view], **running)
+        for field in page.sweep_form:
+            field.change(self.sweep_size, page.sweep_form, page.sweep_note, **QUIET)
+        page.facts.expand(self.show_facts, list(page.pickers), page.facts_shown, **QUIET)
+        for picker in page.pickers:
+            picker.change(self.show_facts, list(page.pickers), page.facts_shown, **QUIET)
+        page.look_inside.click(
+            self.look_inside, list(page.pickers), page.inside, show_progress="minimal", api_visibility="private"
+        )
+        page.votes.connect(self.studio, page.shown)
 
     def draw(
         self,
         prompt: str,
         seeds: str,
-        steps: int,
-        guidance: float | None,
         first: str | None,
         first_strength: float,
         second: str | None,
         second_strength: float,
+        steps: int,
+        guidance: str,
+        negative_prompt: str,
+        view: str,
+        pair: str,
         page: gr.Request,
     ) -> Iterator[Update]:
-        """Yields what the grid, the status line, the error panel and the two buttons show."""
-        yield gr.skip(), parts.status_line("starting", busy=True), _panel(None), *_buttons(drawing=True)
-        chosen = [(key, strength) for key, strength in ((first, first_strength), (second, second_strength)) if key]
+        """Yields what the grid, status line, error panel, buttons, page's memory, links and command show."""
+        chosen = [Chosen(key, at) for key, at in ((first, first_strength), (second, second_strength)) if key]
+        visitor = visitor_of(page)
+        yield from self._drawn(
+            lambda: compare_request(self.studio, visitor, prompt, seeds, chosen, steps, guidance, negative_prompt),
+            view,
+            pair,
+            page,
+        )
+
+    def draw_again(self, page: gr.Request, shown: Shown | None, *form: Any) -> Iterator[Update]:
+        """After a strength was changed; nothing before there was a first comparison."""
+        if shown is None or shown.is_example or len(shown.request.columns) > cells.COLUMNS:
+            yield (gr.skip(),) * 8
+            return
+        yield from self.draw(*form, page)  # type: ignore[call-arg]
+
+    def sweep(
+        self,
+        prompts: str,
+        seeds: str,
+        strengths: str,
+        first: str | None,
+        second: str | None,
+        steps: int,
+        page: gr.Request,
+    ) -> Iterator[Update]:
+        keys = [key for key in (first, second) if key]
+        visitor = visitor_of(page)
+        for update in self._drawn(
+            lambda: sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, steps), GRID, "", page
+        ):
+            yield *update, GRID
+
+    def _drawn(self, make: object, view: str, pair: str, page: gr.Request) -> Iterator[Update]:
+        yield gr.skip(), parts.status_line("starting", busy=True), parts.panel(None), *_buttons(True), *_skips(3)
         try:
-            request, names = self._request(prompt, seeds, steps, guidance, chosen)
-            drawing = self.studio.painter.begin(str(page.session_hash), request)
+            request, names = make()  # type: ignore[operator]
+            drawing = self.studio.painter.begin(str(page.session_hash), request, visitor_of(page))
+            album, ours = self.studio.albums.new(), True
             try:
-                for grid, status in self._show(drawing, names):
-                    yield grid, status, gr.skip(), gr.skip(), gr.skip()
+                shown = Shown(request, names)
+                for now, text in self._stream(drawing, shown, album):
+                    if now is None:  # the pictures of before stay until there is something to draw
+                        yield gr.skip(), parts.status_line(text, busy=True), *_skips(6)
+                        continue
+                    shown = now
+                    html = hidden_grid(shown) if view == BLIND else cells.grid(shown, drawing=not shown.is_whole)
+                    kept = shown if shown.is_whole else gr.skip()  # before anybody reads that it is done
+                    yield html, parts.status_line(text, busy=not shown.is_whole), *_skips(3), kept, *_skips(2)
             finally:
-                self.studio.painter.end(str(page.session_hash), drawing)
-            text = "stopped" if drawing.was_stopped else ""
-            yield gr.skip(), parts.status_line(text) if text else gr.skip(), gr.skip(), *_buttons(drawing=False)
+                ours = self.studio.painter.end(str(page.session_hash), drawing)
+            if ours:
+                yield self._finished(shown, drawing, album, view, pair)
         except DoraDiffusionError as error:
-            toast(error)
-            yield gr.skip(), parts.status_line(""), _panel(error), *_buttons(drawing=False)
+            parts.toast(error)
+            yield gr.skip(), parts.status_line(""), parts.panel(error), *_buttons(False), *_skips(3)
+
+    def _stream(self, drawing: Drawing, shown: Shown, album: Album) -> Iterator[tuple[Shown | None, str]]:
+        """What is shown, None while waiting, and the status line after every event; cells are saved as they come."""
+        record = record_of(drawing.request, self.studio.base_name)
+        seconds, told, total = 0.0, 0.0, drawing.request.pictures
+        for event in drawing:
+            at = len(shown.cells) + 1
+            if isinstance(event, Cell):
+                placed = Placed.of(event, album.add(event.image, metadata_of(record, event)))
+                shown = Shown(shown.request, shown.names, (*shown.cells, placed))
+                seconds += event.seconds
+                cached = sum(cell.cached for cell in shown.cells)
+                kept = f", {cached} of them from the cache" if cached else ""
+                done = f"{total} pictures in {seconds:.1f} s{kept}"
+                yield shown, done if shown.is_whole else f"picture {at + 1} of {total}"
+            elif event.text:
+                yield None, event.text
+            elif time.monotonic() > told + TELL_EVERY:
+                told = time.monotonic()
+                yield shown, f"picture {at} of {total} · step {event.done} of {event.total}"
+
+    def _finished(self, shown: Shown, drawing: Drawing, album: Album, view: str, pair: str) -> Update:
+        status = parts.status_line("stopped") if drawing.was_stopped else gr.skip()
+        if not shown.is_whole:
+            html = cells.grid(shown) if shown.cells else gr.skip()
+            return html, status, gr.skip(), *_buttons(False), shown if shown.cells else gr.skip(), *_skips(2)
+        links = export_links(*export_files(shown, album, self.studio.base_name))
+        command = command_line(shown.request, self.studio)
+        return (
+            show_view(shown, view, pair, self.studio.albums),
+            status,
+            gr.skip(),
+            *_buttons(False),
+            shown,
+            gr.update(value=links, visible=True),
+            gr.update(value=command, visible=True),
+        )
 
     def stop(self, page: gr.Request) -> None:
         self.studio.painter.stop(str(page.session_hash))
 
-    def _request(
-        self, prompt: str, seeds: str, steps: int, guidance: float | None, chosen: list[tuple[str, float]]
-    ) -> tuple[CompareRequest, list[str]]:
-        if not prompt.strip():
-            raise PromptError("there is no prompt. Write what to draw, such as: dog face, openmoji style.")
-        shelved = [self.studio.shelf.find(key) for key, _ in chosen]
-        request = CompareRequest(
-            prompts=(prompt.strip(),),
-            seeds=parse_seeds(seeds),
-            adapters=columns_of([each.path for each in shelved], [strength for _, strength in chosen]),
-            num_inference_steps=int(steps),
-            guidance_scale=guidance,
-        )
-        return request, [self.studio.base_name, *(each.label for each in shelved)]
+    def look(self, shown: Shown | None, view: str, pair: str) -> Update:
+        """Another view of the same pictures."""
+        if shown is None or not shown.cells:
+            return _skips(4)
+        html = show_view(shown, view, pair, self.studio.albums)
+        return html, *(gr.update(visible=there) for there in (view == SLIDER, view == BLIND, view != BLIND))
 
-    def _show(self, drawing: Drawing, names: list[str]) -> Iterator[tuple[object, object]]:
-        """The grid and the status line after every event; cells are saved as they come."""
-        request = drawing.request
-        total = len(request.rows) * len(request.columns)
-        folder = self.studio.new_pictures()
-        placed: list[parts.Placed] = []
-        seconds, told = 0.0, 0.0
-        drawn = False  # the pictures of before stay until there is something to draw
+    def preset(self, page: gr.Request) -> Update:
+        """Pickers and cards of a page that was just opened."""
+        keys = self.studio.shelf.pair(visitor_of(page))
+        return *(self.choices(key, page) for key in keys), *(self.show_card(key, page)[0] for key in keys)
+
+    def choices(self, chosen: str | None, page: gr.Request) -> object:
+        """The adapters to choose from; one that is no longer there is let go."""
+        offered = [("none", ""), *((each.label, each.key) for each in self.studio.shelf.all(visitor_of(page)))]
+        return gr.update(choices=offered, value=chosen if chosen in {key for _, key in offered} else "")
+
+    def show_card(self, key: str | None, page: gr.Request) -> Update:
         try:
-            for event in drawing:
-                if isinstance(event, Cell):
-                    placed.append(parts.Placed(event, self._save(event, request, folder)))
-                    seconds += event.seconds
-                    done = len(placed) == total
-                    text = f"{total} pictures in {seconds:.1f} s" if done else f"picture {len(placed) + 1} of {total}"
-                    yield parts.grid(request, placed, names, drawing=not done), parts.status_line(text, busy=not done)
-                elif event.text or not drawn or time.monotonic() > told + TELL_EVERY:
-                    told = time.monotonic()
-                    shown = gr.skip() if drawn or event.text else parts.grid(request, placed, names, drawing=True)
-                    drawn = drawn or not event.text
-                    text = event.text or f"picture {len(placed) + 1} of {total} · step {event.done} of {event.total}"
-                    yield shown, parts.status_line(text, busy=True)
-        except DoraDiffusionError:
-            if drawn:
-                yield parts.grid(request, placed, names), gr.skip()
-            raise
-        if drawing.was_stopped and drawn:
-            yield parts.grid(request, placed, names), gr.skip()
-
-    def _save(self, cell: Cell, request: CompareRequest, folder: Path) -> Path:
-        guidance = "the base's own" if request.guidance_scale is None else f"{request.guidance_scale:g}"
-        metadata = {
-            "prompt": cell.prompt,
-            "seed": str(cell.seed),
-            "caption": cell.caption,
-            "base": self.studio.base_name,
-            "num_inference_steps": str(request.num_inference_steps),
-            "guidance_scale": guidance,
-        }
-        return save_png(cell.image, folder / f"row{cell.row + 1}-column{cell.column + 1}.png", metadata)
-
-    def choices(self, chosen: str | None) -> object:
-        """The adapters there are now, whatever is chosen staying chosen."""
-        offered = self._offered()
-        known = {key for _, key in offered}
-        return gr.update(choices=offered, value=chosen if chosen in known else "")
-
-    def _offered(self) -> list[tuple[str, str]]:
-        return [("none", ""), *((each.label, each.key) for each in self.studio.shelf.all())]
-
-    def preset(self) -> Update:
-        """Both pickers and the grid of a page that was just opened."""
-        first, second = self.studio.shelf.pair()
-        return self.choices(first), self.choices(second), parts.empty_state(has_adapters=first is not None)
-
-    def show_card(self, key: str | None) -> Update:
-        try:
-            return self._card(key), gr.skip()
+            return short_card(self.studio.shelf.find(key, visitor_of(page)) if key else None), gr.skip()
         except DoraDiffusionError as error:
-            return self._card(None), _panel(error)
+            return short_card(None), parts.panel(error)
 
-    def _card(self, key: str | None) -> str:
-        text = f"<b>{escape(self.studio.shelf.card(key))}</b>" if key else "this column stays empty"
-        return f"<p class='dd-card'>{text}</p>"
+    def show_facts(self, first: str | None, second: str | None, page: gr.Request) -> object:
+        html = []
+        for key in (first, second):
+            try:
+                html += [full_card(self.studio.shelf.find(key, visitor_of(page)), self.studio)] if key else []
+            except DoraDiffusionError as error:
+                html.append(parts.error_panel(error))
+        return f"<div class='dd-cards'>{''.join(html)}</div>"
 
-    def take_in(self, upload: str) -> Update:
+    def look_inside(self, first: str | None, second: str | None, page: gr.Request) -> str:
         try:
-            return self.choices(self.studio.shelf.take_in(Path(upload)).key), _panel(None)
+            return inspection(
+                [self.studio.shelf.find(key, visitor_of(page)) for key in (first, second) if key], self.studio
+            )
         except DoraDiffusionError as error:
-            toast(error)
-            return gr.skip(), _panel(error)
+            return parts.error_panel(error)
 
+    def take_in(self, upload: str, page: gr.Request) -> Update:
+        try:
+            key = self.studio.shelf.take_in(Path(upload), visitor_of(page)).key
+            return self.choices(key, page), parts.panel(None)
+        except DoraDiffusionError as error:
+            parts.toast(error)
+            return gr.skip(), parts.panel(error)
 
-def toast(error: DoraDiffusionError) -> None:
-    gr.Warning(escape(str(error).partition("\n")[0]), title="That did not work")
+    def restore(self, file: str | None, page: gr.Request) -> Update:
+        """The form as the picture's metadata has it, and what could not be restored."""
+        if file is None:
+            return _skips(11)
+        try:
+            record = read_record(Path(file))
+        except DoraDiffusionError as error:
+            parts.toast(error)
+            return *_skips(10), parts.panel(error)
+        found, missing = restored(self.studio, visitor_of(page), record)
+        adapters: list[object] = []
+        for chosen in (*found, None, None)[:2]:
+            picked = self.choices(chosen.key, page) if chosen else gr.skip()
+            adapters += [picked, chosen.strength if chosen else gr.skip()]
+        seeds = ", ".join(map(str, record.seeds))
+        note = parts.status_line("; ".join(missing) or "the picture's request is restored: press Compare")
+        settings = (record.num_inference_steps, _as_typed(record.guidance_scale), record.negative_prompt)
+        return record.prompts[0], seeds, *adapters, *settings, note, parts.panel(None)
 
+    def sweep_size(
+        self,
+        prompts: str,
+        seeds: str,
+        strengths: str,
+        first: str | None,
+        second: str | None,
+        steps: int,
+        page: gr.Request,
+    ) -> str:
+        """How many pictures a sweep is, and how long it takes."""
+        keys = [key for key in (first, second) if key]
+        try:
+            request, _ = sweep_of(self.studio, visitor_of(page), prompts, seeds, strengths, keys, steps)
+        except DoraDiffusionError as error:
+            return parts.status_line(str(error))
+        return parts.status_line(f"{request.pictures} pictures, {self._time(request)}")
 
-def _panel(error: DoraDiffusionError | None) -> object:
-    return gr.update(value=parts.error_panel(error), visible=error is not None)
+    def _time(self, request: CompareRequest) -> str:
+        ready()
+        from dora_diffusion.console import clock
+
+        seconds = self.studio.painter.seconds_for(request.pictures, request.num_inference_steps)
+        return f"about {clock(seconds)}" if seconds else "time not measured yet"
 
 
 def _buttons(drawing: bool) -> tuple[object, object]:
     return gr.update(visible=not drawing), gr.update(visible=drawing)
+
+
+def _as_typed(guidance: float | None) -> str:
+    return "" if guidance is None else f"{guidance:g}"
+
+
+def _skips(count: int) -> tuple[object, ...]:
+    return (gr.skip(),) * count

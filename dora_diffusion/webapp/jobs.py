@@ -1,6 +1,7 @@
 """Training in the background: one job at a time, in a thread that no page owns.
 
-A page may close, reload or be another browser's: all of them ask for the same job's state and see the same thing.
+A page may close, reload or be another tab's: all of a visitor's pages ask for the same job's state and see the same
+thing. Its folder says how it stands, so that a new server can go on with it.
 """
 
 from __future__ import annotations
@@ -8,21 +9,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from dora_diffusion.comparison.curves import Curve
-from dora_diffusion.console import clock
+from dora_diffusion.comparison.curves import Curve, read_curves
 from dora_diffusion.errors import DoraDiffusionError, TrainingError
-from dora_diffusion.injection import KIND_LABEL
-from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.loop import Step
-from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Stopped, train
+from dora_diffusion.webapp.heavy import ready
+from dora_diffusion.webapp.pictures import Album
+from dora_diffusion.webapp.runs import write_status
+from dora_diffusion.webapp.turns import Turns
+
+if TYPE_CHECKING:
+    from dora_diffusion.models.loading import Base
+    from dora_diffusion.training.config import TrainConfig
+    from dora_diffusion.training.loop import Step
+    from dora_diffusion.training.run import Event
 
 __all__ = ["JobState", "TrainingJob", "TrainingJobs"]
 
-Phase = Literal["preparing", "training", "finished", "stopped", "failed"]
+BaseOf = Callable[[Callable[[str], None]], "Base"]  # a base of one's own; calls back while it makes one wait
+Phase = Literal["waiting", "preparing", "training", "finished", "stopped", "failed"]
+MOST_WAITING = 8
+LOG_LINES = 200
 
 
 @dataclass(frozen=True)
@@ -44,24 +54,39 @@ class JobState:
         return self.phase in ("finished", "stopped", "failed")
 
 
+class _Stop(Exception):
+    """Raised while waiting for the turn when the job was asked to stop."""
+
+
 @dataclass
 class TrainingJob:
-    """One run of `train`. Read `snapshot`, `curves` and `log`; only the job's own thread writes them."""
+    """One run of `train`. Read `snapshot`, `curves`, `previews` and `log`; only the job's own thread writes them."""
 
     name: str
     config: TrainConfig
+    owner: str
+    turns: Turns
+    album: Album
+    base_of: BaseOf
+    resume: bool = False
     state: JobState = field(init=False)
     curves: dict[str, Curve] = field(default_factory=dict)
+    previews: list[tuple[str, int, Path]] = field(default_factory=list)  # kind, step, picture
     log: list[str] = field(default_factory=list)
+    config_file: Path | None = None
 
     def __post_init__(self) -> None:
-        self.state = JobState(self.name, "preparing", "preparing")
+        self.state = JobState(self.name, "waiting", "waiting for its turn")
+        if self.resume:
+            self.curves = read_curves(Path(self.config.out) / "log.jsonl")
         self._stop = threading.Event()
         self._began = time.monotonic()
-        self._kind_began = self._began
         self._thread = threading.Thread(target=self._run, name=f"training {self.name}", daemon=True)
 
     def start(self) -> None:
+        """Raises OutputError."""
+        self._save()
+        self.config_file = self.album.add_text(self.config.to_toml(), "toml")
         self._thread.start()
 
     def stop(self) -> None:
@@ -79,48 +104,90 @@ class TrainingJob:
 
     def _run(self) -> None:
         try:
-            events = train(self.config, should_stop=self._stop.is_set)
-            for event in events:
-                self._take(event)
-                if self._stop.is_set() and isinstance(event, Preparing):
-                    self._over("stopped", "stopped before the first step; nothing was trained")
-                    return
-            if not self.state.is_over:
-                kinds = " and ".join(KIND_LABEL[kind] for kind in self.config.kinds)
-                spent = clock(time.monotonic() - self._began)
-                self._over("finished", f"finished: {kinds}, {self.config.steps} steps each, in {spent}")
+            with self.turns.turn(self._wait):
+                self._began = time.monotonic()
+                self._train()
+        except _Stop:
+            self._over("stopped", "stopped before its turn came; nothing was trained")
         except DoraDiffusionError as error:
             self._fail(error)
         except Exception as error:
             logging.getLogger(__name__).exception("the training job failed")
             self._fail(TrainingError(f"something unforeseen went wrong ({type(error).__name__}: {error})."))
 
+    def _give_up_if_stopped(self, _why: str = "") -> None:
+        if self._stop.is_set():
+            raise _Stop
+
+    def _wait(self, before: int) -> None:
+        self._give_up_if_stopped()
+        text = f"waiting: {before} {'training' if before == 1 else 'trainings'} before this one"
+        if text != self.state.text:
+            self._set(text=text)
+
+    def _train(self) -> None:
+        ready()
+        from dora_diffusion.console import clock
+        from dora_diffusion.injection import KIND_LABEL
+        from dora_diffusion.training.run import Preparing, train
+
+        self._set(phase="preparing", text="loading the base model")
+        self._save()
+        base = self.base_of(self._give_up_if_stopped)
+        events = train(
+            self.config, resume=self.resume, overwrite=not self.resume, base=base, should_stop=self._stop.is_set
+        )
+        for event in events:
+            self._take(event)
+            if self._stop.is_set() and isinstance(event, Preparing):
+                self._over("stopped", "stopped before the first step; nothing was trained")
+                return
+        if not self.state.is_over:
+            kinds = " and ".join(KIND_LABEL[kind] for kind in self.config.kinds)
+            spent = clock(time.monotonic() - self._began)
+            self._over("finished", f"finished: {kinds}, {self.config.steps} steps each, in {spent}")
+
     def _take(self, event: Event) -> None:
+        ready()
+        from dora_diffusion.injection import KIND_LABEL
+        from dora_diffusion.training.loop import Step
+        from dora_diffusion.training.run import Finished, Measured, Preparing, Previewed, Resumed, Stopped
+
         match event:
             case Preparing(text, done, total):
                 self._say(text + (f" ({done} of {total})" if total else ""))
                 self._set(phase="preparing", text=self.log[-1])
+            case Resumed(kind, step, total):
+                self._say(f"{KIND_LABEL[kind]}: goes on after step {step} of {total}")
+                curve = self.curves.setdefault(kind, Curve())
+                del curve.loss[step:]
+                curve.held_out = [measured for measured in curve.held_out if measured[0] <= step]
             case Measured(kind, step, loss):
                 self._say(f"{KIND_LABEL[kind]}: held-out loss {loss:.4f} after {step} steps")
-                self.curves.setdefault(kind, Curve()).held_out.append((step, loss))
+                if (step, loss) not in self.curves.setdefault(kind, Curve()).held_out:
+                    self.curves[kind].held_out.append((step, loss))
             case Step():
                 self._step(event)
+            case Previewed(kind, step, paths):
+                self.previews += [(kind, step, self.album.add_plain(path)) for path in paths]
+                self._set()
             case Stopped(kind, step, total, _):
-                self._say(f"go on in a terminal: dora-diffusion train {self.config.out}/config.toml --resume")
                 self._set(step=step)
-                self._over("stopped", f"stopped at step {step} of {total} ({KIND_LABEL[kind]}), checkpoint saved")
+                self._over("stopped", f"stopped at {step} of {total} ({KIND_LABEL[kind]}), checkpoint saved")
             case Finished(kind, path, _, _):
-                self._say(f"{KIND_LABEL[kind]}: saved {path}")
+                self._say(f"{KIND_LABEL[kind]}: saved")
                 self._set(adapters=(*self.state.adapters, path))
 
     def _step(self, step: Step) -> None:
+        ready()
+        from dora_diffusion.console import clock
+        from dora_diffusion.injection import KIND_LABEL
+
         self.curves.setdefault(step.kind, Curve()).loss.append(step.loss)
         kinds = self.config.kinds
         after = len(kinds) - 1 - kinds.index(step.kind)  # kinds still to come, which take about as long as this one
-        if step.step == 1:
-            self._kind_began = time.monotonic() - step.seconds_left / max(1, step.total - 1)
-        whole = time.monotonic() - self._kind_began + step.seconds_left
-        left = clock(step.seconds_left + after * whole)
+        per_step = step.seconds_left / max(1, step.total - step.step)
+        left = clock(step.seconds_left + after * per_step * step.total)
         if step.step % max(1, step.total // 20) == 0 or step.step == step.total:
             self._say(f"{KIND_LABEL[step.kind]} {step.step}/{step.total}, loss {step.loss:.4f}")
         self._set(
@@ -138,41 +205,58 @@ class TrainingJob:
     def _over(self, phase: Phase, text: str) -> None:
         self._say(text)
         self._set(phase=phase, text=text, done=1.0 if phase == "finished" else self.state.done)
+        self._save()
+
+    def _save(self) -> None:
+        """The run's folder says how it stands; a disk that is full must not end the training."""
+        try:
+            error = str(self.state.error or "")
+            write_status(Path(self.config.out), self.state.phase, self.state.text, error, self.config)
+        except DoraDiffusionError as error:
+            self._say(str(error))
 
     def _say(self, line: str) -> None:
         if not self.log or self.log[-1] != line:
             self.log.append(line)
+            del self.log[:-LOG_LINES]
 
     def _set(self, **changes: object) -> None:
         self.state = replace(self.state, version=self.state.version + 1, **changes)  # type: ignore[arg-type]
 
 
 class TrainingJobs:
-    """The jobs of one server: at most one runs, and the last one stays to be looked at."""
+    """The jobs of one server: at most one runs, a few wait, and each visitor's last one stays to be looked at."""
 
-    def __init__(self) -> None:
+    def __init__(self, base_of: BaseOf) -> None:
+        self.base_of = base_of
+        self.turns = Turns(MOST_WAITING)
         self._lock = threading.Lock()
-        self.last: TrainingJob | None = None
+        self._last: dict[str, TrainingJob] = {}
 
-    def start(self, name: str, config: TrainConfig) -> TrainingJob:
-        """Raises TrainingError while another job runs."""
+    def start(self, name: str, config: TrainConfig, owner: str, album: Album, resume: bool = False) -> TrainingJob:
+        """Raises TrainingError while another job of this visitor waits or runs."""
         with self._lock:
-            self.refuse_if_busy()
-            job = self.last = TrainingJob(name, config)
+            self.refuse_if_busy(owner)
+            job = self._last[owner] = TrainingJob(name, config, owner, self.turns, album, self.base_of, resume)
             job.start()
             return job
 
-    def refuse_if_busy(self) -> None:
-        if self.last is not None and not self.last.state.is_over:
-            raise TrainingError("another training is running on this server. Wait until it ends, or stop it first.")
+    def of(self, owner: str) -> TrainingJob | None:
+        return self._last.get(owner)
 
-    def stop(self) -> None:
-        if self.last is not None:
-            self.last.stop()
+    def refuse_if_busy(self, owner: str) -> None:
+        job = self._last.get(owner)
+        if job is not None and not job.state.is_over:
+            raise TrainingError("your other training is not over yet. Wait until it ends, or stop it first.")
+
+    def stop(self, owner: str) -> None:
+        if job := self._last.get(owner):
+            job.stop()
 
     def close(self, seconds: float) -> bool:
         """Stop what runs and wait for its checkpoint; whether it came in time."""
-        if self.last is None or self.last.state.is_over:
-            return True
-        self.last.stop()
-        return self.last.wait(seconds)
+        jobs = [job for job in self._last.values() if not job.state.is_over]
+        for job in jobs:
+            job.stop()
+        deadline = time.monotonic() + seconds
+        return all([job.wait(max(0.0, deadline - time.monotonic())) for job in jobs])

@@ -1,4 +1,4 @@
-"""The adapter files that the pages offer: those under the outputs folder, and those that were uploaded.
+"""The adapter files that a visitor is offered: the packaged pair, those everybody shares, and their own.
 
 Pages name an adapter by its key. A key is only ever looked up among the files that are there, so that nothing a browser
 sends becomes a path.
@@ -6,20 +6,25 @@ sends becomes a path.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_diffusion.comparison.cache import file_digest
 from dora_diffusion.errors import AdapterFileError
-from dora_diffusion.formats.files import AdapterFile, read_adapter_file
 from dora_diffusion.outputs import make_folder, write_text
+from dora_diffusion.webapp.example import EXAMPLE
+from dora_diffusion.webapp.heavy import ready
+from dora_diffusion.webapp.runs import SHARED, Runs, started_by
 
-__all__ = ["Shelf", "Shelved"]
+__all__ = ["SAMPLES", "Shelf", "Shelved"]
 
-SKIPPED = {"checkpoints", "cache"}  # half-trained adapters, and what browsers have sent but not handed in
-MOST_OFFERED = 500
+SKIPPED = {"checkpoints", "web"}  # half-trained adapters; what visitors own
+MOST_OFFERED = 300
+MOST_UPLOADS = 50
+SAMPLES = ("sample/lora", "sample/dora")
+SAMPLE_LABELS = {"sample/lora": "Sample LoRA (openmoji style)", "sample/dora": "Sample DoRA (openmoji style)"}
 
 
 @dataclass(frozen=True)
@@ -32,80 +37,92 @@ class Shelved:
 
 
 class Shelf:
-    def __init__(self, outputs: Path) -> None:
+    """`outputs` is what the command line writes to, for everybody here; under its `web` each visitor has a folder."""
+
+    def __init__(self, outputs: Path, visitors: Path, with_samples: bool = True) -> None:
         self.outputs = outputs
-        self.uploaded = make_folder(outputs / "web" / "adapters")
+        self.visitors = visitors
+        self.with_samples = with_samples
 
-    def all(self) -> list[Shelved]:
-        """Newest first."""
-        dated = sorted(((path.stat().st_mtime, path) for path in self._files()), reverse=True)
-        return [self._shelved(path) for _, path in dated[:MOST_OFFERED]]
+    def all(self, visitor: str) -> list[Shelved]:
+        """Newest first, the packaged pair last."""
+        dated = sorted(((path.stat().st_mtime, path) for path in self._files(visitor)), reverse=True)
+        samples = [Shelved(key, SAMPLE_LABELS[key], self._sample(key)) for key in SAMPLES if self.with_samples]
+        return [self._shelved(path, visitor) for _, path in dated[:MOST_OFFERED]] + samples
 
-    def find(self, key: str) -> Shelved:
-        """Raises AdapterFileError when there is no such adapter any more."""
-        for shelved in self.all():
+    def find(self, key: str, visitor: str) -> Shelved:
+        """Raises AdapterFileError when there is no such adapter for this visitor, or no more."""
+        for shelved in self.all(visitor):
             if shelved.key == key:
                 return shelved
         raise AdapterFileError("the adapter that was chosen is no longer there. Choose another one from the list.")
 
-    def key_of(self, path: Path) -> str:
-        return path.relative_to(self.outputs).with_suffix("").as_posix()
+    def find_digest(self, sha256: str, visitor: str) -> Shelved | None:
+        return next((each for each in self.all(visitor) if file_digest(each.path) == sha256), None)
 
-    def pair(self) -> tuple[str | None, str | None]:
-        """The keys to begin with: the newest LoRA and DoRA trained together, else the newest two of any kind."""
-        shelved = self.all()
+    def key_of(self, path: Path, visitor: str) -> str:
+        return self._shelved(path.resolve(), visitor).key
+
+    def pair(self, visitor: str) -> tuple[str | None, str | None]:
+        """The keys to begin with: the newest twins, else the packaged pair, else the newest two of any kind."""
+        shelved = self.all(visitor)
         for each in shelved:
             lora, dora = each.path.with_name("lora.safetensors"), each.path.with_name("dora.safetensors")
-            if lora.exists() and dora.exists():
-                return self.key_of(lora), self.key_of(dora)
+            if each.key not in SAMPLES and lora.exists() and dora.exists():
+                return self.key_of(lora, visitor), self.key_of(dora, visitor)
+        if self.with_samples:
+            return SAMPLES
         keys: list[str | None] = [each.key for each in shelved[:2]]
         first, second = (*keys, None, None)[:2]
         return first, second
 
-    def take_in(self, upload: Path) -> Shelved:
+    def take_in(self, upload: Path, visitor: str) -> Shelved:
         """Keep an uploaded file under a name made from its content. Raises AdapterFileError when it is no adapter."""
+        ready()
+        from dora_diffusion.formats.files import read_adapter_file
+
+        if upload.suffix.lower() != ".safetensors":
+            raise AdapterFileError(f"{upload.name} is no .safetensors file; other kinds can run code when opened.")
         try:
             read_adapter_file(upload)
         except AdapterFileError as error:
             raise AdapterFileError(str(error).replace(str(upload), upload.name)) from error
-        path = self.uploaded / f"{_digest(upload)}.safetensors"
+        folder = make_folder(self._uploads(visitor))
+        path = folder / f"{file_digest(upload)[:16]}.safetensors"
+        if not path.exists() and len(list(folder.glob("*.safetensors"))) >= MOST_UPLOADS:
+            raise AdapterFileError(f"you have uploaded {MOST_UPLOADS} adapters, which is as many as are kept.")
         shutil.copyfile(upload, path)
         write_text(path.with_suffix(".txt"), upload.stem)
-        return self._shelved(path)
+        return self._shelved(path, visitor)
 
-    def card(self, key: str) -> str:
-        """One line on the adapter, read from its file: kind, rank, alpha, size. Raises AdapterFileError."""
-        file = read_adapter_file(self.find(key).path)
-        return " · ".join(_facts(file))
-
-    def _files(self) -> Iterator[Path]:
+    def _files(self, visitor: str) -> Iterator[Path]:
         for path in self.outputs.rglob("*.safetensors"):
             inside = path.relative_to(self.outputs).parts
             if path.is_file() and not any(part in SKIPPED or part.startswith(".") for part in inside):
                 yield path
+        yield from self._uploads(visitor).glob("*.safetensors")
+        for runs in Runs(self.visitors).folders(visitor):
+            yield from runs.glob("*.safetensors")
 
-    def _shelved(self, path: Path) -> Shelved:
-        key = self.key_of(path)
-        given_name = path.with_suffix(".txt")
-        if path.parent == self.uploaded and given_name.is_file():
-            return Shelved(key, f"{given_name.read_text(encoding='utf-8')} (uploaded)", path)
-        return Shelved(key, key.removeprefix("web/"), path)
+    def _uploads(self, visitor: str) -> Path:
+        return self.visitors / visitor / "adapters"
 
+    @staticmethod
+    def _sample(key: str) -> Path:
+        return EXAMPLE / f"{key.removeprefix('sample/')}.safetensors"
 
-def _facts(file: AdapterFile) -> Iterator[str]:
-    yield file.config.kind_label
-    yield f"rank {file.config.rank}"
-    yield f"alpha {file.config.alpha:g}"
-    yield f"{len(file.layers)} layers"
-    training = file.description.training if file.description else {}
-    if steps := training.get("steps"):
-        yield f"{steps} steps"
-    yield f"{file.path.stat().st_size / 1024:,.0f} KiB"
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    def _shelved(self, path: Path, visitor: str) -> Shelved:
+        """Keys name no visitor: `mine/` and `shared/` are all that others see of a folder."""
+        if not path.is_relative_to(self.visitors):
+            key = path.relative_to(self.outputs).with_suffix("").as_posix()
+            return Shelved(key, key, path)
+        if path.parent == self._uploads(visitor):
+            name = path.with_suffix(".txt")
+            label = name.read_text(encoding="utf-8") if name.is_file() else path.stem
+            return Shelved(f"uploaded/{path.stem}", f"{label} (uploaded)", path)
+        run = path.parent
+        kind = {"lora": "LoRA", "dora": "DoRA"}.get(path.stem, path.stem)
+        if run.is_relative_to(self.visitors / visitor):
+            return Shelved(f"mine/{run.name}/{path.stem}", f"{kind} trained {started_by(run.name)}", path)
+        code = (run / SHARED).read_text(encoding="utf-8")
+        return Shelved(f"shared/{code}/{path.stem}", f"{kind} shared, trained {started_by(run.name)}", path)

@@ -1,56 +1,70 @@
-"""What all tabs and all visitors of one server share: the outputs folder, the base to draw with, the training job."""
+"""What all tabs and all visitors of one server share: the outputs folder, the base to draw with, the training jobs."""
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_diffusion.comparison.votes import Votes
 from dora_diffusion.outputs import make_folder
 from dora_diffusion.webapp.drawing import Painter
-from dora_diffusion.webapp.jobs import TrainingJobs
+from dora_diffusion.webapp.jobs import TrainingJob, TrainingJobs
+from dora_diffusion.webapp.pictures import Albums
+from dora_diffusion.webapp.runs import Runs
 from dora_diffusion.webapp.shelf import Shelf
 
-__all__ = ["Studio"]
+__all__ = ["EMBEDDED_NAME", "Studio"]
 
-KEPT_COMPARISONS = 200  # the pictures of older ones are deleted, so that the folder does not grow without end
+EMBEDDED_NAME = "emoji"  # the base that the packaged pair was made for
 
 
 @dataclass(frozen=True)
 class Studio:
-    """Everything that is written lies under `outputs`: runs and uploads in `web`, and `web/cache` for the server."""
+    """Everything that is written lies under `outputs/web`: a folder for each visitor, pictures, the server's cache."""
 
     outputs: Path
     base_name: str
     painter: Painter
     jobs: TrainingJobs
     shelf: Shelf
+    runs: Runs
+    albums: Albums
 
     @classmethod
-    def open(cls, outputs: Path, base_name: str = "emoji") -> Studio:
+    def open(cls, outputs: Path, base_name: str = EMBEDDED_NAME) -> Studio:
         """Raises OutputError when nothing can be written there."""
         outputs = make_folder(outputs).resolve()
-        return cls(outputs, base_name, Painter(base_name), TrainingJobs(), Shelf(outputs))
-
-    @property
-    def web(self) -> Path:
-        return self.outputs / "web"
+        visitors = outputs / "web" / "visitors"
+        painter = Painter(base_name)
+        return cls(
+            outputs,
+            base_name,
+            painter,
+            TrainingJobs(painter.copy),
+            Shelf(outputs, visitors, with_samples=base_name == EMBEDDED_NAME),
+            Runs(visitors),
+            Albums(outputs / "web" / "pictures"),
+        )
 
     @property
     def cache(self) -> Path:
         """What browsers upload and Gradio serves; for nobody else on this machine to read."""
-        folder = make_folder(self.web / "cache")
+        folder = make_folder(self.outputs / "web" / "cache")
         folder.chmod(0o700)
         return folder
 
-    @property
-    def pictures(self) -> Path:
-        return make_folder(self.web / "pictures")
+    def votes(self, visitor: str) -> Votes:
+        return Votes(self.outputs / "web" / "visitors" / visitor / "votes.jsonl")
 
-    def new_pictures(self) -> Path:
-        """A folder for one comparison. Its name cannot be guessed: another visitor does not come upon it."""
-        made = sorted(self.pictures.iterdir(), key=lambda folder: folder.stat().st_mtime)
-        for old in made[: max(0, len(made) - KEPT_COMPARISONS + 1)]:
-            shutil.rmtree(old, ignore_errors=True)
-        return make_folder(self.pictures / secrets.token_urlsafe(12))
+    def shown_path(self, path: Path) -> Path:
+        """A path as a terminal would give it: from the folder that holds the outputs, or from where the server runs."""
+        for folder in (self.outputs.parent, Path.cwd()):
+            if path.is_relative_to(folder):
+                return path.relative_to(folder)
+        return path
+
+    def resume(self, name: str, visitor: str) -> TrainingJob:
+        """Go on with a run that did not finish; from its start where there is no checkpoint. Raises TrainingError."""
+        self.jobs.refuse_if_busy(visitor)
+        run = self.runs.find(name, visitor)
+        return self.jobs.start(run.name, run.train_config(), visitor, self.albums.new(), resume=run.has_progress)

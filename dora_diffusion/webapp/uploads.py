@@ -15,11 +15,21 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from dora_diffusion.comparison.cache import file_digest
 from dora_diffusion.data.folder import SUFFIXES, ImageFolder, read_folder
 from dora_diffusion.errors import DataError
 from dora_diffusion.outputs import make_folder, write_text
 
-__all__ = ["ACCEPTED", "Upload", "check_pictures", "put_into", "read_uploads", "thumbnail", "with_captions"]
+__all__ = [
+    "ACCEPTED",
+    "Upload",
+    "check_pictures",
+    "duplicates",
+    "put_into",
+    "read_uploads",
+    "thumbnail",
+    "with_captions",
+]
 
 ACCEPTED = [*sorted(SUFFIXES), ".txt"]
 MOST_PICTURES = 200
@@ -40,8 +50,9 @@ class Upload:
 def read_uploads(files: Sequence[Path]) -> tuple[Upload, ...]:
     """The pictures among the files, with captions from text files of the same name. Raises DataError."""
     strange = [file.name for file in files if file.suffix.lower() not in ACCEPTED]
-    if strange:
+    if strange and len(strange) == len(files):
         raise DataError(f"{strange[0]} is no picture and no caption. Add files of these kinds: {', '.join(ACCEPTED)}.")
+    files = [file for file in files if file.name not in strange]  # what a folder held beside its pictures
     pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
     if len(pictures) > MOST_PICTURES:
         raise DataError(f"{len(pictures)} pictures are more than the {MOST_PICTURES} this page takes. Choose the best.")
@@ -64,6 +75,18 @@ def check_pictures(uploads: Sequence[Upload]) -> None:
     """Decode all pictures once. Raises DataError, which lists the bad ones by the names people know."""
     with tempfile.TemporaryDirectory(dir=uploads[0].path.parent) as folder:
         put_into(Path(folder), uploads, instance_prompt="anything: captions are checked later")
+
+
+def duplicates(uploads: Sequence[Upload]) -> tuple[tuple[str, str], ...]:
+    """Pictures that are the same bytes as one before them, each with the name of that one."""
+    first: dict[str, str] = {}
+    pairs = []
+    for upload in uploads:
+        digest = file_digest(upload.path)
+        if digest in first:
+            pairs.append((first[digest], upload.label))
+        first.setdefault(digest, upload.label)
+    return tuple(pairs)
 
 
 def put_into(folder: Path, uploads: Sequence[Upload], instance_prompt: str) -> ImageFolder:

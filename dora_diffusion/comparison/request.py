@@ -1,0 +1,93 @@
+"""What a comparison is asked for and what it gives, apart from the drawing: nothing here needs torch or a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from dora_diffusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dora_diffusion.generation import GenerationRequest
+
+__all__ = ["BASE", "Cell", "Column", "CompareRequest"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: an adapter file at a strength, or with no file the base."""
+
+    label: str
+    path: Path | None = None
+    strength: float = 1.0
+
+
+BASE = Column("base")
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What to draw: every prompt with every seed in every column. The base's column comes first, always."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    adapters: tuple[Column, ...]
+    negative_prompt: str = ""
+    num_inference_steps: int = 25
+    guidance_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not self.seeds:
+            raise ConfigError("a comparison needs at least one prompt and one seed.")
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (BASE, *self.adapters)
+
+    @property
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        return tuple((prompt, seed) for prompt in self.prompts for seed in self.seeds)
+
+    @property
+    def pictures(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    def picture(self, prompt: str, seed: int) -> GenerationRequest:
+        from dora_diffusion.generation import GenerationRequest
+
+        return GenerationRequest(
+            prompt=prompt,
+            seed=seed,
+            negative_prompt=self.negative_prompt,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            width=self.width,
+            height=self.height,
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of the comparison.
+
+    `difference` is the mean absolute difference to the base's picture over all pixels and channels, 0 to 255.
+    `caption` says what is needed to read the picture: adapter, rank, strength, seed. `note` says what is odd about the
+    column's adapter; with `fits` false the adapter could not be put into this base, and the picture is the base's.
+    """
+
+    row: int
+    column: int
+    prompt: str
+    seed: int
+    image: Image.Image
+    caption: str
+    difference: float
+    seconds: float
+    note: str = ""
+    fits: bool = True
+    cached: bool = False

@@ -1,0 +1,151 @@
+"""Training runs on disk: what each was asked for, how it ended, and whose it is."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_diffusion.errors import TrainingError
+from dora_diffusion.outputs import make_folder, write_text
+from dora_diffusion.webapp.heavy import ready
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.config import TrainConfig
+
+__all__ = ["OVER", "SHARED", "Run", "Runs", "started_by"]
+
+STATUS = "status.json"
+SHARED = "shared.txt"  # holds a code that stands for the run where its owner must not be named
+OVER = ("finished", "stopped", "failed", "interrupted")
+LEFT_OUT = {"images", "out"}  # where things lie says nothing of a run
+STAMP = "%Y-%m-%d-%H%M%S"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its folder has it. `phase` is how it ended; "interrupted" if the server ended before it did."""
+
+    folder: Path
+    phase: str
+    text: str
+    error: str = ""
+    config: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        return tuple(path for kind in ("lora", "dora") if (path := self.folder / f"{kind}.safetensors").exists())
+
+    @property
+    def is_shared(self) -> bool:
+        return (self.folder / SHARED).exists()
+
+    @property
+    def can_resume(self) -> bool:
+        return self.phase in ("stopped", "interrupted", "failed") and (self.folder / "images").is_dir()
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether there is something to go on from: a checkpoint or the first of two adapters."""
+        return bool(self.adapters) or any((self.folder / "checkpoints").glob("*.safetensors"))
+
+    def train_config(self) -> TrainConfig:
+        """What it was asked for, with the folder where it lies now. Raises ConfigError."""
+        ready()
+        from dora_diffusion.training.config import TrainConfig
+
+        places = {"images": str(self.folder / "images"), "out": str(self.folder)}
+        return TrainConfig.from_values({**self.config, **places}, self.name)
+
+    def differences(self, other: Run) -> dict[str, tuple[object, object]]:
+        """What was asked for differently: each key with this run's value and the other's."""
+        keys = [key for key in {**self.config, **other.config} if key not in LEFT_OUT]
+        pairs = {key: (self.config.get(key), other.config.get(key)) for key in keys}
+        return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+class Runs:
+    """All runs of one server, a folder for each visitor under `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def new(self, visitor: str) -> Path:
+        """An empty folder for a run that begins now. Raises OutputError."""
+        home = self._home(visitor)
+        stem = f"{datetime.now():{STAMP}}"
+        for number in range(1, 1000):
+            folder = home / (f"{stem}-{number}" if number > 1 else stem)
+            if not folder.exists():
+                return make_folder(folder)
+        raise TrainingError("too many runs were started in this second. Try again.")
+
+    def all(self, visitor: str) -> list[Run]:
+        """The visitor's own, newest first."""
+        home = self._home(visitor)
+        folders = sorted(home.iterdir(), reverse=True) if home.is_dir() else []
+        return [run for folder in folders if (run := read_run(folder)) is not None]
+
+    def find(self, name: str, visitor: str) -> Run:
+        """Raises TrainingError when this visitor has no such run."""
+        for run in self.all(visitor):
+            if run.name == name:
+                return run
+        raise TrainingError("this run is no longer there. Choose another one.")
+
+    def folders(self, visitor: str) -> Iterator[Path]:
+        """Folders of the visitor's runs and of those that others share."""
+        for home in self.root.iterdir() if self.root.is_dir() else ():
+            runs = home / "runs"
+            for folder in runs.iterdir() if runs.is_dir() else ():
+                if home.name == visitor or (folder / SHARED).exists():
+                    yield folder
+
+    def delete(self, name: str, visitor: str) -> None:
+        shutil.rmtree(self.find(name, visitor).folder)
+
+    def share(self, name: str, visitor: str, shared: bool) -> None:
+        """Let everybody on this server compare with the run's adapters, or no longer."""
+        mark = self.find(name, visitor).folder / SHARED
+        if shared and not mark.exists():
+            write_text(mark, secrets.token_hex(6))
+        elif not shared:
+            mark.unlink(missing_ok=True)
+
+    def _home(self, visitor: str) -> Path:
+        return self.root / visitor / "runs"
+
+
+def write_status(folder: Path, phase: str, text: str, error: str, config: TrainConfig) -> None:
+    """Raises OutputError."""
+    status = {"phase": phase, "text": text, "error": error, "config": config.model_dump(exclude_none=True)}
+    write_text(folder / STATUS, json.dumps(status, indent=1))
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run in a folder, or None where there is none. A run that says it goes on is one whose server has ended."""
+    try:
+        status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+        run = Run(folder, status["phase"], status["text"], status["error"], status["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if run.phase in OVER:
+        return run
+    return Run(folder, "interrupted", f"interrupted when the server ended ({run.text})", run.error, run.config)
+
+
+def started_by(name: str) -> str:
+    """A run's name as people read a date."""
+    try:
+        return f"{datetime.strptime(name[:17], STAMP):%d %b, %H:%M:%S}"
+    except ValueError:
+        return name
