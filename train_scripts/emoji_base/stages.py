@@ -158,8 +158,16 @@ def training_icons(paths: Paths) -> tuple[list[Icon], Tensor]:
 
 
 def base_tokenizer(paths: Paths) -> CLIPTokenizer:
-    """One token for each word of any set's names, the held-out styles' things included."""
-    return build_tokenizer(vocabulary(load_sets(paths.icons, (*BASE_SETS, *HELD_OUT_SETS))))
+    """One token for each word of any set's names, the held-out styles' things included.
+
+    Made once and kept with the checkpoints: byte pairs that occur equally often come in another order each time.
+    """
+    folder = paths.work / "tokenizer"
+    if not folder.is_dir():
+        made = build_tokenizer(vocabulary(load_sets(paths.icons, (*BASE_SETS, *HELD_OUT_SETS))))
+        with replace_folder(folder) as temporary:
+            made.save_pretrained(temporary)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def _draw_samples(run: Training, vae: AutoencoderKL, tokenizer: CLIPTokenizer, path: Path) -> None:
