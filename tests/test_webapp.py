@@ -420,13 +420,13 @@ def test_left_and_right_are_put_down_for_the_column_that_drew_them(tabs, pair, s
 
 
 def test_the_packaged_example_fits_the_embedded_base():
-    from dora_diffusion.comparison.card import fit_of
+    from dora_diffusion.formats.files import fit_of, read_adapter_file
     from dora_diffusion.models.loading import load_base
 
     shown = packaged_example()
     base = load_base("emoji", device="cpu")
     for column in shown.request.adapters:
-        fit = fit_of(column.path, base.denoiser)
+        fit = fit_of(base, read_adapter_file(column.path))
         assert fit.unmatched == () and fit.same_weights, "the base changed: python docs/make_example.py"
     assert [cell.difference > 5 for cell in shown.cells] == [False, True, True] * 2
 

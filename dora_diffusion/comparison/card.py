@@ -1,28 +1,14 @@
-"""What an adapter file is, in facts: read from its tensors and its header, and laid against a base."""
+"""What an adapter file is, in facts: read from its tensors and its header."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from dora_diffusion.comparison.cache import file_digest
-from dora_diffusion.formats.description import identify_base
 from dora_diffusion.formats.files import AdapterFile, read_adapter_file
-from dora_diffusion.injection import adaptable_layers
 
-__all__ = ["AdapterCard", "Fit", "card_of", "fit_of"]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How an adapter fits a base: layers of its file that the base has, those it lacks, and the base's fingerprint."""
-
-    matched: int
-    unmatched: tuple[str, ...]
-    fingerprint: str
-    same_weights: bool
+__all__ = ["AdapterCard", "card_of"]
 
 
 @dataclass(frozen=True)
@@ -62,22 +48,6 @@ def card_of(path: Path) -> AdapterCard:
         base_fingerprint=file.base.fingerprint if described else "",
         steps=int(steps) if isinstance(steps, int | float) else None,
     )
-
-
-def fit_of(path: Path, model: nn.Module) -> Fit:
-    """Raises AdapterFileError."""
-    file = read_adapter_file(path)
-    views = adaptable_layers(model)
-    unmatched = tuple(layer for layer in file.layers if not _matches(file, layer, views))
-    here = identify_base(model, list(file.base.sketch) or None)
-    return Fit(len(file.layers) - len(unmatched), unmatched, here.fingerprint, file.base.same_weights(here))
-
-
-def _matches(file: AdapterFile, layer: str, views: dict) -> bool:
-    if layer not in views:
-        return False
-    A, B = file.tensors[f"{layer}.lora_A"], file.tensors[f"{layer}.lora_B"]
-    return tuple(A.shape[1:]) == tuple(views[layer].in_shape) and B.shape[0] == views[layer].out_features
 
 
 def _targets(file: AdapterFile) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ from dora_diffusion.comparison.metrics import mean_difference
 from dora_diffusion.comparison.request import BASE, Cell, Column, CompareRequest
 from dora_diffusion.errors import AdapterMismatchError, ConfigError
 from dora_diffusion.formats.description import identify_base
-from dora_diffusion.formats.files import AdapterFile, attach, read_adapter_file
+from dora_diffusion.formats.files import AdapterFile, attach, fit_of, read_adapter_file
 from dora_diffusion.generation import OnStep, check_prompt, generate
-from dora_diffusion.injection import Adapter, adaptable_layers
+from dora_diffusion.injection import Adapter
 from dora_diffusion.models.loading import Base
 
 __all__ = ["BASE", "Cell", "Column", "CompareRequest", "columns_of", "compare", "mean_difference"]
@@ -102,20 +102,17 @@ def compare(
 def _attach(base: Base, column: Column, file: AdapterFile | None, name: str, tolerant: bool) -> _Ready:
     if file is None:
         return _Ready(column, None, None)
+    fit = fit_of(base, file)
     try:
-        adapter = attach(base.denoiser, file, strength=0.0, name=name)
+        adapter = attach(base, file, strength=0.0, name=name)
     except AdapterMismatchError:
         if not tolerant:
             raise
-        layers = adaptable_layers(base.denoiser)
-        matched = sum(layer in layers for layer in file.layers)
-        what = "keys matched" if matched == 0 else "keys matched by name, with other shapes"
-        note = f"{matched} of {len(file.layers)} {what}: made for another base, so this is the base's picture"
+        note = f"{fit.matched} of {fit.total} keys matched: made for another base, so this is the base's picture"
         return _Ready(column, file, None, note, fits=False)
-    here = identify_base(base.denoiser, list(file.base.sketch) or None)
-    if file.base.same_weights(here):
+    if fit.same_weights:
         return _Ready(column, file, adapter)
-    note = f"trained on {file.base.name} with other weights ({file.base.fingerprint}, here {here.fingerprint})"
+    note = f"trained on {file.base.name} with other weights ({file.base.fingerprint}, here {fit.fingerprint})"
     return _Ready(column, file, adapter, note)
 
 

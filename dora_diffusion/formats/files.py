@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dora_diffusion.formats.content import AdapterFile
-from dora_diffusion.formats.loading import attach, denoiser_of, load_adapter
+from dora_diffusion.formats.loading import Fit, attach, denoiser_of, fit_of, load_adapter
 from dora_diffusion.formats.reading import read_adapter_file
 from dora_diffusion.formats.writing import save_adapter
 
-__all__ = ["AdapterFile", "attach", "denoiser_of", "load_adapter", "read_adapter_file", "save_adapter"]
+__all__ = [
+    "AdapterFile",
+    "Fit",
+    "attach",
+    "denoiser_of",
+    "fit_of",
+    "load_adapter",
+    "read_adapter_file",
+    "save_adapter",
+]

@@ -18,7 +18,7 @@ from dora_diffusion.formats.reading import Findings, read_with_findings, some
 from dora_diffusion.frozen import FrozenLayer
 from dora_diffusion.injection import Adapter, adaptable_layers, check_strength, inject_into
 
-__all__ = ["attach", "denoiser_of", "load_adapter"]
+__all__ = ["Fit", "attach", "denoiser_of", "fit_of", "load_adapter"]
 
 
 def denoiser_of(pipe_or_model: object) -> nn.Module:
@@ -77,16 +77,43 @@ def attach(
     return _attach(pipe_or_model, file, Findings(), strength, name, partial)
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How an adapter fits a base: how many of its layers the base has, a line for each that it lacks, and the base's
+    fingerprint."""
+
+    matched: int
+    total: int
+    unmatched: tuple[str, ...]
+    fingerprint: str
+    same_weights: bool
+
+
+def fit_of(pipe_or_model: object, file: AdapterFile) -> Fit:
+    """What `attach` would find, with nothing loaded. Raises AdapterMismatchError where there is no model to look at."""
+    views, here = _views(pipe_or_model, file)
+    fitted = _fit(file, views, here)
+    total = len(fitted.tensors) + len(fitted.problems)
+    return Fit(len(fitted.tensors), total, tuple(fitted.problems), here.fingerprint, file.base.same_weights(here))
+
+
+def _views(pipe_or_model: object, file: AdapterFile) -> tuple[dict[str, FrozenLayer], BaseIdentity]:
+    """The layers that an adapter may change, a text encoder's behind its name, and the identity of the denoiser."""
+    model = denoiser_of(pipe_or_model)
+    views = adaptable_layers(model)
+    here = identify_base(model, [layer for layer in file.base.sketch if layer in views] or None)
+    for encoder, module in text_encoders_of(pipe_or_model).items():
+        views |= {f"{encoder}.{path}": view for path, view in adaptable_layers(module).items()}
+    return views, here
+
+
 def _attach(
     pipe_or_model: object, file: AdapterFile, findings: Findings, strength: float, name: str | None, partial: bool
 ) -> Adapter:
     check_strength(strength)
     file.check_universal()
     model, encoders = denoiser_of(pipe_or_model), text_encoders_of(pipe_or_model)
-    views = adaptable_layers(model)
-    here = identify_base(model, [layer for layer in file.base.sketch if layer in views] or None)
-    for encoder, module in encoders.items():
-        views |= {f"{encoder}.{path}": view for path, view in adaptable_layers(module).items()}
+    views, here = _views(pipe_or_model, file)
     fitted = _fit(file, views, here)
     if fitted.problems or findings:
         _report(file, fitted, findings, identify_base(model), partial)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError
+from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.diffusers import METADATA_KEY
 from dora_diffusion.formats.files import load_adapter
 from dora_diffusion.formats.names import is_flux, locate
@@ -27,7 +28,6 @@ from dora_diffusion.models.loading import Base
 from dora_diffusion.variants import InputAxisDoRAUpdate, UnscaledNormDoRAUpdate, dense_weight
 
 __all__ = [
-    "MADE_FOR_KEY",
     "RIGHT",
     "LayerParity",
     "Parity",
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 RIGHT = 1e-4  # a relative error up to this is rounding: programs compute in float32
-MADE_FOR_KEY = "dora_diffusion_made_for"
 
 
 @dataclass(frozen=True)

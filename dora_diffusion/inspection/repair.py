@@ -18,11 +18,12 @@ from torch import Tensor
 from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
 from dora_diffusion.formats import diffusers, kohya
 from dora_diffusion.formats.content import AdapterFile
+from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.files import read_adapter_file
 from dora_diffusion.formats.storage import read_header
 from dora_diffusion.formats.writing import Layout, file_layer, file_of, write_adapter_file
 from dora_diffusion.injection import Adapter, AdapterConfig, check_strength
-from dora_diffusion.inspection.parity import MADE_FOR_KEY, RIGHT, Parity, attached, evaluate, refuse_marked
+from dora_diffusion.inspection.parity import RIGHT, Parity, attached, evaluate, refuse_marked
 from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
 from dora_diffusion.layers import DoRAUpdate
 from dora_diffusion.models.loading import Base

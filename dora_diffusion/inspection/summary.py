@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.files import read_adapter_file
 from dora_diffusion.inspection.changes import source_kind, weight_files
-from dora_diffusion.inspection.parity import MADE_FOR_KEY
 
 __all__ = ["Summary", "summarise"]
 

@@ -10,14 +10,15 @@ from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.pictures import url_of
 
 if TYPE_CHECKING:
-    from dora_diffusion.comparison.card import AdapterCard, Fit
+    from dora_diffusion.comparison.card import AdapterCard
+    from dora_diffusion.formats.files import Fit
     from dora_diffusion.inspection.parity import Parity
     from dora_diffusion.webapp.shelf import Shelved
     from dora_diffusion.webapp.studio import Studio
 
 __all__ = ["full_card", "inspection", "short_card"]
 
-MENTIONED = 6
+MENTIONED = 3
 
 
 def short_card(shelved: Shelved | None) -> str:
@@ -66,9 +67,9 @@ def _fit(card: AdapterCard, fit: Fit | None) -> str:
         return "the base is not loaded yet"
     text = f"{fit.matched} of {card.layers} layers matched"
     if fit.unmatched:
-        names = ", ".join(escape(name) for name in fit.unmatched[:MENTIONED])
+        lines = "; ".join(escape(line) for line in fit.unmatched[:MENTIONED])
         more = f" and {len(fit.unmatched) - MENTIONED} more" if len(fit.unmatched) > MENTIONED else ""
-        return f"<span class='dd-nothing'>{text}</span>; not in it, or of another shape: {names}{more}"
+        return f"<span class='dd-nothing'>{text}</span>; {lines}{more}"
     if not fit.same_weights:
         return f"{text}; <span class='dd-nothing'>other weights (fingerprint {fit.fingerprint})</span>"
     return f"{text}, the weights it was trained on"

@@ -24,7 +24,7 @@ from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.turns import QueueFullError, Turns
 
 if TYPE_CHECKING:
-    from dora_diffusion.comparison.card import Fit
+    from dora_diffusion.formats.files import Fit
     from dora_diffusion.models.loading import Base
 
 __all__ = ["Drawing", "Painter", "Progress"]
@@ -180,9 +180,9 @@ class Painter:
     def fit(self, path: Path) -> Fit | None:
         """How an adapter fits the base; None while it is not loaded. Raises AdapterFileError."""
         ready()
-        from dora_diffusion.comparison.card import fit_of
+        from dora_diffusion.formats.files import fit_of, read_adapter_file
 
-        return fit_of(path, self._base.denoiser) if self._base is not None else None
+        return fit_of(self._base, read_adapter_file(path)) if self._base is not None else None
 
     def seconds_for(self, pictures: int, steps: int) -> float | None:
         """How long these pictures take; None before anything was measured."""
