@@ -34,7 +34,9 @@ def main() -> None:
             print(event, flush=True)
         tuned = Path(folder) / "full"
         fine_tune(config, tuned)
-        found = look_at([*(Path(folder) / f"{kind}.safetensors" for kind in ("lora", "dora")), tuned], load_base("emoji"))
+        found = look_at(
+            [*(Path(folder) / f"{kind}.safetensors" for kind in ("lora", "dora")), tuned], load_base("emoji")
+        )
         analyses = [analysis for _, analysis in found if analysis is not None]
         for analysis in analyses:
             print(analysis.name, "correlation", analysis.correlation)

@@ -21,7 +21,8 @@ from dora_diffusion.webapp.example import EXAMPLE
 PROMPT = "tulip, openmoji style"
 SEEDS = (1, 2)
 RANK = 4
-STEPS = 400
+STEPS = 250
+LEARNING_RATE = 5e-4
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
             alpha=float(RANK),
             steps=STEPS,
             batch_size=8,
+            learning_rate=LEARNING_RATE,
         )
         for event in train(config, base=base):
             print(event, flush=True)
