@@ -1,4 +1,4 @@
-"""Draws docs/changes.png: what a LoRA, a DoRA and full fine-tuning change in the embedded base, as the paper's figure 2.
+"""Draws docs/changes.png: what a LoRA, a DoRA and full fine-tuning change in the embedded base (the paper's figure 2).
 
 All three train the attention projections on samples/openmoji for as many steps.
 python docs/make_changes_plot.py     (some minutes on two cores)
@@ -37,10 +37,10 @@ def main() -> None:
         found = look_at(
             [*(Path(folder) / f"{kind}.safetensors" for kind in ("lora", "dora")), tuned], load_base("emoji")
         )
-        analyses = [analysis for _, analysis in found if analysis is not None]
+        analyses = comparable([analysis for _, analysis in found if analysis is not None])
         for analysis in analyses:
             print(analysis.name, "correlation", analysis.correlation)
-        print(save_png(draw_analyses(comparable(analyses)), PLOT))
+        print(save_png(draw_analyses(analyses), PLOT))
 
 
 def fine_tune(config: TrainConfig, out: Path) -> None:
