@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Before anything imports torch or diffusers, and inherited by the processes that tests start.
@@ -15,6 +16,8 @@ os.environ["DIFFUSERS_VERBOSITY"] = "error"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# benchmarks/ is not installed; at the end, so that an installed dora_diffusion is the one that is tested.
+sys.path.append(str(Path(__file__).parent.parent))
 
 import bases
 import pytest
