@@ -1,6 +1,7 @@
 """Measures the embedded emoji base and writes its figures, contact sheet and model card.
 
-    python train_scripts/evaluate_emoji_base.py node_modules/@iconify-json
+    dora-diffusion demo
+    python train_scripts/evaluate_emoji_base.py node_modules/@iconify-json --demo outputs/demo
 
 Exits with 1 when a figure is missed.
 """
@@ -24,6 +25,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("icons", type=Path, help="folder that holds the @iconify-json packages")
     parser.add_argument("--base", type=Path, default=REPOSITORY / "dora_diffusion/assets/emoji")
+    parser.add_argument("--demo", type=Path, help="the demo's output folder, to measure whether the base can be taught")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--trained", help='for the model card: "2 CPU cores, 1.5 hours"')
     return parser.parse_args()
@@ -33,7 +35,8 @@ def main() -> None:
     given = read_arguments()
     if given.threads:
         torch.set_num_threads(given.threads)
-    result = evaluate(given.base, given.icons)
+    adapters = {kind: given.demo / f"{kind.lower()}.safetensors" for kind in ("LoRA", "DoRA")} if given.demo else {}
+    result = evaluate(given.base, given.icons, REPOSITORY / "samples/openmoji", adapters)
     save_json(result, given.base / "evaluation.json")
     if given.trained:
         write_card(result, given.trained, given.base / "README.md")

@@ -19,6 +19,7 @@ from .metrics import LatentIndex, Reconstruction, held_out_icons, reconstruction
 from .prompts import Prompt, evaluation_prompts
 from .rendering import render_all
 from .sheets import save_sheet
+from .taught import Taught, measure_taught
 
 STEPS, GUIDANCE = 25, 5.0
 
@@ -33,6 +34,7 @@ class Goals:
     right_style: float = 0.8
     megabytes: float = 24.0
     seconds: float = 4.0
+    taught: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Evaluation:
     threads: int
     steps: int
     guidance_scale: float
+    taught: dict[str, Taught]
 
     def missed(self, goals: Goals) -> list[str]:
         """The goals that are not met, in words."""
@@ -65,6 +68,10 @@ class Evaluation:
                 self.seconds_per_picture < goals.seconds,
             "weights are not finite": self.finite,
         }  # fmt: skip
+        for label in ("LoRA", "DoRA"):
+            if label in self.taught:
+                share = self.taught[label].by_style
+                checks[f"taught {label} {share:.0%} < {goals.taught:.0%}"] = share >= goals.taught
         return [text for text, good in checks.items() if not good]
 
 
@@ -107,8 +114,11 @@ def _seconds_per_picture(pipeline: StableDiffusionPipeline) -> float:
     return round(statistics.median(times), 2)
 
 
-def evaluate(base: Path, icons_root: Path) -> Evaluation:
-    """Draws and measures everything; writes `contact_sheet.png` into the base's folder."""
+def evaluate(base: Path, icons_root: Path, samples: Path, adapters: dict[str, Path]) -> Evaluation:
+    """Draws and measures everything; writes `contact_sheet.png` into the base's folder.
+
+    `adapters` were trained on `samples`, by the names that `Goals` asks after.
+    """
     pipeline = load_pipeline(base)
     icons = select_icons(load_sets(icons_root, BASE_SETS))
     prompts = evaluation_prompts(icons)
@@ -131,6 +141,7 @@ def evaluate(base: Path, icons_root: Path) -> Evaluation:
         threads=torch.get_num_threads(),
         steps=STEPS,
         guidance_scale=GUIDANCE,
+        taught=measure_taught(pipeline, icons_root, samples, adapters) if adapters else {},
     )
 
 
