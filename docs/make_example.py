@@ -21,8 +21,7 @@ from dora_diffusion.webapp.example import EXAMPLE
 PROMPT = "tulip, openmoji style"
 SEEDS = (1, 2)
 RANK = 4
-STEPS = 250
-LEARNING_RATE = 5e-4
+STEPS = 400
 
 
 def main() -> None:
@@ -38,7 +37,6 @@ def main() -> None:
             alpha=float(RANK),
             steps=STEPS,
             batch_size=8,
-            learning_rate=LEARNING_RATE,
         )
         for event in train(config, base=base):
             print(event, flush=True)

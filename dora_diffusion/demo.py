@@ -29,15 +29,14 @@ PROMPTS = ("panda", "strawberry", "frog", "tulip", "hamburger", "crown")
 @dataclass(frozen=True)
 class DemoSize:
     steps: int
-    learning_rate: float
     batch_size: int
     prompts: int
     seeds: tuple[int, ...]
     num_inference_steps: int
 
 
-DEMO = DemoSize(steps=250, learning_rate=5e-4, batch_size=8, prompts=6, seeds=(1, 2), num_inference_steps=25)
-QUICK = DemoSize(steps=80, learning_rate=1e-3, batch_size=8, prompts=3, seeds=(1,), num_inference_steps=20)
+DEMO = DemoSize(steps=400, batch_size=8, prompts=6, seeds=(1, 2), num_inference_steps=25)
+QUICK = DemoSize(steps=80, batch_size=8, prompts=3, seeds=(1,), num_inference_steps=20)
 
 
 def sample_folder(name: str = STYLE) -> Path:
@@ -58,7 +57,6 @@ def demo_config(out: Path, size: DemoSize) -> TrainConfig:
         kind="both",
         steps=size.steps,
         batch_size=size.batch_size,
-        learning_rate=size.learning_rate,
     )
 
 

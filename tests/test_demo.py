@@ -10,7 +10,7 @@ from dora_diffusion.data.folder import read_folder
 from dora_diffusion.demo import DEMO, PROMPTS, DemoSize, run_demo, sample_folder
 from dora_diffusion.training.config import read_config
 
-SMALL = DemoSize(steps=2, learning_rate=1e-3, batch_size=2, prompts=1, seeds=(1,), num_inference_steps=2)
+SMALL = DemoSize(steps=2, batch_size=2, prompts=1, seeds=(1,), num_inference_steps=2)
 
 
 def test_the_demo_writes_adapters_grid_report_and_configuration(tmp_path: Path) -> None:
