@@ -336,6 +336,9 @@ def web_app(
     mcp: Annotated[bool, typer.Option("--mcp", help="Offer compare and train as tools to MCP clients too.")] = False,
 ) -> None:
     """Open the web app, on this machine only unless --host and --auth say otherwise."""
+    from dora_diffusion.webapp.folders import keep_inside
+
+    keep_inside(outputs)
     from dora_diffusion.webapp.app import launch
 
     launch(base=base, outputs=outputs, host=host, port=port, auth=auth, mcp=mcp)

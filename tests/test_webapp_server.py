@@ -102,6 +102,51 @@ def test_files_outside_are_not_served(server: str, outputs: Path) -> None:
         assert refused.value.code in (403, 404)
 
 
+SPY = """
+import os, sys
+log = os.open({log!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+def note(what, about):
+    os.write(log, f"{{what}} {{about}}\\n".encode())
+
+def spy(event, args):
+    if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
+        if not isinstance(args[0], int):
+            note("wrote", os.path.abspath(os.fsdecode(args[0])))
+    elif event in ("os.mkdir", "os.rename"):
+        note("wrote", os.path.abspath(os.fsdecode(args[1 if event == "os.rename" else 0])))
+    elif event in ("socket.connect", "socket.sendto"):
+        note("asked", args[1])
+
+sys.addaudithook(spy)
+"""
+
+
+def test_the_server_asks_no_other_host_and_writes_nowhere_else(tmp_path: Path, monkeypatch) -> None:
+    """Python itself reports every file that the server opens to write and every address that it connects to."""
+    from gradio_client import handle_file
+
+    log, outputs = tmp_path / "spied.txt", tmp_path / "outputs"
+    (tmp_path / "spy").mkdir()
+    (tmp_path / "spy" / "sitecustomize.py").write_text(SPY.format(log=str(log)))
+    outputs.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "spy"))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    with serving(outputs) as address:
+        client = client_of(address, tmp_path / "downloads")
+        picture = handle_file(str(ROOT / "samples" / "openmoji" / "pizza.png"))
+        trained = client.predict([picture], ["pizza"], steps=2, rank=2, api_name="/train")
+        lora, dora = (adapter["key"] for adapter in trained["adapters"])
+        client.predict("pizza", [1], lora, 1.0, dora, 1.0, steps=2, api_name="/compare")
+    lines = log.read_text().splitlines()
+    written = {line.removeprefix("wrote ") for line in lines if line.startswith("wrote /")}
+    asked = {line for line in lines if line.startswith("asked ")}
+    assert any(path.startswith(str(outputs)) for path in written)  # the spy was there
+    elsewhere = {path for path in written if not path.startswith((str(outputs), "/dev/", "/proc/"))}
+    assert not elsewhere
+    assert all("127.0.0.1" in line or "localhost" in line for line in asked), asked
+
+
 def test_an_mcp_client_finds_and_calls_the_tools(tmp_path: Path) -> None:
     mcp = pytest.importorskip("mcp", reason="pip install '.[mcp]'")
     from mcp.client.streamable_http import streamablehttp_client
