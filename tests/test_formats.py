@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import re
 import resource
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +27,10 @@ from stock_diffusers import pipeline_around
 from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, AdapterStateError, ConfigError, OutputError
+from dora_diffusion.formats import storage
 from dora_diffusion.formats.description import Description, identify_base
 from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
-from dora_diffusion.formats.storage import write_safetensors
+from dora_diffusion.formats.storage import read_safetensors, write_safetensors
 from dora_diffusion.injection import Adapter, AdapterConfig, inject_adapter
 
 kinds = pytest.mark.parametrize("kind", ["dora", "lora"])
@@ -579,3 +582,23 @@ def test_an_option_that_cannot_be_used_loads_nothing(saved, unet, options):
         load_adapter(unet, saved, **options)
     assert [name for name, _ in unet.named_modules()] == before
     assert all(p.requires_grad for p in unet.parameters())
+
+
+def test_reading_a_file_again_and_again_keeps_no_memory(tmp_path: Path) -> None:
+    """A web server reads adapters for months; safetensors' own lazy reader loses some bytes with every tensor."""
+    path = write_safetensors({f"tensor_{i}": torch.ones(4, 4) for i in range(200)}, tmp_path / "a.safetensors", {})
+    readers = [tracemalloc.Filter(True, pattern) for pattern in (storage.__file__, "*safetensors*")]
+
+    def kept_after(reads: int) -> int:
+        """Bytes that the reader's own lines still hold: what other tests left running allocates elsewhere."""
+        for _ in range(reads):
+            read_safetensors(path)
+        gc.collect()
+        return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(readers).traces)
+
+    tracemalloc.start()
+    try:
+        before = kept_after(20)
+        assert (kept_after(20) - before) / 20 < 1000  # bytes; the lazy reader loses thousands
+    finally:
+        tracemalloc.stop()

@@ -81,7 +81,7 @@ def compare(
                 image = reference if not each.fits else (cache.find(key) if cache else None)
                 cached = image is not None and each.fits
                 image = image or _draw(base, request, prompt, seed, each, on_step)
-                if cache is not None and each.fits:
+                if cache is not None and each.fits and not cached:
                     cache.keep(key, image)
                 reference = reference or image
                 yield Cell(

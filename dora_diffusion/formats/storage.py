@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError, OutputError, nearest
@@ -59,8 +59,9 @@ def read_safetensors(path: Path, what: str = "adapter") -> tuple[dict[str, Tenso
     """Tensors and metadata of a safetensors file; nothing is ever unpickled. Raises AdapterFileError."""
     header = read_header(path, what)
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in header.tensors}, header.metadata
+        # Not safe_open: in safetensors 0.8 each get_tensor keeps some memory for good, 60 KB for a small adapter.
+        tensors = load(path.read_bytes())
+        return {key: tensors[key] for key in header.tensors}, header.metadata
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise _unsound(path, error) from error
 
