@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dora_diffusion.errors import ConfigError
+from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.api import add_endpoints
 from dora_diffusion.webapp.compare import CompareTab
 from dora_diffusion.webapp.guard import MOST_BYTES_A_FILE, Guard
@@ -33,7 +34,6 @@ THREADS = 96  # those who wait for their turn to draw hold one each
 SECONDS_FOR_A_CHECKPOINT = 60
 LOOK_EVERY = 1.0  # seconds between looks at the training
 M_ARENA_MAX = -8  # as <malloc.h> has it
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -52,12 +52,12 @@ def build(studio: Studio) -> gr.Blocks:
                 history.build()
         history.connect(history_tab, tabs)
         watch = Watch(studio, header, train.layout, compare)
-        look = {"fn": watch.look, "inputs": train.layout.seen, "outputs": watch.outputs, **QUIET}
-        page.load(compare.preset, None, compare.on_open, **QUIET).then(**look)
+        look = {"fn": watch.look, "inputs": train.layout.seen, "outputs": watch.outputs, **parts.QUIET}
+        page.load(compare.preset, None, compare.on_open, **parts.QUIET).then(**look)
         gr.Timer(LOOK_EVERY).tick(concurrency_limit=None, **look)
         for begun in (train.started, train.resumed, history.resumed):
             begun.then(**look)
-        train.layout.look.click(lambda: gr.Tabs(selected="compare"), None, tabs, queue=False, **QUIET)
+        train.layout.look.click(lambda: gr.Tabs(selected="compare"), None, tabs, queue=False, **parts.QUIET)
         add_endpoints(studio)
     return page.queue(max_size=MOST_QUEUED, default_concurrency_limit=16)
 

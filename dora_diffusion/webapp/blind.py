@@ -12,7 +12,6 @@ from dora_diffusion.webapp.visitors import visitor_of
 
 __all__ = ["BlindVote"]
 
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 SIDES = {"left": "Left is better", "same": "About the same", "right": "Right is better"}
 
 
@@ -33,10 +32,10 @@ class BlindVote:
     def connect(self, studio: Studio, shown: gr.State) -> None:
         self.studio = studio
         outputs = [self.ballot, self.pair, self.answers, self.result, self.next, self.start]
-        self.start.click(self.begin, shown, outputs, **QUIET)
-        self.next.click(self.go_on, self.ballot, outputs, **QUIET)
+        self.start.click(self.begin, shown, outputs, **parts.QUIET)
+        self.next.click(self.go_on, self.ballot, outputs, **parts.QUIET)
         for side, button in self.buttons.items():
-            button.click(self._voter(side), self.ballot, outputs, **QUIET)
+            button.click(self._voter(side), self.ballot, outputs, **parts.QUIET)
 
     def begin(self, shown: Shown | None) -> tuple[object, ...]:
         ballot = first_ballot(shown) if shown is not None else None

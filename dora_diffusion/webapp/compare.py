@@ -29,7 +29,6 @@ __all__ = ["CompareTab"]
 
 TELL_EVERY = 0.5  # seconds; a message for every step of a quick base would take longer than the step
 Update = tuple[object, ...]
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class CompareTab:
@@ -46,26 +45,25 @@ class CompareTab:
         self.pickers = page.pickers
         self.on_open = [*page.pickers, *page.cards]
         for picker, upload, card in zip(page.pickers, page.uploads, page.cards):
-            picker.change(self.show_card, picker, [card, page.error], **QUIET)
+            picker.change(self.show_card, picker, [card, page.error], **parts.QUIET)
             upload.upload(self.take_in, upload, [picker, page.error], api_visibility="private")
             # A list that was filled an hour ago would lack what was made since.
-            picker.focus(self.choices, picker, picker, queue=False, **QUIET)
+            picker.focus(self.choices, picker, picker, queue=False, **parts.QUIET)
         shown = [page.grid, page.status, page.error, page.go, page.halt, page.shown, page.links, page.command]
-        running = {"concurrency_limit": None, "concurrency_id": "compare", **QUIET}  # the painter lets one draw
+        running = {"concurrency_limit": None, "concurrency_id": "compare", **parts.QUIET}  # the painter lets one draw
         for start in (page.go.click, page.prompt.submit):
             start(self.draw, page.form, shown, **running)
         for strength in page.strengths:
             strength.release(self.draw_again, [page.shown, *page.form], shown, **running)
-        page.halt.click(self.stop, None, None, queue=False, **QUIET)
-        page.view.change(self.look, [page.shown, page.view, page.pair], page.look_shown, **QUIET)
-        page.pair.change(self.look, [page.shown, page.view, page.pair], page.look_shown, **QUIET)
-        page.restore.upload(self.restore, page.restore, page.restored, **QUIET)
+        page.halt.click(self.stop, None, None, queue=False, **parts.QUIET)
+        looks = [page.shown, page.view, page.pair]
+        gr.on([page.view.change, page.pair.change], self.look, looks, page.look_shown, **parts.LATEST)
+        page.restore.upload(self.restore, page.restore, page.restored, **parts.QUIET)
         page.sweep_go.click(self.sweep, page.sweep_form, [*shown, page.view], **running)
-        for field in page.sweep_form:
-            field.change(self.sweep_size, page.sweep_form, page.sweep_note, **QUIET)
-        page.facts.expand(self.show_facts, list(page.pickers), page.facts_shown, **QUIET)
-        for picker in page.pickers:
-            picker.change(self.show_facts, list(page.pickers), page.facts_shown, **QUIET)
+        typed = [field.change for field in page.sweep_form]
+        gr.on(typed, self.sweep_size, page.sweep_form, page.sweep_note, **parts.LATEST)
+        seen = [page.facts.expand, *(picker.change for picker in page.pickers)]
+        gr.on(seen, self.show_facts, list(page.pickers), page.facts_shown, **parts.LATEST)
         page.look_inside.click(
             self.look_inside, list(page.pickers), page.inside, show_progress="minimal", api_visibility="private"
         )

@@ -19,7 +19,6 @@ __all__ = ["HistoryTab"]
 MOST_LISTED = 60
 KINDS = {"both": "LoRA and DoRA", "lora": "LoRA", "dora": "DoRA"}
 EMPTY = "<div class='dd-empty'><p>There are no runs yet.</p></div>"
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 Update = tuple[object, ...]
 
 
@@ -49,17 +48,21 @@ class HistoryTab:
     def connect(self, tab: gr.Tab, tabs: gr.Tabs) -> None:
         listed = [self.empty, self.to_train, self.there, self.run, self.other]
         shown = [self.facts, self.look, self.resume, self.share, self.sure, self.error]
-        tab.select(self.list, self.run, listed, **QUIET).then(self.show, [self.run, self.other], shown, **QUIET)
+        tab.select(self.list, self.run, listed, **parts.QUIET).then(
+            self.show, [self.run, self.other], shown, **parts.QUIET
+        )
         for choice in (self.run, self.other):
-            choice.input(self.show, [self.run, self.other], shown, **QUIET)
-        self.to_train.click(lambda: gr.Tabs(selected="train"), None, tabs, queue=False, **QUIET)
-        self.delete.click(lambda: gr.update(visible=True), None, self.sure, queue=False, **QUIET)
-        self.keep.click(lambda: gr.update(visible=False), None, self.sure, queue=False, **QUIET)
+            choice.input(self.show, [self.run, self.other], shown, **parts.QUIET)
+        self.to_train.click(lambda: gr.Tabs(selected="train"), None, tabs, queue=False, **parts.QUIET)
+        self.delete.click(lambda: gr.update(visible=True), None, self.sure, queue=False, **parts.QUIET)
+        self.keep.click(lambda: gr.update(visible=False), None, self.sure, queue=False, **parts.QUIET)
         for button, do in ((self.really, self.remove), (self.share, self.toggle_share)):
-            done = button.click(do, self.run, self.error, **QUIET)
-            done.then(self.list, self.run, listed, **QUIET).then(self.show, [self.run, self.other], shown, **QUIET)
-        self.look.click(self.choose, self.run, [*self.compare.pickers, tabs], **QUIET)
-        self.resumed = self.resume.click(self.go_on, self.run, [self.error, tabs], **QUIET)
+            done = button.click(do, self.run, self.error, **parts.QUIET)
+            done.then(self.list, self.run, listed, **parts.QUIET).then(
+                self.show, [self.run, self.other], shown, **parts.QUIET
+            )
+        self.look.click(self.choose, self.run, [*self.compare.pickers, tabs], **parts.QUIET)
+        self.resumed = self.resume.click(self.go_on, self.run, [self.error, tabs], **parts.QUIET)
 
     def list(self, chosen: str | None, page: gr.Request) -> Update:
         runs = self.studio.runs.all(visitor_of(page))[:MOST_LISTED]

@@ -1,4 +1,4 @@
-"""The pieces of HTML that all tabs show. Every text from outside is escaped where it is put into HTML."""
+"""What all tabs share: how events are sent, and pieces of HTML, where every text from outside is escaped."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ import gradio as gr
 from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.webapp.jobs import JobState
 
-__all__ = ["checklist", "chip", "error_panel", "header", "job_panel", "panel", "status_line", "toast"]
+__all__ = [
+    "LATEST",
+    "QUIET",
+    "checklist",
+    "chip",
+    "error_panel",
+    "header",
+    "job_panel",
+    "panel",
+    "status_line",
+    "toast",
+]
 
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+# For one listener on several fields: an answer that is late must not overwrite the one to what was typed since.
+LATEST = {**QUIET, "trigger_mode": "always_last"}
 HEADLINES = {
     "ConfigError": "A setting cannot be used",
     "TargetError": "A setting cannot be used",

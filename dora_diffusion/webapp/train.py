@@ -34,7 +34,6 @@ __all__ = ["TrainTab", "start_run"]
 
 Update = tuple[object, ...]
 Table = list[list[str]]
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class TrainTab:
@@ -60,23 +59,23 @@ class TrainTab:
             page.folder.upload(
                 self.take_pictures, page.folder, pictures, show_progress="minimal", api_visibility="private"
             ),
-            page.samples.click(self.take_samples, None, pictures, **QUIET),
+            page.samples.click(self.take_samples, None, pictures, **parts.QUIET),
         ):
-            checked = came.then(self.check, state, start, **QUIET)
-            measured = checked.then(self.measure, [page.uploads, *state], None, **QUIET)
-            measured.then(self.check, state, start, **QUIET)  # with the form as it is by then
-        page.preset.input(self.choose, page.preset, [page.steps, page.rank, page.batch], **QUIET)
-        for field in (page.table, page.prompt, page.steps):
-            field.change(self.check, state, start, **QUIET)
-        for field in (page.kind, page.rank, page.batch):
-            changed = field.change(self.check, state, start, **QUIET)
-            measured = changed.then(self.measure, [page.uploads, *state], None, **QUIET)
-            measured.then(self.check, state, start, **QUIET)
+            checked = came.then(self.check, state, start, **parts.QUIET)
+            measured = checked.then(self.measure, [page.uploads, *state], None, **parts.QUIET)
+            measured.then(self.check, state, start, **parts.QUIET)  # with the form as it is by then
+        page.preset.input(self.choose, page.preset, [page.steps, page.rank, page.batch], **parts.QUIET)
+        plain = [field.change for field in (page.table, page.prompt, page.steps)]
+        gr.on(plain, self.check, state, start, **parts.LATEST)
+        costly = [field.change for field in (page.kind, page.rank, page.batch)]
+        changed = gr.on(costly, self.check, state, start, **parts.LATEST)
+        measured = changed.then(self.measure, [page.uploads, *state], None, **parts.QUIET)
+        measured.then(self.check, state, start, **parts.QUIET)
         self.started = page.go.click(
-            self.start, [page.uploads, page.table, *page.settings], [page.error, page.go], **QUIET
+            self.start, [page.uploads, page.table, *page.settings], [page.error, page.go], **parts.QUIET
         )
-        page.halt.click(self.stop, None, page.halt, queue=False, **QUIET)
-        self.resumed = page.resume.click(self.resume, page.seen, [page.error, page.resume], **QUIET)
+        page.halt.click(self.stop, None, page.halt, queue=False, **parts.QUIET)
+        self.resumed = page.resume.click(self.resume, page.seen, [page.error, page.resume], **parts.QUIET)
 
     def take_dropped(self, files: list[str] | None) -> Update:
         """As take_pictures; the table shows what was dropped, and the drop zone is free for another choice."""
