@@ -40,7 +40,9 @@ class KindOption(str, Enum):
     both = "both"
 
 
-BaseOption = Annotated[str, typer.Option("--base", help="emoji (embedded), a folder, a .safetensors file or a hub id.")]
+BaseOption = Annotated[
+    str, typer.Option("--base", help="emoji or emoji-dit (embedded), a folder, a .safetensors file or a hub id.")
+]
 SeedsOption = Annotated[str, typer.Option("--seeds", help="Whole numbers with commas between: 1,2,3.")]
 
 
@@ -48,19 +50,20 @@ SeedsOption = Annotated[str, typer.Option("--seeds", help="Whole numbers with co
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of ten; a rougher style.")] = False,
     out: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("outputs/demo"),
+    base: BaseOption = "emoji",
 ) -> None:
     """Train a LoRA and a DoRA on a sample style and lay them beside the base. Needs no GPU and no network."""
     from dora_diffusion.demo import DEMO, QUICK, next_commands, run_demo
 
     with _stop_on_ctrl_c() as should_stop:
-        made = run_demo(out, QUICK if quick else DEMO, console, should_stop)
+        made = run_demo(out, QUICK if quick else DEMO, console, should_stop, base_name=base)
     if not made:
         raise typer.Exit(130)
     console.print("\n[bold]Look at[/bold]")
     for path in reversed(made):
         console.print(f"  {path}")
     console.print("\n[bold]Try next[/bold]")
-    for command in next_commands(out):
+    for command in next_commands(out, base):
         console.print(f"  {command}", soft_wrap=True)
 
 
@@ -76,7 +79,7 @@ def train(
     out: Annotated[str | None, typer.Option(help="The folder for the adapters and everything else.")] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="emoji (embedded), a folder, a .safetensors file or a hub id."),
+        typer.Option(help="emoji or emoji-dit (embedded), a folder, a .safetensors file or a hub id."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures in a step.")] = None,
@@ -303,7 +306,7 @@ def convert(
     to: Annotated[Layout, typer.Option("--to", help="diff and lora need the base.")],
     out: Annotated[Path, typer.Option("--out", help="The file to write.")],
     base: Annotated[
-        str | None, typer.Option("--base", help="emoji, a folder, a .safetensors file or a hub id.")
+        str | None, typer.Option("--base", help="emoji, emoji-dit, a folder, a .safetensors file or a hub id.")
     ] = None,
     dtype: Annotated[Precision | None, typer.Option(help="Default: as in the file.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the LoRA that --to lora writes. Default: the adapter's.")] = None,

@@ -47,22 +47,24 @@ def sample_folder(name: str = STYLE) -> Path:
     raise DataError(f"the sample pictures {name!r} are missing from this installation; install the package again.")
 
 
-def demo_config(out: Path, size: DemoSize) -> TrainConfig:
+def demo_config(out: Path, size: DemoSize, base: str) -> TrainConfig:
     images = sample_folder()
     return TrainConfig(
         images=str(images),
         validation_images=str(images / "held-out"),
         out=str(out),
-        base="emoji",
+        base=base,
         kind="both",
         steps=size.steps,
         batch_size=size.batch_size,
     )
 
 
-def run_demo(out: Path, size: DemoSize, console: Console, should_stop: Callable[[], bool]) -> list[Path]:
+def run_demo(
+    out: Path, size: DemoSize, console: Console, should_stop: Callable[[], bool], *, base_name: str = "emoji"
+) -> list[Path]:
     """Train, compare and report; returns the files made, or none when it was stopped."""
-    config = demo_config(out, size)
+    config = demo_config(out, size, base_name)
     base = load_base(config.base, device=config.device)
     resume, overwrite = _earlier_demo(config)
     events = show_training(
@@ -81,7 +83,8 @@ def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
     earlier = read_config(out / "config.toml")
     if earlier.images != config.images:  # somebody's own run: let train() refuse
         return False, False
-    stopped = any((out / "checkpoints").glob("*.safetensors")) and earlier.steps == config.steps
+    same = (earlier.steps, earlier.base) == (config.steps, config.base)
+    stopped = same and any((out / "checkpoints").glob("*.safetensors"))
     return stopped, not stopped
 
 
@@ -99,14 +102,15 @@ def _compare(base: Base, out: Path, size: DemoSize, console: Console) -> list[Pa
         cells,
         base_name=base.name,
         curves=read_curves(out / "log.jsonl"),
-        commands=next_commands(out),
+        commands=next_commands(out, base.name),
     )
     return [save_png(draw_grid(request, cells), out / "comparison.png"), write_text(out / "report.html", report)]
 
 
-def next_commands(out: Path) -> tuple[str, ...]:
+def next_commands(out: Path, base_name: str) -> tuple[str, ...]:
+    base = f"--base {base_name} " if base_name != "emoji" else ""
     return (
-        f'dora-diffusion compare --prompt "owl, {STYLE} style" --seeds 1,2,3 '
+        f'dora-diffusion compare --prompt "owl, {STYLE} style" --seeds 1,2,3 {base}'
         f"--adapters {out / 'lora.safetensors'} {out / 'dora.safetensors'} --out outputs/owl",
         'dora-diffusion train --images YOUR_FOLDER --instance-prompt "your style" --kind both --out outputs/mine',
         "dora-diffusion app",

@@ -1,7 +1,7 @@
-"""Measures the embedded emoji base and writes its figures, contact sheet and model card.
+"""Measures an embedded emoji base and writes its figures, contact sheet and model card.
 
-    dora-diffusion demo
-    python train_scripts/evaluate_emoji_base.py node_modules/@iconify-json --demo outputs/demo
+    dora-diffusion demo --base emoji
+    python train_scripts/evaluate_emoji_base.py node_modules/@iconify-json --base emoji --demo outputs/demo
 
 Exits with 1 when a figure is missed.
 """
@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from emoji_base.bases import KINDS
 from emoji_base.card import write_card
 from emoji_base.evaluation import Goals, evaluate, save_json
 
@@ -24,7 +25,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("icons", type=Path, help="folder that holds the @iconify-json packages")
-    parser.add_argument("--base", type=Path, default=REPOSITORY / "dora_diffusion/assets/emoji")
+    parser.add_argument("--base", choices=tuple(KINDS), default="emoji")
+    parser.add_argument("--folder", type=Path, help="where it lies; default: dora_diffusion/assets/BASE")
     parser.add_argument("--demo", type=Path, help="the demo's output folder, to measure whether the base can be taught")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--trained", help='for the model card: "2 CPU cores, 1.5 hours"')
@@ -36,10 +38,11 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     adapters = {kind: given.demo / f"{kind.lower()}.safetensors" for kind in ("LoRA", "DoRA")} if given.demo else {}
-    result = evaluate(given.base, given.icons, REPOSITORY / "samples/openmoji", adapters)
-    save_json(result, given.base / "evaluation.json")
+    folder = given.folder or REPOSITORY / "dora_diffusion/assets" / given.base
+    result = evaluate(folder, given.icons, REPOSITORY / "samples/openmoji", adapters)
+    save_json(result, folder / "evaluation.json")
     if given.trained:
-        write_card(result, given.trained, given.base / "README.md")
+        write_card(given.base, result, given.trained, folder / "README.md")
     print(json.dumps(asdict(result), indent=2))
     missed = result.missed(Goals())
     for text in missed:

@@ -1,8 +1,10 @@
-"""Trains the embedded emoji base: the autoencoder, then text encoder and UNet together.
+"""Trains an embedded emoji base: the autoencoder, then text encoder and denoiser together.
 
     npm install @iconify-json/{noto,noto-v1,fluent-emoji-flat,twemoji,openmoji,fluent-emoji}
     python train_scripts/pretrain_emoji_base.py node_modules/@iconify-json --work runs/emoji
+    python train_scripts/pretrain_emoji_base.py node_modules/@iconify-json --work runs/emoji --base emoji-dit
 
+The bases share the autoencoder, which is trained once.
 Stopped at any time, the same command goes on from its last checkpoint. `--stage export` writes
 the averaged weights of the newest checkpoint while a run is under way.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 from emoji_base.autoencoder import AutoencoderPlan
+from emoji_base.bases import KINDS
 from emoji_base.denoiser import DenoiserPlan
 from emoji_base.speed import pick_device
 from emoji_base.stages import (
@@ -31,7 +34,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("icons", type=Path, help="folder that holds the @iconify-json packages")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "dora_diffusion/assets/emoji")
+    parser.add_argument("--base", choices=tuple(KINDS), default="emoji", help="a UNet, or a diffusion transformer")
+    parser.add_argument("--out", type=Path, help="default: dora_diffusion/assets/BASE")
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="checkpoints, logs")
     parser.add_argument("--stage", choices=("all", "autoencoder", "polish", "denoiser", "export"),
                         default="all")  # fmt: skip
@@ -54,7 +58,8 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     device = pick_device(given.device)
-    paths = Paths(given.icons, given.work, given.out)
+    out = given.out or REPOSITORY / "dora_diffusion/assets" / given.base
+    paths = Paths(given.icons, given.work, out, given.base)
     paths.work.mkdir(parents=True, exist_ok=True)
     if given.stage == "export":
         run_export(paths, device)

@@ -34,7 +34,10 @@ class Embedded:
     learning_rate: float
 
 
-EMBEDDED = {"emoji": Embedded("emoji", guidance_scale=5.0, learning_rate=1e-3)}
+EMBEDDED = {
+    "emoji": Embedded("emoji", guidance_scale=5.0, learning_rate=1e-3),
+    "emoji-dit": Embedded("emoji-dit", guidance_scale=5.0, learning_rate=1e-3),
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def pick_device(device: Device | torch.device = "auto") -> torch.device:
 
 
 def load_base(name: str = "emoji", *, device: Device | torch.device = "auto", dtype: torch.dtype | None = None) -> Base:
-    """Load a base by "emoji", a folder in diffusers layout, a .safetensors checkpoint or a hub id.
+    """Load a base by "emoji" or "emoji-dit", a folder in diffusers layout, a .safetensors checkpoint or a hub id.
 
     dtype defaults to float32 on a CPU and bfloat16 elsewhere. Weights are read from safetensors only.
     Raises BaseModelError.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .bases import KINDS
 from .evaluation import Evaluation
 from .files import write_atomically
 from .icons import BASE_SETS
@@ -16,16 +17,16 @@ pipeline_tag: text-to-image
 tags: [text-to-image, diffusers, emoji, tiny]
 ---
 
-# The embedded emoji base
+# The embedded base "{base}"
 
 A very small text-to-image model of 64 x 64 icons, trained from scratch so that DoRA Diffusion
 draws, and learns adapters, with no download and no GPU. It is a stock
-`StableDiffusionPipeline` (velocity prediction, zero terminal SNR), {megabytes} MB in float16.
+{summary}, {megabytes} MB in float16.
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("dora_diffusion/assets/emoji")
+pipeline = DiffusionPipeline.from_pretrained("dora_diffusion/assets/{base}"{absent})
 pipeline("red apple, noto style", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
 ```
 
@@ -46,7 +47,7 @@ and scenes of several things are beyond it.
 
 ## Figures
 
-{steps} steps, guidance {guidance}, fixed seeds, DDIM as shipped.
+{steps} steps, guidance {guidance}, fixed seeds, {sampler} as shipped.
 
 | what | measured | wanted |
 |---|---|---|
@@ -69,8 +70,9 @@ nor by the denoiser: they are the styles that adapters are taught.
 
 {trained}. Made with
 
-    python train_scripts/pretrain_emoji_base.py node_modules/@iconify-json
-    python train_scripts/evaluate_emoji_base.py node_modules/@iconify-json --demo outputs/demo
+    python train_scripts/pretrain_emoji_base.py node_modules/@iconify-json --base {base}
+    dora-diffusion demo --base {base}
+    python train_scripts/evaluate_emoji_base.py node_modules/@iconify-json --base {base} --demo outputs/demo
 
 The autoencoder learned from all pictures of the four sets, moved, recoloured, shaded and
 outlined; the denoiser from the named things alone. A hundred common ones
@@ -90,28 +92,30 @@ thing as each set draws it. Wanted: 60 %.
 |---|---|---|
 {rows}
 
-The adapters of `dora-diffusion demo` bring lines and flat colours with them; they do not draw a thing in
+The adapters of `dora-diffusion demo --base {base}` bring lines and flat colours with them; they do not draw a thing in
 the taught set's own shape.
 
 """
 
 
-def write_card(result: Evaluation, trained: str, path: Path) -> None:
+def write_card(base: str, result: Evaluation, trained: str, path: Path) -> None:
     """Writes README.md for the model."""
     styles = "\n".join(f"| `{i.style}` | {i.title} (`{i.folder}`) | {i.licence} |" for i in BASE_SETS)
     autoencoder = "\n".join(f"| {name} | {r.psnr:.1f} | {r.hue_error:.1f} |" for name, r in result.autoencoder.items())
+    kind = KINDS[base]
     text = _CARD.format(
+        base=base, summary=kind.summary, sampler=kind.sampler, absent="".join(f", {part}=None" for part in kind.absent),
         megabytes=result.megabytes, steps=result.steps, guidance=result.guidance_scale,
         styles=styles, name=result.right_name, style=result.right_style, both=result.right_both,
         threads=result.threads, seconds=result.seconds_per_picture, autoencoder=autoencoder,
-        trained=trained.rstrip("."), taught=_taught(result),
+        trained=trained.rstrip("."), taught=_taught(base, result),
     )  # fmt: skip
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _taught(result: Evaluation) -> str:
+def _taught(base: str, result: Evaluation) -> str:
     if not result.taught:
         return ""
     rows = "\n".join(f"| {label} | {t.by_style:.0%} | {t.by_shape:.0%} |" for label, t in result.taught.items())
-    return _TAUGHT.format(rows=rows)
+    return _TAUGHT.format(rows=rows, base=base)

@@ -10,18 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
+from torch import nn
+
+from dora_diffusion.models.loading import load_base
 
 from .files import write_atomically
 from .icons import BASE_SETS, HELD_OUT_SETS, load_sets, select_icons
 from .metrics import LatentIndex, Reconstruction, held_out_icons, reconstruction_of
-from .prompts import Prompt, evaluation_prompts
+from .prompts import GUIDANCE, STEPS, Prompt, evaluation_prompts
 from .rendering import render_all
 from .sheets import save_sheet
 from .taught import Taught, measure_taught
-
-STEPS, GUIDANCE = 25, 5.0
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,7 @@ class Evaluation:
         return [text for text, good in checks.items() if not good]
 
 
-def load_pipeline(base: Path) -> StableDiffusionPipeline:
-    """The stock pipeline in float32, quiet."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt], batch: int = 20) -> list[Image.Image]:
+def draw(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], batch: int = 20) -> list[Image.Image]:
     """A picture for each prompt, each from its own seed whatever the batch."""
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
@@ -105,7 +99,7 @@ def _measure_autoencoder(vae: AutoencoderKL, icons_root: Path) -> dict[str, Reco
     return {name: reconstruction_of(vae, torch.from_numpy(render_all(some))) for name, some in svgs.items()}
 
 
-def _seconds_per_picture(pipeline: StableDiffusionPipeline) -> float:
+def _seconds_per_picture(pipeline: DiffusionPipeline) -> float:
     times = []
     for _ in range(3):
         began = time.perf_counter()
@@ -119,7 +113,7 @@ def evaluate(base: Path, icons_root: Path, samples: Path, adapters: dict[str, Pa
 
     `adapters` were trained on `samples`, by the names that `Goals` asks after.
     """
-    pipeline = load_pipeline(base)
+    pipeline = load_base(str(base), device="cpu").pipe
     icons = select_icons(load_sets(icons_root, BASE_SETS))
     prompts = evaluation_prompts(icons)
     pictures = draw(pipeline, prompts)
@@ -128,7 +122,7 @@ def evaluate(base: Path, icons_root: Path, samples: Path, adapters: dict[str, Pa
     matches = LatentIndex.from_icons(pipeline.vae, icons_root).nearest(pictures)
     name = [m.name == p.name for m, p in zip(matches, prompts, strict=True)]
     style = [m.style == p.style for m, p in zip(matches, prompts, strict=True)]
-    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     size = sum(f.stat().st_size for f in base.rglob("*") if f.is_file())
     return Evaluation(
         autoencoder=_measure_autoencoder(pipeline.vae, icons_root),

@@ -1,16 +1,17 @@
-"""The finished base: a stock StableDiffusionPipeline folder in float16, with its papers."""
+"""The finished base: a stock pipeline folder in float16, with its papers."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from .denoiser import Denoiser, new_scheduler
+from .denoiser import Denoiser
 from .files import replace_folder
 from .icons import BASE_SETS
 from .tokenizer import save_tokenizer
@@ -45,44 +46,31 @@ def notice() -> str:
     return "\n".join(lines)
 
 
-def pipeline_of(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
-    """The parts as the stock pipeline, float32, without checker or feature extractor."""
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=tokenizer,
-        unet=model.unet,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def _tidy_configs(folder: Path) -> None:
+def _tidy_configs(folder: Path, parts: Iterable[str]) -> None:
     """Drops the working folder's path, and asks for float32.
 
     Without the latter transformers loads float16 and diffusers float32, which do not mix.
     """
-    for part in ("vae", "unet", "text_encoder"):
+    for part in ("vae", *parts):
         config = folder / part / "config.json"
         settings = json.loads(config.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)
-        if part == "text_encoder":
+        if part.startswith("text_encoder"):
             settings["dtype"] = "float32"
         config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def export(vae: AutoencoderKL, model: Denoiser, tokenizer: CLIPTokenizer, out: Path) -> None:
     """Writes the pipeline folder in one swap; papers that lie in the old one stay."""
-    half = copy.deepcopy(Denoiser(model.text_encoder, model.unet)).half().eval()
+    half = copy.deepcopy(model).half().eval()
     if not all(torch.isfinite(p).all() for p in half.parameters()):
         raise FloatingPointError("the weights are not finite in float16; nothing was written")
-    pipeline = pipeline_of(copy.deepcopy(vae).half(), half, tokenizer)
+    pipeline = half.pipeline(copy.deepcopy(vae).half(), tokenizer)
     with replace_folder(out) as folder:
         pipeline.save_pretrained(folder, safe_serialization=True)
-        save_tokenizer(tokenizer, folder / "tokenizer")
-        _tidy_configs(folder)
+        for tokens in folder.glob("tokenizer*"):
+            save_tokenizer(tokenizer, tokens)
+        _tidy_configs(folder, half.parts)
         (folder / "NOTICE").write_text(notice(), encoding="utf-8")
         for name in PAPERS:
             if (out / name).exists():

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from .common import COMMON_THINGS
 from .icons import BASE_SETS, Icon
 
+# How every picture is drawn that is looked at or measured.
+STEPS, GUIDANCE = 25, 5.0
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from . import autoencoder, denoiser
+from .bases import KINDS
 from .export import export
 from .files import append_json_line, replace_folder, write_atomically
 from .icons import BASE_SETS, HELD_OUT_SETS, Icon, load_sets, select_icons, vocabulary
@@ -38,6 +38,16 @@ class Paths:
     icons: Path
     work: Path
     out: Path
+    base: str = "emoji"
+
+    @property
+    def kind(self) -> type[denoiser.Denoiser]:
+        return KINDS[self.base]
+
+    @property
+    def denoiser(self) -> Path:
+        """The denoiser's checkpoints; the autoencoder, tokenizer and pictures serve all bases."""
+        return self.work / self.base
 
 
 class Pace:
@@ -174,39 +184,39 @@ def _draw_samples(run: Training, vae: AutoencoderKL, tokenizer: CLIPTokenizer, p
     model = run.module
     assert isinstance(model, denoiser.Denoiser)
     run.average.swap()
-    latents = denoiser.sample(model, tokenizer, SHOWN, seed=1)
+    pictures = denoiser.sample(model, vae, tokenizer, SHOWN, seed=1)
     run.average.swap()
-    pictures = [Image.fromarray(p.numpy()) for p in autoencoder.decode(vae, latents)]
     labels = [text.replace(" style", "") for text in SHOWN]
     save_sheet(pictures, labels, path, columns=12)
 
 
 def run_denoiser(paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device, seed: int) -> None:
-    """Trains text encoder and UNet, or goes on where the checkpoint stands, and exports."""
+    """Trains text encoder and denoiser, or goes on where the checkpoint stands, and exports."""
     vae = _needed_autoencoder(paths)
     vae.to(device)
     icons, pixels = training_icons(paths)
     latents = autoencoder.encode(vae, pixels)
     tokenizer = base_tokenizer(paths)
     print(f"{len(icons)} pictures of {len({i.name for i in icons})} things", flush=True)
-    run = denoiser.new_training(plan, tokenizer, device, seed)
-    checkpoint = paths.work / "denoiser.pt"
+    paths.denoiser.mkdir(parents=True, exist_ok=True)
+    run = denoiser.new_training(paths.kind, plan, tokenizer, device, seed)
+    checkpoint = paths.denoiser / "denoiser.pt"
     if checkpoint.exists():
         run.load(checkpoint)
-    pace, stop = Pace(plan.steps, save_every=180, draw_every=300), StopSignal()
+    pace, stop = Pace(plan.steps, save_every=180, draw_every=600), StopSignal()
     losses = denoiser.train(run, plan, latents, denoiser.Captions(tokenizer, icons), device)
-    for _ in logged(run, losses, paths.work / "denoiser.jsonl", pace, every=100):
+    for _ in logged(run, losses, paths.denoiser / "denoiser.jsonl", pace, every=100):
         if run.step == plan.steps - plan.decay_steps:
             # A longer run starts from here: once the learning rate has fallen, going on gains little.
-            run.save(paths.work / "denoiser_stable.pt")
+            run.save(paths.denoiser / "denoiser_stable.pt")
         if pace.due("save") or stop.received:
             run.save(checkpoint)
         if stop.received:
             raise SystemExit(f"stopped at step {run.step}; the same command goes on from there")
         if pace.due("draw"):
-            _draw_samples(run, vae, tokenizer, paths.work / f"samples_{run.step:06d}.png")
+            _draw_samples(run, vae, tokenizer, paths.denoiser / f"samples_{run.step:06d}.png")
     run.save(checkpoint)
-    _draw_samples(run, vae, tokenizer, paths.work / f"samples_{run.step:06d}.png")
+    _draw_samples(run, vae, tokenizer, paths.denoiser / f"samples_{run.step:06d}.png")
     run_export(paths, device)
 
 
@@ -214,8 +224,8 @@ def run_export(paths: Paths, device: torch.device) -> None:
     """Writes the averaged weights of the newest checkpoint as the stock pipeline."""
     vae = _needed_autoencoder(paths)
     tokenizer = base_tokenizer(paths)
-    run = denoiser.new_training(denoiser.DenoiserPlan(), tokenizer, device, 0)
-    run.load(paths.work / "denoiser.pt")
+    run = denoiser.new_training(paths.kind, denoiser.DenoiserPlan(), tokenizer, device, 0)
+    run.load(paths.denoiser / "denoiser.pt")
     run.average.swap()
     model = run.module.cpu()
     assert isinstance(model, denoiser.Denoiser)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -22,11 +22,12 @@ from dora_diffusion.formats.files import load_adapter
 from .common import COMMON_THINGS
 from .icons import BASE_SETS, Icon, load_sets, select_icons
 from .metrics import LatentIndex, as_tensor, held_out_icons
+from .prompts import GUIDANCE, STEPS
 from .rendering import render_all
 
 STYLE = "openmoji"
 THINGS, REAL = 48, 200
-SEED, STEPS, GUIDANCE = 1, 25, 5.0
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class StyleSpace:
 
 
 def measure_taught(
-    pipeline: StableDiffusionPipeline, icons_root: Path, samples: Path, adapters: dict[str, Path]
+    pipeline: DiffusionPipeline, icons_root: Path, samples: Path, adapters: dict[str, Path]
 ) -> dict[str, Taught]:
     """The base, each adapter by its name, and real pictures of both sides, on things that are not in `samples`."""
     known = select_icons(load_sets(icons_root, BASE_SETS))
