@@ -44,9 +44,20 @@ def opened(browser, server: str, viewport: dict[str, int] = WIDE, scheme: str = 
     assert not wrong, wrong
 
 
+def write(page, field: str, text: str) -> None:
+    """Fill a field until the text stays: one that came onto the page just now may be given its first value once more."""
+    for _ in range(50):
+        page.fill(field, text)
+        page.wait_for_timeout(100)
+        if page.input_value(field) == text:
+            return
+    raise AssertionError(f"{field} does not keep {text!r}")
+
+
 def set_number(page, element: str, value: str) -> None:
-    page.fill(f"{element} input[type=number]", value)
-    page.press(f"{element} input[type=number]", "Tab")
+    field = f"{element} input[type=number]"
+    write(page, field, value)
+    page.press(field, "Tab")
 
 
 def quick(page, seeds: str = "1", steps: str = "3") -> None:

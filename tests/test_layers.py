@@ -249,7 +249,7 @@ def test_training_goes_on_after_a_look_in_inference_mode():
         before = layer(x)
     y = layer(x)
     y.square().sum().backward()
-    assert torch.equal(y, before)
+    assert relative_error(y, before) < 1e-6  # drawing and training take different functions
     assert torch.isfinite(update_of(layer).magnitude.grad).all()
 
 
@@ -259,7 +259,8 @@ def test_a_layer_can_be_adapted_in_inference_mode():
     with torch.inference_mode():
         layer = adapt(base, "dora").eval()
         found = layer(x)
-    assert torch.equal(found, adapt(base, "dora").eval()(x))
+    with torch.no_grad():
+        assert torch.equal(found, adapt(base, "dora").eval()(x))
 
 
 # Gradients.
@@ -327,7 +328,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
         call(layer, x).square().sum().backward()
         gradients.append([x.grad, *(p.grad for p in update_of(layer).parameters())])
     for plain, checkpointed in zip(*gradients):
-        assert torch.equal(plain, checkpointed)
+        # The reentrant kind runs forward without gradients first, where the numbers come by another function.
+        assert torch.equal(plain, checkpointed) or (use_reentrant and relative_error(checkpointed, plain) < 1e-6)
 
 
 @kinds

@@ -22,6 +22,7 @@ from browsing import (
     served,
     set_number,
     train_tab,
+    write,
 )
 from PIL import Image
 from web_helpers import make_pair, sample_files, serving
@@ -209,10 +210,12 @@ def test_a_blind_vote_names_no_adapter_anywhere_before_the_vote(page):
 
 def test_a_sweep_says_its_size_and_draws_a_labelled_grid(page):
     quick(page, steps="1")
+    compare(page, 3)  # the time is measured now
     page.click("#sweep > button")
-    page.fill("#sweep-prompts textarea", "panda, openmoji style")
-    page.fill("#sweep-seeds textarea, #sweep-seeds input", "1")
-    page.fill("#sweep-strengths textarea, #sweep-strengths input", "0.5, 1")
+    page.get_by_text("28 pictures, about").wait_for()  # as the form is preset
+    write(page, "#sweep-prompts textarea", "panda, openmoji style")
+    write(page, "#sweep-seeds textarea, #sweep-seeds input", "1")
+    write(page, "#sweep-strengths textarea, #sweep-strengths input", "0.5, 1")
     page.get_by_text("5 pictures, about").wait_for()
     page.click("#sweep-go")
     page.get_by_text("5 pictures in").wait_for()
@@ -300,7 +303,7 @@ def test_a_bad_folder_is_named_and_keeps_every_form_value(page, tmp_path: Path):
     broken.parent.mkdir()
     broken.write_bytes(sample_files(1)[0].read_bytes()[:300])
     train_tab(page)
-    page.fill("#instance-prompt textarea, #instance-prompt input", "openmoji style")
+    write(page, "#instance-prompt textarea, #instance-prompt input", "openmoji style")
     page.click("#kind label:has-text('DoRA')")
     set_number(page, "#train-steps", "33")
     page.set_input_files("input[webkitdirectory]", str(broken.parent))

@@ -60,8 +60,8 @@ class CompareTab:
         gr.on([page.view.change, page.pair.change], self.look, looks, page.look_shown, **parts.LATEST)
         page.restore.upload(self.restore, page.restore, page.restored, **parts.QUIET)
         page.sweep_go.click(self.sweep, page.sweep_form, [*shown, page.view], **running)
-        typed = [field.change for field in page.sweep_form]
-        gr.on(typed, self.sweep_size, page.sweep_form, page.sweep_note, **parts.LATEST)
+        sized = [page.sweeps.expand, *(field.change for field in page.sweep_form)]
+        gr.on(sized, self.sweep_size, page.sweep_form, page.sweep_note, **parts.LATEST)
         seen = [page.facts.expand, *(picker.change for picker in page.pickers)]
         gr.on(seen, self.show_facts, list(page.pickers), page.facts_shown, **parts.LATEST)
         page.look_inside.click(

@@ -104,7 +104,7 @@ class CompareLayout:
         return picker, strength, upload, card
 
     def _build_more(self) -> None:
-        with gr.Accordion("Sweep: prompts × seeds × strengths", open=False, elem_id="sweep"):
+        with gr.Accordion("Sweep: prompts × seeds × strengths", open=False, elem_id="sweep") as self.sweeps:
             with gr.Row():
                 prompts = gr.Textbox(
                     "panda, openmoji style\ntulip, openmoji style" if self.example else "",
