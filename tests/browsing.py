@@ -45,7 +45,7 @@ def opened(browser, server: str, viewport: dict[str, int] = WIDE, scheme: str = 
 
 
 def write(page, field: str, text: str) -> None:
-    """Fill a field until the text stays: one that came onto the page just now may be given its first value once more."""
+    """Fill a field until the text stays: one that just came onto the page may be given its first value once more."""
     for _ in range(50):
         page.fill(field, text)
         page.wait_for_timeout(100)
