@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -22,8 +25,9 @@ sys.path.insert(0, str(SCRIPTS))
 from emoji_base import autoencoder, denoiser  # noqa: E402
 from emoji_base.bases import KINDS  # noqa: E402
 from emoji_base.export import export  # noqa: E402
-from emoji_base.icons import Icon  # noqa: E402
+from emoji_base.icons import Icon, caption  # noqa: E402
 from emoji_base.mmdit import PADDING, MMDiTDenoiser  # noqa: E402
+from emoji_base.renditions import PLACES, RENDITIONS, Rendition, in_all_renditions, moved  # noqa: E402
 from emoji_base.state import Training  # noqa: E402
 from emoji_base.tokenizer import build_tokenizer  # noqa: E402
 
@@ -69,6 +73,46 @@ def test_a_resumed_denoiser_gives_the_same_bits(base: str, tokenizer: CLIPTokeni
     whole = run_to(4, tmp_path / "whole.pt")
     assert run_to(2, tmp_path / "parts.pt") + run_to(4, tmp_path / "parts.pt") == whole
     assert same_weights(tmp_path / "whole.pt", tmp_path / "parts.pt")
+
+
+@pytest.mark.parametrize("base", KINDS)
+def test_training_can_start_from_an_earlier_base(base: str) -> None:
+    folder = ASSETS / base
+    plan = denoiser.DenoiserPlan(steps=1)
+    run = denoiser.new_training(KINDS[base], plan, CLIPTokenizer.from_pretrained(folder / "tokenizer"), CPU, seed=0)
+    run.take_weights(folder)
+    loaded = load_base(base, device="cpu").pipe
+    for part in KINDS[base].parts:
+        theirs = getattr(loaded, part).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(run.module, part).state_dict().items())
+    live = [p for p in run.module.parameters() if p.requires_grad]
+    assert all(torch.equal(p, value) for p, value in zip(live, run.average.values, strict=True))
+
+
+def test_renditions_share_an_icons_weight_and_are_named_in_its_captions() -> None:
+    icons = [replace(icon, weight=1.0 + k) for k, icon in enumerate(ICONS)]
+    found = in_all_renditions(icons)
+    assert len(found) == len(icons) * len(RENDITIONS) * len(PLACES)
+    for icon in icons:
+        of_it = [each for each in found if each.name == icon.name and each.style.endswith(icon.style)]
+        assert sum(each.weight for each in of_it) == pytest.approx(icon.weight)
+        assert {each.style.removesuffix(icon.style).strip() for each in of_it} == {each.word for each in RENDITIONS}
+    outlined = next(each for each in found if each.style.startswith("outlined"))
+    said = [caption(outlined, random.Random(seed)) for seed in range(400)]
+    assert said.count(f"{outlined.name}, {outlined.style} style") > 200
+    unknown = [text for text in said if text.endswith(" style") and "outlined" not in text]
+    assert 20 < len(unknown) < 90  # a word of nobody's for the style
+
+
+@pytest.mark.parametrize("rendition", RENDITIONS, ids=lambda rendition: rendition.word or "plain")
+def test_a_rendition_keeps_the_paper_white_and_changes_the_drawing(rendition: Rendition) -> None:
+    pixels = np.full((2, 64, 64, 3), 255, np.uint8)
+    pixels[:, 16:48, 20:44] = np.linspace((250, 0, 40), (20, 90, 250), 24).astype(np.uint8)
+    for drawn in (pixels if rendition.change is None else rendition.change(pixels), moved(pixels, True, 0)):
+        assert drawn.shape == pixels.shape and drawn.dtype == np.uint8
+        assert (drawn[:, 0] >= 250).all() and (drawn[:, 32, 32] < 200).any()
+    if rendition.change is not None:
+        assert not np.array_equal(rendition.change(pixels), pixels)
 
 
 def test_a_resumed_autoencoder_gives_the_same_bits(tmp_path: Path) -> None:

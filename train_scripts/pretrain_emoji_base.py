@@ -26,6 +26,7 @@ from emoji_base.stages import (
     run_denoiser,
     run_export,
     run_polish,
+    start_from,
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -39,6 +40,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/emoji"), help="checkpoints, logs")
     parser.add_argument("--stage", choices=("all", "autoencoder", "polish", "denoiser", "export"),
                         default="all")  # fmt: skip
+    parser.add_argument("--start-from", type=Path, metavar="BASE",
+                        help="an earlier base, whose autoencoder, tokenizer and weights it takes")  # fmt: skip
     parser.add_argument("--autoencoder-steps", type=int, default=AutoencoderPlan.steps)
     parser.add_argument("--polish-steps", type=int, default=800, help="of the decoder alone")
     parser.add_argument("--steps", type=int, default=DenoiserPlan.steps)
@@ -61,6 +64,8 @@ def main() -> None:
     out = given.out or REPOSITORY / "dora_diffusion/assets" / given.base
     paths = Paths(given.icons, given.work, out, given.base)
     paths.work.mkdir(parents=True, exist_ok=True)
+    if given.start_from is not None:
+        start_from(paths, given.start_from)
     if given.stage == "export":
         run_export(paths, device)
         return
@@ -77,7 +82,7 @@ def main() -> None:
             learning_rate=given.learning_rate,
             compile=given.compile,
         )
-        run_denoiser(paths, plan, device, given.seed)
+        run_denoiser(paths, plan, device, given.seed, given.start_from)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def _recolour(x: Tensor, draw: torch.Generator) -> Tensor:
     return x * tint
 
 
-def _shade(x: Tensor, draw: torch.Generator) -> Tensor:
+def shade(x: Tensor, draw: torch.Generator) -> Tensor:
     """Smooth light and shadow over the drawing, as shaded icon sets have."""
     n = len(x)
     light = torch.rand(n, 3, 4, 4, generator=draw) * 0.9 - 0.45
@@ -56,7 +56,7 @@ def augmented_batch(pictures: Tensor, size: int, draw: torch.Generator) -> Tenso
     """Random pictures as floats in -1..1: [size, 3, H, W]; a third of them as they are."""
     index = torch.randint(len(pictures), (size,), generator=draw)
     x = pictures[index].permute(0, 3, 1, 2).float() / 255
-    for change, share in ((_move, 0.45), (_recolour, 0.35), (_shade, 0.3)):
+    for change, share in ((_move, 0.45), (_recolour, 0.35), (shade, 0.3)):
         chosen = torch.rand(size, generator=draw) < share
         if chosen.any():
             x[chosen] = change(x[chosen], draw)

@@ -85,15 +85,16 @@ _TAUGHT = """\
 
 48 things that are not in `samples/openmoji`, asked for in that style: the share of pictures that lie
 nearer to the taught set's pictures than to those of any style of the base. By style: Gram matrices of
-the encoder's features, mean distance to all other things of a set. By shape: latents, against the same
-thing as each set draws it. Wanted: 60 %.
+the encoder's features, along the directions that tell the styles apart, learned from other things. By
+shape: latents, against the same thing as each set draws it. Right name: the nearest picture of all, in
+whatever style, is one of the thing asked for. Wanted: 60 % by style.
 
-| pictures | by style | by shape |
-|---|---|---|
+| pictures | by style | by shape | right name |
+|---|---|---|---|
 {rows}
 
-The adapters of `dora-diffusion demo --base {base}` bring lines and flat colours with them; they do not draw a thing in
-the taught set's own shape.
+The adapters of `dora-diffusion demo --base {base}` draw the base's shapes in the taught set's manner; its
+shapes, which they have never seen, they do not know.
 
 """
 
@@ -117,5 +118,7 @@ def write_card(base: str, result: Evaluation, trained: str, path: Path) -> None:
 def _taught(base: str, result: Evaluation) -> str:
     if not result.taught:
         return ""
-    rows = "\n".join(f"| {label} | {t.by_style:.0%} | {t.by_shape:.0%} |" for label, t in result.taught.items())
+    rows = "\n".join(
+        f"| {label} | {t.by_style:.0%} | {t.by_shape:.0%} | {t.right_name:.0%} |" for label, t in result.taught.items()
+    )
     return _TAUGHT.format(rows=rows, base=base)

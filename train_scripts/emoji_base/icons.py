@@ -13,6 +13,8 @@ from pathlib import Path
 from .common import COMMON_THINGS
 
 IMAGE_SIZE = 64
+# Share of captions that name a style nobody knows, so that such a word leaves the picture whole.
+UNKNOWN_STYLES = 0.12
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,10 @@ def _wanted_names(sets: list[IconSet], categories: Sequence[str]) -> set[str]:
     return {name for name in wanted if not LEFT_OUT.search(name)}
 
 
-def select_icons(sets: list[IconSet], most_words: int = 3) -> list[Icon]:
+def select_icons(sets: list[IconSet], most_words: int = 3, stroke: float = 0.0) -> list[Icon]:
     """Icons of the wanted categories: animals and foods of three sets, other things of all four.
 
-    Common things weigh most: they are what people ask for first and judge hardest.
+    Common things weigh most: they are what people ask for first and judge hardest. `stroke` (pixels) outlines them.
     """
     wanted = _wanted_names(sets, CATEGORIES)
     living = _wanted_names(sets, CATEGORIES[:2])
@@ -170,7 +172,7 @@ def select_icons(sets: list[IconSet], most_words: int = 3) -> list[Icon]:
             continue
         variants = tuple(spoken(n) for n in group if n != chief and len(n.split("-")) <= 4)
         weight = 5.0 if spoken(chief) in COMMON_THINGS else 1.5 if living.intersection(group) else 0.5
-        icons += [Icon(spoken(chief), variants, s.info.style, s.svg(name), weight) for s, name in found if name]
+        icons += [Icon(spoken(chief), variants, s.info.style, s.svg(name, stroke), weight) for s, name in found if name]
     return icons
 
 
@@ -195,4 +197,12 @@ def caption(icon: Icon, draw: random.Random) -> str:
         return f"{icon.style} style"
     if drop < 0.17:
         return name
+    if drop < 0.17 + UNKNOWN_STYLES:
+        return f"{name}, {invented_word(draw)} style"
     return f"{name}, {icon.style} style"
+
+
+def invented_word(draw: random.Random) -> str:
+    """A word that no caption has, such as those that people call their own styles by."""
+    syllables = [draw.choice("bcdfghjklmnprstvwz") + draw.choice("aeiou") for _ in range(draw.randint(2, 4))]
+    return "".join(syllables) + draw.choice(("", "n", "s", "x"))

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import resvg_py
 from PIL import Image
 
 from .files import write_atomically
-from .icons import BASE_SETS, IMAGE_SIZE, IconSet, load_sets
-
-Pixels = npt.NDArray[np.uint8]  # [pictures, height, width, 3]
+from .icons import BASE_SETS, IMAGE_SIZE, Icon, IconSet, load_sets
+from .renditions import OUTLINE, PLACES, RENDITIONS, SEED, Pixels, moved
 
 
 def render(svg: str) -> Pixels:
@@ -46,8 +44,19 @@ def autoencoder_pixels(icons_root: Path, work: Path) -> tuple[Pixels, Pixels]:
     if not store.exists():
         sets = load_sets(icons_root, BASE_SETS)
         plain = render_all([v for v in _every_svg(sets, 0.0) if len(v) < 60_000])
-        outlined = render_all([v for v in _every_svg(sets, 1.6)[::2] if len(v) < 60_000])
+        outlined = render_all([v for v in _every_svg(sets, OUTLINE)[::2] if len(v) < 60_000])
         with write_atomically(store) as temporary, temporary.open("wb") as file:
             np.savez(file, plain=plain, outlined=outlined)
     arrays = np.load(store)
     return arrays["plain"], arrays["outlined"]
+
+
+def render_renditions(icons: Sequence[Icon], outlined: Sequence[Icon]) -> Pixels:
+    """The icons, and the same ones with outlines, in all renditions and places: uint8 [pictures, 64, 64, 3]."""
+    plain = {0.0: render_all([icon.svg for icon in icons]), OUTLINE: render_all([icon.svg for icon in outlined])}
+    pixels: list[Pixels] = []
+    for each in RENDITIONS:
+        drawn = plain[each.outline]
+        drawn = each.change(drawn) if each.change else drawn
+        pixels += [moved(drawn, place == 2, SEED + place) if place else drawn for place in range(len(PLACES))]
+    return np.concatenate(pixels)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -19,7 +20,8 @@ from .bases import KINDS
 from .export import export
 from .files import append_json_line, replace_folder, write_atomically
 from .icons import BASE_SETS, HELD_OUT_SETS, Icon, load_sets, select_icons, vocabulary
-from .rendering import autoencoder_pixels, render_all
+from .rendering import autoencoder_pixels, render_renditions
+from .renditions import OUTLINE, in_all_renditions
 from .sheets import save_pairs, save_sheet
 from .state import Training
 from .tokenizer import build_tokenizer
@@ -157,14 +159,24 @@ def run_polish(paths: Paths, steps: int, device: torch.device, seed: int) -> Non
         vae.cpu().save_pretrained(folder)
 
 
-def training_icons(paths: Paths) -> tuple[list[Icon], Tensor]:
-    """The denoiser's icons and their pictures, uint8 [N, 64, 64, 3]."""
-    icons = select_icons(load_sets(paths.icons, BASE_SETS))
-    store = paths.work / "denoiser_pixels.npz"
+def training_latents(paths: Paths, vae: AutoencoderKL) -> tuple[list[Icon], Tensor]:
+    """The denoiser's icons in all renditions and their latents [N, 4, 16, 16], encoded once."""
+    sets = load_sets(paths.icons, BASE_SETS)
+    icons = select_icons(sets)
+    store = paths.work / "latents.safetensors"
     if not store.exists():
-        with write_atomically(store) as temporary, temporary.open("wb") as file:
-            np.savez(file, pixels=render_all([icon.svg for icon in icons]))
-    return icons, torch.from_numpy(np.load(store)["pixels"])
+        pixels = torch.from_numpy(render_renditions(icons, select_icons(sets, stroke=OUTLINE)))
+        with write_atomically(store) as temporary:
+            save_file({"latents": autoencoder.encode(vae, pixels).contiguous()}, temporary)
+    return in_all_renditions(icons), load_file(store)["latents"]
+
+
+def start_from(paths: Paths, pipeline: Path) -> None:
+    """Takes over the autoencoder and the tokenizer of an earlier base, where the work folder has none yet."""
+    for part in ("vae", "tokenizer"):
+        if not (paths.work / part).is_dir():
+            with replace_folder(paths.work / part) as folder:
+                shutil.copytree(pipeline / part, folder, dirs_exist_ok=True)
 
 
 def base_tokenizer(paths: Paths) -> CLIPTokenizer:
@@ -190,12 +202,16 @@ def _draw_samples(run: Training, vae: AutoencoderKL, tokenizer: CLIPTokenizer, p
     save_sheet(pictures, labels, path, columns=12)
 
 
-def run_denoiser(paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device, seed: int) -> None:
-    """Trains text encoder and denoiser, or goes on where the checkpoint stands, and exports."""
+def run_denoiser(
+    paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device, seed: int, earlier: Path | None = None
+) -> None:
+    """Trains text encoder and denoiser, or goes on where the checkpoint stands, and exports.
+
+    Without a checkpoint the weights start from those of the base in the folder `earlier`, where one is given.
+    """
     vae = _needed_autoencoder(paths)
     vae.to(device)
-    icons, pixels = training_icons(paths)
-    latents = autoencoder.encode(vae, pixels)
+    icons, latents = training_latents(paths, vae)
     tokenizer = base_tokenizer(paths)
     print(f"{len(icons)} pictures of {len({i.name for i in icons})} things", flush=True)
     paths.denoiser.mkdir(parents=True, exist_ok=True)
@@ -203,6 +219,8 @@ def run_denoiser(paths: Paths, plan: denoiser.DenoiserPlan, device: torch.device
     checkpoint = paths.denoiser / "denoiser.pt"
     if checkpoint.exists():
         run.load(checkpoint)
+    elif earlier is not None:
+        run.take_weights(earlier)
     pace, stop = Pace(plan.steps, save_every=180, draw_every=600), StopSignal()
     losses = denoiser.train(run, plan, latents, denoiser.Captions(tokenizer, icons), device)
     for _ in logged(run, losses, paths.denoiser / "denoiser.jsonl", pace, every=100):

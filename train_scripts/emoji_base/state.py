@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .files import write_atomically
@@ -28,6 +29,12 @@ class MovingAverage:
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
         torch._foreach_lerp_(self.values, [p.detach() for p in self._live], 1.0 - decay)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Takes the live parameters as they are."""
+        for live, value in zip(self._live, self.values, strict=True):
+            value.copy_(live)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -75,6 +82,15 @@ class Training:
     def set_learning_rate(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+    def take_weights(self, pipeline: Path) -> None:
+        """Starts from the weights of a pipeline's folder, by the names of its parts."""
+        for name, part in self.module.named_children():
+            weights = {}
+            for file in sorted((pipeline / name).glob("*.safetensors")):
+                weights |= {key: tensor.float() for key, tensor in load_file(file).items()}
+            part.load_state_dict(weights)
+        self.average.reset()
 
     def save(self, path: Path) -> None:
         with write_atomically(path) as temporary:
