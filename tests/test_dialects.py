@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import dialect_files as files
 import pytest
 import torch
 from dialect_files import Made, make
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from oracles import inputs_of, output_of, relative_error
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
 from dora_diffusion.formats import original
+from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.formats.names import locate, unflatten
 from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter
@@ -344,6 +347,84 @@ def test_fluxs_last_layer_has_its_halves_swapped(tmp_path):
         {f"{name}.{leaf}": t for leaf, t in files.kohya_dora(theirs).items()}, {"norm_out.linear": files.dora_delta(v)}
     )
     assert_means(load_quietly(model, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+SD3_SHAPES = {  # of the original's linear layers, for the small model of bases.py
+    "x_embedder.proj": (32, 4, 1, 1),
+    "context_embedder": (32, 32),
+    "t_embedder.mlp.0": (32, 256),
+    "t_embedder.mlp.2": (32, 32),
+    "y_embedder.mlp.0": (32, 64),
+    "y_embedder.mlp.2": (32, 32),
+    "final_layer.linear": (4, 32),
+    "final_layer.adaLN_modulation.1": (64, 32),
+    **{
+        f"joint_blocks.{block}.{stream}.{layer}": shape
+        for block in range(2)
+        for stream in ("x_block", "context_block")
+        for layer, shape in {
+            "attn.qkv": (96, 32),
+            "attn.proj": (32, 32),
+            "mlp.fc1": (128, 32),
+            "mlp.fc2": (32, 128),
+            "adaLN_modulation.1": (192, 32),
+        }.items()
+        if (block, stream) == (0, "context_block") or stream == "x_block" or layer == "attn.qkv"
+    },
+    "joint_blocks.1.context_block.adaLN_modulation.1": (64, 32),
+}
+
+
+def in_diffusers(original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SD3's weights by diffusers' own conversion of an original checkpoint."""
+    checkpoint = {f"{name}.weight": weight for name, weight in original.items()}
+    checkpoint |= {f"{name}.bias": weight.flatten(1)[:, 0] for name, weight in original.items()}
+    made = convert_sd3_transformer_checkpoint_to_diffusers({**checkpoint, "pos_embed": torch.zeros(1)})
+    return {key.removesuffix(".weight"): weight for key, weight in made.items() if key.endswith(".weight")}
+
+
+def original_sd3_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The original's weights that become the model's: where each number goes, a numbered checkpoint tells."""
+    sizes = [math.prod(shape) for shape in SD3_SHAPES.values()]
+    numbers = torch.arange(float(sum(sizes)), dtype=torch.float64).split(sizes)
+    numbered = {name: part.reshape(shape) for (name, shape), part in zip(SD3_SHAPES.items(), numbers)}
+    value = torch.empty(sum(sizes))
+    for layer, number in in_diffusers(numbered).items():
+        value[number.flatten().long()] = model.get_submodule(layer).weight.detach().flatten()
+    return {name: value[number.long()] for name, number in numbered.items()}
+
+
+@pytest.mark.parametrize("leaves, delta", [(files.kohya, files.lora_delta), (files.kohya_dora, files.dora_delta)])
+def test_sd3s_original_names_mean_what_diffusers_conversion_makes_of_them(tmp_path, leaves, delta):
+    model = bases.sd3_transformer()
+    made, generator = Made(), torch.Generator().manual_seed(0)
+    weights = original_sd3_weights(model)
+    for name in [name for name in weights if "context_block.adaLN" not in name]:
+        v = files.values_of(weights[name], generator)
+        made.tensors |= {f"lora_unet_{name.replace('.', '_')}.{leaf}": tensor for leaf, tensor in leaves(v).items()}
+        weights[name] = weights[name].double() + delta(v)
+    before = {name: parameter.double() for name, parameter in model.state_dict().items()}
+    path = made.save(tmp_path / "a.safetensors")
+    adapter = load_quietly(model, path)
+    after = in_diffusers(weights)
+    assert adapter.layers.keys() == {layer for layer in after if "norm1_context" not in layer}
+    for layer, update in adapter.updates().items():
+        change = after[layer] - before[f"{layer}.weight"]
+        assert relative_error(update.delta_weight(), change) < 1e-5, layer
+    convert_adapter(path, tmp_path / "again.safetensors", "kohya")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == made.tensors.keys()
+    assert all(torch.equal(tensor, made.tensors[key]) for key, tensor in again.items())
+
+
+def test_sd3s_context_modulation_is_refused_by_name(tmp_path):
+    """Its rows have another order in the last block, and which block is the last no name tells."""
+    model = bases.sd3_transformer()
+    v = files.values_of(model.transformer_blocks[0].norm1_context.linear.weight, torch.Generator().manual_seed(0))
+    name = "lora_unet_joint_blocks_0_context_block_adaLN_modulation_1"
+    path = Made({f"{name}.{leaf}": tensor for leaf, tensor in files.kohya(v).items()}).save(tmp_path / "a.safetensors")
+    with pytest.raises(AdapterMismatchError, match=name):
+        load_adapter(model, path)
 
 
 def test_onetrainers_flux_names_are_read(tmp_path):

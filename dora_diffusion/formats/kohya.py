@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.original import FLUX_FUSED, FLUX_SWAPPED, flux_original, unet_original
+from dora_diffusion.formats.original import FLUX, SD3, Transformer, unet_original
 
 __all__ = ["to_keys"]
 
@@ -59,10 +59,11 @@ def _named(file: AdapterFile, layer: str, held: Held, original: bool) -> tuple[s
     if component in TEXT_ENCODERS:
         return _encoder_prefix(file, component) + path.replace(".", "_"), held
     if file.prefix == "transformer":
-        theirs = flux_original(layer) if original else None
+        model = _transformer(file)
+        theirs = model.original(layer) if original else None
         if theirs is None:
             return "lora_transformer_" + layer.replace(".", "_"), held
-        if theirs in FLUX_SWAPPED:
+        if theirs in model.swapped:
             held = {p: torch.cat(t.chunk(2)[::-1]) if p in ("lora_B", "magnitude") else t for p, t in held.items()}
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
@@ -79,6 +80,12 @@ def _encoder_prefix(file: AdapterFile, component: str) -> str:
     return ENCODER_PREFIX[component] if component != "text_encoder" or _is_xl(file) else "lora_te_"
 
 
+def _transformer(file: AdapterFile) -> Transformer:
+    """Whose original names a transformer's layers have: SD3's and FLUX's are the same in diffusers."""
+    is_sd3 = file.base.model_class == "SD3Transformer2DModel" or any("joint_blocks" in n for n in file.written.values())
+    return SD3 if is_sd3 else FLUX
+
+
 def _is_xl(file: AdapterFile) -> bool:
     """Whether the UNet is SDXL's: by the base's description, or by what only SDXL has."""
     if file.base.model_class != "unknown":
@@ -93,7 +100,7 @@ def _is_xl(file: AdapterFile) -> bool:
 
 def _fused_groups(file: AdapterFile, layers: Mapping[str, Held]) -> Iterator[tuple[str, tuple[Held, list[str]]]]:
     """The fused layers whose parts are all there with one A and one scale, as they are when they come from one file."""
-    for (their_block, our_block), table in FLUX_FUSED.items():
+    for (their_block, our_block), table in _transformer(file).fused.items():
         numbers = {layer.split(".")[1] for layer in layers if layer.startswith(our_block + ".")}
         for number in sorted(numbers):
             for theirs, (ours, _rows) in table.items():

@@ -40,6 +40,7 @@ COMPOUNDS: list[str] = re.findall(
     time_text_embed timestep_embedder text_embedder guidance_embedder pos_embed text_model self_attn q_proj k_proj
     v_proj out_proj text_projection wi_0 wi_1 input_blocks middle_block output_blocks in_layers out_layers emb_layers
     skip_connection time_embed label_emb double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod
+    joint_blocks x_block context_block t_embedder y_embedder
     final_layer adaLN_modulation guidance_in img_in txt_in time_in vector_in in_layer out_layer
     """,
 )

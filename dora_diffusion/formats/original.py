@@ -1,19 +1,20 @@
-"""The module names of the original checkpoints, as data: Stable Diffusion's and SDXL's UNet, and FLUX.
+"""The module names of the original checkpoints, as data: Stable Diffusion's and SDXL's UNet, FLUX, Stable Diffusion 3.
 
-FLUX has q, k and v (in single blocks the MLP's first layer too) in one fused layer; diffusers has them apart. A fused
-layer's update falls apart along its output rows: A is shared, B and a magnitude by row are cut. A norm by input runs
-over all rows of the fused layer, so it cannot be cut.
+FLUX and SD3 have q, k and v (in FLUX's single blocks the MLP's first layer too) in one fused layer; diffusers has them
+apart. A fused layer's update falls apart along its output rows: A is shared, B and a magnitude by row are cut. A norm
+by input runs over all rows of the fused layer, so it cannot be cut.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["FLUX_FUSED", "WHOLE", "Part", "Rows", "flux_original", "to_diffusers", "unet_original", "unet_path"]
+__all__ = ["FLUX", "SD3", "WHOLE", "Part", "Rows", "Transformer", "to_diffusers", "unet_original", "unet_path"]
 
 
 @dataclass(frozen=True)
@@ -53,38 +54,117 @@ class Part:
 THIRDS = (Rows(0, 1, 3), Rows(1, 2, 3), Rows(2, 3, 3))
 SEVENTHS = (Rows(0, 1, 7), Rows(1, 2, 7), Rows(2, 3, 7), Rows(3, 7, 7))
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")
-FLUX_FUSED: dict[tuple[str, str], dict[str, tuple[tuple[str, ...], tuple[Rows, ...]]]] = {
-    ("double_blocks", "transformer_blocks"): {
-        "img_attn.qkv": (ATTENTION, THIRDS),
-        "txt_attn.qkv": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), THIRDS),
+ADDED_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+Blocks = tuple[str, str]  # the blocks' name in the original, and in diffusers
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A transformer's original names with diffusers': of fused layers in its blocks, of others there, and outside."""
+
+    fused: Mapping[Blocks, Mapping[str, tuple[tuple[str, ...], tuple[Rows, ...]]]]
+    blocks: Mapping[Blocks, Mapping[str, str]]
+    outside: Mapping[str, str]
+    swapped: Mapping[str, str]  # whose halves, scale and shift, change places
+
+    def parts(self, path: str) -> tuple[Part, ...]:
+        """The layers that a module of the original is in diffusers; none for a path of another model."""
+        if path in self.outside:
+            return (Part(self.outside[path], WHOLE),)
+        if path in self.swapped:
+            return (Part(self.swapped[path], SWAPPED),)
+        block, _, rest = path.partition(".")
+        number, _, inside = rest.partition(".")
+        for (theirs, ours), table in self.blocks.items():
+            if block != theirs:
+                continue
+            if inside in table:
+                return (Part(f"{ours}.{number}.{table[inside]}", WHOLE),)
+            if inside in self.fused[theirs, ours]:
+                names, rows = self.fused[theirs, ours][inside]
+                return tuple(Part(f"{ours}.{number}.{name}", part) for name, part in zip(names, rows))
+        return ()
+
+    def original(self, layer: str) -> str | None:
+        """The original name of a layer that is no part of a fused one."""
+        for table in (self.outside, self.swapped):
+            for theirs, ours in table.items():
+                if layer == ours:
+                    return theirs
+        for (their_block, our_block), names in self.blocks.items():
+            found = re.fullmatch(rf"{our_block}\.(\d+)\.(.+)", layer)
+            for theirs, ours in names.items():
+                if found and found[2] == ours:
+                    return f"{their_block}.{found[1]}.{theirs}"
+        return None
+
+
+FLUX = Transformer(
+    fused={
+        ("double_blocks", "transformer_blocks"): {
+            "img_attn.qkv": (ATTENTION, THIRDS),
+            "txt_attn.qkv": (ADDED_ATTENTION, THIRDS),
+        },
+        ("single_blocks", "single_transformer_blocks"): {"linear1": ((*ATTENTION, "proj_mlp"), SEVENTHS)},
     },
-    ("single_blocks", "single_transformer_blocks"): {"linear1": ((*ATTENTION, "proj_mlp"), SEVENTHS)},
-}
-FLUX_BLOCKS = {
-    ("double_blocks", "transformer_blocks"): {
-        "img_attn.proj": "attn.to_out.0",
-        "txt_attn.proj": "attn.to_add_out",
-        "img_mlp.0": "ff.net.0.proj",
-        "img_mlp.2": "ff.net.2",
-        "txt_mlp.0": "ff_context.net.0.proj",
-        "txt_mlp.2": "ff_context.net.2",
-        "img_mod.lin": "norm1.linear",
-        "txt_mod.lin": "norm1_context.linear",
+    blocks={
+        ("double_blocks", "transformer_blocks"): {
+            "img_attn.proj": "attn.to_out.0",
+            "txt_attn.proj": "attn.to_add_out",
+            "img_mlp.0": "ff.net.0.proj",
+            "img_mlp.2": "ff.net.2",
+            "txt_mlp.0": "ff_context.net.0.proj",
+            "txt_mlp.2": "ff_context.net.2",
+            "img_mod.lin": "norm1.linear",
+            "txt_mod.lin": "norm1_context.linear",
+        },
+        ("single_blocks", "single_transformer_blocks"): {"linear2": "proj_out", "modulation.lin": "norm.linear"},
     },
-    ("single_blocks", "single_transformer_blocks"): {"linear2": "proj_out", "modulation.lin": "norm.linear"},
-}
-FLUX_WHOLE = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-}
-FLUX_SWAPPED = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
+    outside={
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+    },
+    swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+)
+# `context_block.adaLN_modulation.1` is left out: its rows have another order in the last block, which no name tells.
+SD3 = Transformer(
+    fused={
+        ("joint_blocks", "transformer_blocks"): {
+            "x_block.attn.qkv": (ATTENTION, THIRDS),
+            "x_block.attn2.qkv": (("attn2.to_q", "attn2.to_k", "attn2.to_v"), THIRDS),
+            "context_block.attn.qkv": (ADDED_ATTENTION, THIRDS),
+        }
+    },
+    blocks={
+        ("joint_blocks", "transformer_blocks"): {
+            "x_block.attn.proj": "attn.to_out.0",
+            "x_block.attn2.proj": "attn2.to_out.0",
+            "context_block.attn.proj": "attn.to_add_out",
+            "x_block.mlp.fc1": "ff.net.0.proj",
+            "x_block.mlp.fc2": "ff.net.2",
+            "context_block.mlp.fc1": "ff_context.net.0.proj",
+            "context_block.mlp.fc2": "ff_context.net.2",
+            "x_block.adaLN_modulation.1": "norm1.linear",
+        }
+    },
+    outside={
+        "x_embedder.proj": "pos_embed.proj",
+        "context_embedder": "context_embedder",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+    },
+    swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+)
 UNET_WHOLE = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -105,39 +185,7 @@ _UNET_BACK = {ours: theirs for theirs, ours in UNET_WHOLE.items()}
 
 def to_diffusers(path: str, layers_per_block: int = 2) -> tuple[Part, ...]:
     """The layers that a module of an original checkpoint is in diffusers; a path that is diffusers' own stays."""
-    return _flux_parts(path) or (Part(unet_path(path, layers_per_block) or path, WHOLE),)
-
-
-def _flux_parts(path: str) -> tuple[Part, ...]:
-    if path in FLUX_WHOLE:
-        return (Part(FLUX_WHOLE[path], WHOLE),)
-    if path in FLUX_SWAPPED:
-        return (Part(FLUX_SWAPPED[path], SWAPPED),)
-    block, _, rest = path.partition(".")
-    number, _, inside = rest.partition(".")
-    for (theirs, ours), table in FLUX_BLOCKS.items():
-        if block != theirs:
-            continue
-        if inside in table:
-            return (Part(f"{ours}.{number}.{table[inside]}", WHOLE),)
-        if inside in FLUX_FUSED[theirs, ours]:
-            names, rows = FLUX_FUSED[theirs, ours][inside]
-            return tuple(Part(f"{ours}.{number}.{name}", part) for name, part in zip(names, rows))
-    return ()
-
-
-def flux_original(layer: str) -> str | None:
-    """The original name of a FLUX layer that is no part of a fused one."""
-    for table in (FLUX_WHOLE, FLUX_SWAPPED):
-        for theirs, ours in table.items():
-            if layer == ours:
-                return theirs
-    for (their_block, our_block), names in FLUX_BLOCKS.items():
-        found = re.fullmatch(rf"{our_block}\.(\d+)\.(.+)", layer)
-        for theirs, ours in names.items():
-            if found and found[2] == ours:
-                return f"{their_block}.{found[1]}.{theirs}"
-    return None
+    return FLUX.parts(path) or SD3.parts(path) or (Part(unet_path(path, layers_per_block) or path, WHOLE),)
 
 
 def unet_path(path: str, n: int) -> str | None:

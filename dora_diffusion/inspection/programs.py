@@ -22,6 +22,7 @@ FLOAT32_EPSILON = 2.0**-23
 # How a flat name of an original checkpoint goes on after its prefix.
 ORIGINAL = (
     "(?:input_blocks|middle_block|output_blocks|time_embed_[02]|label_emb|out_2"
+    "|joint_blocks|x_embedder_proj|context_embedder|[ty]_embedder"
     "|double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
 )
 CLIP = r"text_model[._]encoder[._]layers[._]\d+[._](?:self_attn[._](?:[qkv]|out)_proj|mlp[._]fc[12])"
