@@ -33,10 +33,11 @@ class DemoSize:
     prompts: int
     seeds: tuple[int, ...]
     num_inference_steps: int
+    learning_rate: float | None = None  # the base's own
 
 
 DEMO = DemoSize(steps=400, batch_size=8, prompts=6, seeds=(1, 2), num_inference_steps=25)
-QUICK = DemoSize(steps=80, batch_size=8, prompts=3, seeds=(1,), num_inference_steps=20)
+QUICK = DemoSize(steps=80, batch_size=8, prompts=3, seeds=(1,), num_inference_steps=20, learning_rate=1e-3)
 
 
 def sample_folder(name: str = STYLE) -> Path:
@@ -57,6 +58,7 @@ def demo_config(out: Path, size: DemoSize, base: str) -> TrainConfig:
         kind="both",
         steps=size.steps,
         batch_size=size.batch_size,
+        learning_rate=size.learning_rate,
     )
 
 
