@@ -37,7 +37,7 @@ class Preset:
 
 
 PRESETS = {
-    "Quick": Preset(80, 4, 8, "a first look in a minute or two"),
+    "Quick": Preset(160, 8, 16, "a first look in a minute or two"),
     "Style": Preset(300, 8, 16, "a dozen or more pictures of many things in one style"),
     "Subject": Preset(500, 4, 16, "five or more pictures of one thing"),
 }
