@@ -20,7 +20,7 @@ from benchmarks.tables import print_entries, print_targets
 from benchmarks.variants import VARIANTS, Variant, available
 from dora_diffusion.errors import nearest
 
-__all__ = ["Benchmark", "command_of"]
+__all__ = ["Benchmark", "command_of", "rank_list"]
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANKS = (16, 64)
@@ -80,7 +80,7 @@ def command_of(benchmark: Benchmark) -> typer.Typer:
             wanted_modes.insert(0, "memory")
         plan = Plan(
             cases=_chosen("cases", cases, benchmark.cases, defaults),
-            ranks=_ranks(ranks, RANKS[:1] if quick else RANKS),
+            ranks=rank_list(ranks, RANKS[:1] if quick else RANKS),
             modes=tuple(wanted_modes),
             variants=_variants(variants, console),
             rounds=rounds or (benchmark.quick_rounds if quick else benchmark.rounds),
@@ -132,7 +132,8 @@ def _chosen(option: str, text: str, known: Mapping[str, T], default: Iterable[st
     return tuple(known[name] for name in names)
 
 
-def _ranks(text: str, default: Sequence[int]) -> tuple[int, ...]:
+def rank_list(text: str, default: Sequence[int]) -> tuple[int, ...]:
+    """The ranks named in a text, the default ones without one. Raises typer.BadParameter."""
     try:
         ranks = tuple(int(part) for part in text.split(",")) if text else tuple(default)
     except ValueError:

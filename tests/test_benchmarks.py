@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracles import dora_weight, lora_weight
@@ -19,6 +20,7 @@ from benchmarks.cases import FLUX, LAYER_CASES, STEP_CASES
 from benchmarks.command import command_of
 from benchmarks.measure import in_turns, ratios, repeats_for, spread
 from benchmarks.memory import peak_in_own_process
+from benchmarks.quality import Pair, difference
 from benchmarks.results import load
 from benchmarks.step import STEP
 from benchmarks.targets import outcomes
@@ -109,6 +111,36 @@ def test_mistakes_are_named(options: tuple[str, ...], words: tuple[str, ...]) ->
     done = step_here(*options)
     assert done.exit_code == 2
     assert all(word in done.output for word in words), done.output
+
+
+@pytest.mark.slow
+def test_quality_trains_twins_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    path, plot = tmp_path / "quality.json", tmp_path / "quality.png"
+    options = ["--styles", "openmoji", "--steps", "2", "--json", str(path), "--work", str(tmp_path / "work")]
+    done = command("quality", *options, "--ranks", "1", "--seeds", "1")
+    assert done.returncode == 0, done.stderr
+    (first,) = json.loads(path.read_text())["pairs"].values()
+    log = [json.loads(line) for line in (tmp_path / "work/emoji/twins/log.jsonl").read_text().splitlines()]
+    held_out = {line["kind"]: line["held_out_loss"] for line in log if "held_out_loss" in line}
+    whole = {kind: held_out[kind] / (1 + first["learned"][kind] / 100) for kind in ("lora", "dora")}
+    assert whole["lora"] == pytest.approx(whole["dora"], rel=1e-5)  # both are told as a change of the base's loss
+    done = command("quality", *options, "--ranks", "1,2", "--seeds", "1", "--plot", str(plot))
+    assert "1 pairs of twins" in done.stdout, done.stderr  # the first is not trained again
+    pairs = json.loads(path.read_text())["pairs"]
+    assert [pair["rank"] for pair in pairs.values()] == [1, 2] and first in pairs.values()
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert "DoRA - LoRA" in command("quality", "--show", "--json", str(path)).stdout
+
+
+def test_differences_are_taken_within_the_pairs() -> None:
+    losses = np.array([[-3.0, -3.5], [-1.0, -1.2], [-2.0, -1.9]])
+    pairs = [
+        Pair("emoji", "openmoji", 4, seed, 200, 3e-4, {"lora": lora, "dora": dora}, {"lora": 0.0, "dora": 0.0})
+        for seed, (lora, dora) in enumerate(losses.tolist())
+    ]
+    found, each = difference(pairs, "learned"), losses[:, 1] - losses[:, 0]
+    assert found.mean == pytest.approx(each.mean()) and found.error == pytest.approx(each.std(ddof=1) / 3**0.5)
+    assert (found.below, found.pairs) == (2, 3)
 
 
 def test_peak_memory_is_that_of_the_process_itself() -> None:

@@ -60,12 +60,18 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(whole) and all(average)
 
 
-@pytest.mark.parametrize("base", KINDS)
-def test_a_resumed_denoiser_gives_the_same_bits(base: str, tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
-    plan = denoiser.DenoiserPlan(steps=4, decay_steps=2, batch=4, warmup=2)
+@pytest.mark.parametrize(
+    ("base", "compiled"),
+    [*((base, False) for base in KINDS), *(pytest.param(base, True, marks=pytest.mark.slow) for base in KINDS)],
+)
+def test_a_resumed_denoiser_gives_the_same_bits(
+    base: str, compiled: bool, tokenizer: CLIPTokenizer, tmp_path: Path
+) -> None:
+    plan = denoiser.DenoiserPlan(steps=4, decay_steps=2, batch=4, warmup=2, compile=compiled)
     latents = torch.randn(len(ICONS), 4, 16, 16, generator=torch.Generator().manual_seed(1))
 
     def run_to(end: int, checkpoint: Path) -> list[float]:
+        torch.compiler.reset()  # as in a process of its own
         run = denoiser.new_training(KINDS[base], plan, tokenizer, CPU, seed=0)
         losses = denoiser.train(run, plan, latents, denoiser.Captions(tokenizer, ICONS), CPU)
         return losses_to(end, run, losses, checkpoint)

@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 
 import bases
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
+from PIL import Image
 from safetensors.torch import load_file
 
+from dora_diffusion.data.cache import encode_images
+from dora_diffusion.data.folder import read_folder
 from dora_diffusion.errors import DataError, OutputError, TrainingError
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
@@ -100,11 +104,37 @@ def test_the_held_out_loss_is_the_mean_squared_error_at_fixed_noise(sd_base: Bas
     generator = torch.Generator().manual_seed(20240209)
     eps = torch.randn(16, 4, 8, 8, generator=generator)
     t = ((torch.arange(8) + 0.5) / 8 * 1000).long().repeat(2)
-    x0 = training.held_out.mean.repeat_interleave(8, 0)
+    x0 = training.held_out.mean[0].repeat_interleave(8, 0)
     text = training.held_out.conditioning.tensors["encoder_hidden_states"][:1].expand(16, -1, -1)
     with torch.no_grad():
         prediction = unet(scheduler.add_noise(x0, eps, t), t, text).sample
     assert measured == pytest.approx(((prediction - eps) ** 2).mean().item(), rel=1e-5)
+
+
+def test_random_flip_trains_on_mirror_images_too(tmp_path: Path, sd_base: Base) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(8):
+        picture = Image.new("RGB", (24, 24), "white")
+        picture.paste((30 * i, 90, 200), (2, 5, 11, 20))
+        picture.save(pictures / f"{i}.png")
+    images = read_folder(pictures, "disc").images
+    encoded = encode_images(sd_base, images, 16, mirrored=True)
+    sizes = ((16, 16), Image.Resampling.LANCZOS)
+    pixels = np.stack([np.asarray(Image.open(image.path).resize(*sizes)) for image in images])
+    flipped = torch.from_numpy(pixels[:, :, ::-1] / 127.5 - 1).permute(0, 3, 1, 2).float()
+    vae = sd_base.pipe.vae
+    with torch.no_grad():
+        expected = vae.encode(flipped).latent_dist.mean * vae.config.scaling_factor
+    assert encoded.mean.shape[:2] == (2, len(encoded)) == (2, 8)
+    torch.testing.assert_close(encoded.mean[1], expected, atol=1e-5, rtol=1e-5)
+    plain, random = (
+        list(train(config(pictures, tmp_path / str(flip), Path("unused"), kind="lora", random_flip=flip), base=sd_base))
+        for flip in (False, True)
+    )
+    assert losses(plain, "lora") != losses(random, "lora")
+    measured = [next(e.held_out_loss for e in events if isinstance(e, Measured)) for events in (plain, random)]
+    assert measured[0] == measured[1]  # pictures are measured on as they are
 
 
 # Runs
@@ -146,6 +176,7 @@ def test_every_family_and_objective_trains(make, tmp_path: Path, pictures: Path)
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
     values = {"dropout": 0.1, "gradient_accumulation_steps": 2, "caption_dropout": 0.5, "weight_decay": 0.01}
+    values |= {"random_flip": True}
     whole = config(pictures, tmp_path / "whole", sd_folder, **values)
     list(train(whole))
     parts = whole.model_copy(update={"out": str(tmp_path / "parts")})

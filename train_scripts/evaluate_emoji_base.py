@@ -19,6 +19,8 @@ from emoji_base.bases import KINDS
 from emoji_base.card import write_card
 from emoji_base.evaluation import Goals, evaluate, save_json
 
+from dora_diffusion.errors import DataError, DoraDiffusionError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -39,6 +41,9 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     adapters = {kind: given.demo / f"{kind.lower()}.safetensors" for kind in ("LoRA", "DoRA")} if given.demo else {}
     folder = given.folder or REPOSITORY / "dora_diffusion/assets" / given.base
+    for path in (folder / "model_index.json", *adapters.values()):
+        if not path.exists():
+            raise DataError(f"{path} is missing: --folder takes a pipeline's folder, --demo the demo's output folder.")
     result = evaluate(folder, given.icons, REPOSITORY / "samples/openmoji", adapters)
     save_json(result, folder / "evaluation.json")
     if given.trained:
@@ -51,4 +56,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DoraDiffusionError as error:
+        sys.exit(str(error))

@@ -12,6 +12,7 @@ the averaged weights of the newest checkpoint while a run is under way.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from emoji_base.stages import (
     run_polish,
     start_from,
 )
+
+from dora_diffusion.errors import DoraDiffusionError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -86,4 +89,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DoraDiffusionError as error:
+        sys.exit(str(error))

@@ -24,8 +24,9 @@ BATCH = 4
 class EncodedImages:
     """Training pictures as the denoiser sees them.
 
-    mean, std [pictures, channels, h, w] are the autoencoder's posterior, in the denoiser's scale; `conditioning` has a
-    row for each different caption and, last, one for the empty prompt; `caption_of` [pictures] points into it.
+    mean, std [views, pictures, channels, h, w] are the autoencoder's posterior, in the denoiser's scale; view 0 is the
+    picture, view 1, where there is one, its mirror image. `conditioning` has a row for each different caption and,
+    last, one for the empty prompt; `caption_of` [pictures] points into it.
     """
 
     mean: Tensor
@@ -34,11 +35,11 @@ class EncodedImages:
     caption_of: Tensor
 
     def __len__(self) -> int:
-        return len(self.mean)
+        return len(self.caption_of)
 
-    def latents(self, index: Tensor, noise: Tensor) -> Tensor:
+    def latents(self, index: Tensor, noise: Tensor, view: Tensor | int = 0) -> Tensor:
         """x0 for these pictures, drawn from the posterior with this noise: [batch, channels, h, w]."""
-        return self.mean[index] + self.std[index] * noise
+        return self.mean[view, index] + self.std[view, index] * noise
 
     def conditioning_for(self, index: Tensor, dropped: Tensor | None = None) -> Conditioning:
         """The captions' conditioning; where `dropped` [batch] is true, the empty prompt's."""
@@ -70,12 +71,18 @@ def latents_of(base: Base, images: Sequence[Image.Image], size: int) -> tuple[Te
 
 
 @torch.no_grad()
-def encode_images(base: Base, images: Sequence[TrainingImage], size: int) -> EncodedImages:
-    """Encode pictures and captions. Raises PromptError for a caption the text encoder would cut."""
+def encode_images(base: Base, images: Sequence[TrainingImage], size: int, *, mirrored: bool = False) -> EncodedImages:
+    """Encode pictures, with their mirror images if wanted, and captions.
+
+    Raises PromptError for a caption the text encoder would cut.
+    """
     captions = list(dict.fromkeys(image.caption for image in images))
     for caption in captions:
         check_prompt(base.pipe, caption)
-    mean, std = latents_of(base, [open_image(image.path) for image in images], size)
+    pictures = [open_image(image.path) for image in images]
+    views = [pictures, [ImageOps.mirror(picture) for picture in pictures]] if mirrored else [pictures]
+    posteriors = [latents_of(base, view, size) for view in views]
+    mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
     rows = [base.family.encode(base.pipe, [caption]) for caption in (*captions, "")]
     conditioning = Conditioning.stack(rows).to(torch.device("cpu"), torch.float32)
     caption_of = torch.tensor([captions.index(image.caption) for image in images])

@@ -82,6 +82,8 @@ def read_checkpoint(path: Path, config: TrainConfig, data: str) -> Checkpoint:
     except (AdapterFileError, KeyError, ValueError) as error:
         raise TrainingError(f"cannot resume from {path}: {error}. Start the run anew with --overwrite.") from error
     now = json.loads(config.model_dump_json())
+    defaults = TrainConfig.model_construct(images="", out="").model_dump(mode="json")
+    before = {**defaults, **before}  # a checkpoint of an earlier version lacks the keys that came since
     changed = [key for key in now if key not in FREE_KEYS and before.get(key) != now[key]]
     if changed:
         lines = "\n  ".join(f"{key}: was {before.get(key)!r}, is {now[key]!r}" for key in changed)

@@ -36,6 +36,7 @@ class TrainConfig(BaseModel):
     validation_images: str | None = None
     held_out: int | None = Field(None, ge=0)
     resolution: int | None = Field(None, ge=8, le=4096)
+    random_flip: bool = False
 
     # The adapter
     rank: int = Field(16, ge=1)

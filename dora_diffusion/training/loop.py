@@ -92,9 +92,9 @@ def prepare(
         base=base,
         objective=objective,
         accelerator=accelerator,
-        instances=encode_images(base, kept, size),
+        instances=encode_images(base, kept, size, mirrored=config.random_flip),
         held_out=encode_images(base, held_out, size) if held_out else None,
-        class_images=encode_images(base, prior, size) if prior else None,
+        class_images=encode_images(base, prior, size, mirrored=config.random_flip) if prior else None,
         ignored=folder.ignored,
         digest=_digest([*kept, *held_out, *prior]),
     )
@@ -188,10 +188,12 @@ def _images_loss(training: Training, images: EncodedImages, number: int, stream:
     config = training.config
     generator = _generator(config.seed, stream, number)
     index = _indices(config, len(images), number, stream)
-    x0 = images.latents(index, torch.randn(images.mean[index].shape, generator=generator))
-    eps = torch.randn(x0.shape, generator=generator)
+    shape = (len(index), *images.mean.shape[2:])
+    noise, eps = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     t = training.objective.timesteps(len(index), generator)
     dropped = torch.rand(len(index), generator=generator) < config.caption_dropout
+    view = torch.randint(len(images.mean), (len(index),), generator=generator)
+    x0 = images.latents(index, noise, view)
     if config.dropout > 0:
         torch.manual_seed(_seed(config.seed, "dropout", number))
     error = squared_error(training, x0, eps, t, images.conditioning_for(index, dropped))
@@ -221,7 +223,7 @@ def held_out_loss(training: Training) -> float | None:
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     index = torch.arange(len(images)).repeat_interleave(HELD_OUT_TIMESTEPS)
     t = training.objective.even_timesteps(HELD_OUT_TIMESTEPS).repeat(len(images))
-    x0 = images.mean[index]
+    x0 = images.mean[0, index]
     eps = torch.randn(x0.shape, generator=generator)
     errors = [
         squared_error(training, x0[part], eps[part], t[part], images.conditioning_for(index[part]))

@@ -138,7 +138,11 @@ def train(
     model = run.module
     assert isinstance(model, Denoiser)
     model.train()
-    forward = torch.compile(model, dynamic=False) if plan.compile else model
+    forward = model
+    if plan.compile:
+        # Without this the gradients of embeddings are added up in whatever order the threads come.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        forward = torch.compile(model, dynamic=False)
     latents = latents.contiguous(memory_format=torch.channels_last)
     while run.step < plan.steps:
         run.set_learning_rate(learning_rate_factor(run.step, plan.steps, plan.warmup, plan.decay_steps))

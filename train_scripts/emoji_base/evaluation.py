@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import nn
 
+from dora_diffusion.errors import DataError
+from dora_diffusion.formats.reading import read_adapter_file
 from dora_diffusion.models.loading import load_base
 
 from .files import write_atomically
@@ -36,6 +38,20 @@ class Goals:
     megabytes: float = 24.0
     seconds: float = 4.0
     taught: float = 0.6
+    held_out_fall: float = 0.15
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The loss on the style's held-out pictures, of the base and of the adapter, as its training wrote them down."""
+
+    base: float
+    adapter: float
+
+    @property
+    def fall(self) -> float:
+        """As a share of the base's."""
+        return 1.0 - self.adapter / self.base
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,7 @@ class Evaluation:
     steps: int
     guidance_scale: float
     taught: dict[str, Taught]
+    held_out: dict[str, HeldOut]
 
     def missed(self, goals: Goals) -> list[str]:
         """The goals that are not met, in words."""
@@ -69,10 +86,11 @@ class Evaluation:
                 self.seconds_per_picture < goals.seconds,
             "weights are not finite": self.finite,
         }  # fmt: skip
-        for label in ("LoRA", "DoRA"):
-            if label in self.taught:
-                share = self.taught[label].by_style
-                checks[f"taught {label} {share:.0%} < {goals.taught:.0%}"] = share >= goals.taught
+        for label, loss in self.held_out.items():
+            share = self.taught[label].by_style
+            checks[f"taught {label} {share:.0%} < {goals.taught:.0%}"] = share >= goals.taught
+            text = f"held-out loss of {label} falls by {loss.fall:.1%} < {goals.held_out_fall:.0%}"
+            checks[text] = loss.fall >= goals.held_out_fall
         return [text for text, good in checks.items() if not good]
 
 
@@ -111,7 +129,7 @@ def _seconds_per_picture(pipeline: DiffusionPipeline) -> float:
 def evaluate(base: Path, icons_root: Path, samples: Path, adapters: dict[str, Path]) -> Evaluation:
     """Draws and measures everything; writes `contact_sheet.png` into the base's folder.
 
-    `adapters` were trained on `samples`, by the names that `Goals` asks after.
+    `adapters` are the demo's, by the names they go by in the figures; they were trained on `samples`.
     """
     pipeline = load_base(str(base), device="cpu").pipe
     icons = select_icons(load_sets(icons_root, BASE_SETS))
@@ -136,7 +154,17 @@ def evaluate(base: Path, icons_root: Path, samples: Path, adapters: dict[str, Pa
         steps=STEPS,
         guidance_scale=GUIDANCE,
         taught=measure_taught(pipeline, icons_root, samples, adapters) if adapters else {},
+        held_out={label: _held_out(path) for label, path in adapters.items()},
     )
+
+
+def _held_out(adapter: Path) -> HeldOut:
+    description = read_adapter_file(adapter).description
+    training = description.training if description else {}
+    base, after = training.get("held_out_loss_base"), training.get("held_out_loss")
+    if not isinstance(base, float) or not isinstance(after, float):
+        raise DataError(f"{adapter} does not say its held-out loss: --demo takes the output of dora-diffusion demo.")
+    return HeldOut(base, after)
 
 
 def save_json(result: Evaluation, path: Path) -> None:

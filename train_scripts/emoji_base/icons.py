@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_diffusion.errors import DataError
+
 from .common import COMMON_THINGS
 
 IMAGE_SIZE = 64
@@ -113,7 +115,7 @@ def load_sets(root: Path, infos: Iterable[SetInfo]) -> list[IconSet]:
     missing = [i.folder for i in infos if not (folder / i.folder / "icons.json").exists()]
     if missing:
         wanted = " ".join(f"@iconify-json/{name}" for name in missing)
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}: npm install {wanted}")
+        raise DataError(f"{folder} lacks {', '.join(missing)}: npm install {wanted}")
     return [IconSet(folder, info) for info in infos]
 
 

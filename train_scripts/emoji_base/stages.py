@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from dora_diffusion.errors import DataError
+
 from . import autoencoder, denoiser
 from .bases import KINDS
 from .export import export
@@ -55,9 +57,8 @@ class Paths:
 class Pace:
     """Counts steps against the clock: when to log, save and draw, and the time left."""
 
-    def __init__(self, steps: int, save_every: float, draw_every: float) -> None:
-        self._steps, self._began = steps, time.monotonic()
-        self._first: int | None = None
+    def __init__(self, first: int, steps: int, save_every: float, draw_every: float) -> None:
+        self._first, self._steps, self._began = first, steps, time.monotonic()
         self._every = {"save": save_every, "draw": draw_every}
         self._last = dict.fromkeys(self._every, self._began)
 
@@ -71,8 +72,6 @@ class Pace:
 
     def minutes_left(self, step: int) -> float:
         """At this sitting's speed."""
-        if self._first is None:
-            self._first, self._began = step, time.monotonic()
         done = step - self._first
         spent = time.monotonic() - self._began
         return (self._steps - step) * spent / max(done, 1) / 60
@@ -115,7 +114,7 @@ def finished_autoencoder(paths: Paths) -> AutoencoderKL | None:
 def _needed_autoencoder(paths: Paths) -> AutoencoderKL:
     vae = finished_autoencoder(paths)
     if vae is None:
-        raise FileNotFoundError(f"{paths.work} holds no vae folder: run the autoencoder first")
+        raise DataError(f"{paths.work} holds no vae folder: run --stage autoencoder first, or give --start-from.")
     return vae
 
 
@@ -127,7 +126,7 @@ def run_autoencoder(paths: Paths, plan: autoencoder.AutoencoderPlan, device: tor
     checkpoint = paths.work / "autoencoder.pt"
     if checkpoint.exists():
         run.load(checkpoint)
-    pace, stop = Pace(plan.steps, save_every=180, draw_every=180), StopSignal()
+    pace, stop = Pace(run.step, plan.steps, save_every=180, draw_every=180), StopSignal()
     losses = autoencoder.train(run, plan, pictures, device)
     for _ in logged(run, losses, paths.work / "autoencoder.jsonl", pace):
         if pace.due("save") or stop.received:
@@ -168,12 +167,17 @@ def training_latents(paths: Paths, vae: AutoencoderKL) -> tuple[list[Icon], Tens
         pixels = torch.from_numpy(render_renditions(icons, select_icons(sets, stroke=OUTLINE)))
         with write_atomically(store) as temporary:
             save_file({"latents": autoencoder.encode(vae, pixels).contiguous()}, temporary)
-    return in_all_renditions(icons), load_file(store)["latents"]
+    pictures, latents = in_all_renditions(icons), load_file(store)["latents"]
+    if len(latents) != len(pictures):
+        raise DataError(f"{store} holds {len(latents)} pictures, not {len(pictures)}: delete it, and it is made again.")
+    return pictures, latents
 
 
 def start_from(paths: Paths, pipeline: Path) -> None:
     """Takes over the autoencoder and the tokenizer of an earlier base, where the work folder has none yet."""
     for part in ("vae", "tokenizer"):
+        if not (pipeline / part).is_dir():
+            raise DataError(f"--start-from: {pipeline} holds no {part} folder; it must be an embedded base.")
         if not (paths.work / part).is_dir():
             with replace_folder(paths.work / part) as folder:
                 shutil.copytree(pipeline / part, folder, dirs_exist_ok=True)
@@ -221,7 +225,7 @@ def run_denoiser(
         run.load(checkpoint)
     elif earlier is not None:
         run.take_weights(earlier)
-    pace, stop = Pace(plan.steps, save_every=180, draw_every=600), StopSignal()
+    pace, stop = Pace(run.step, plan.steps, save_every=180, draw_every=600), StopSignal()
     losses = denoiser.train(run, plan, latents, denoiser.Captions(tokenizer, icons), device)
     for _ in logged(run, losses, paths.denoiser / "denoiser.jsonl", pace, every=100):
         if run.step == plan.steps - plan.decay_steps:

@@ -1,0 +1,276 @@
+"""`python -m benchmarks.quality`: what DoRA learns and forgets that LoRA does not, over styles, ranks and seeds.
+
+Twins (same seed, pictures, noise and timesteps) are trained on the sample styles with an embedded base. Learned is the
+loss on pictures of the style that were held out, forgotten is the loss on pictures that the base itself drew in its own
+styles; both at fixed noise, as changes in percent of the base's. A difference is taken within each pair of twins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.command import rank_list
+from benchmarks.reporter import Reporter
+from benchmarks.results import ResultsError, describe_machine, today
+from dora_diffusion.demo import PROMPTS, sample_folder
+from dora_diffusion.errors import DoraDiffusionError
+from dora_diffusion.formats.files import load_adapter
+from dora_diffusion.generation import GenerationRequest, generate
+from dora_diffusion.models.loading import load_base
+from dora_diffusion.outputs import save_png, write_text
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.loop import Training, held_out_loss, make_accelerator, prepare
+from dora_diffusion.training.run import Finished, train
+
+KINDS = ("lora", "dora")
+RANKS = (1, 4, 16)
+BASE_STYLES = ("noto", "classic", "fluent", "twemoji")
+COLOURS = {"lora": "#d97706", "dora": "#2563eb"}
+LABELS = {"lora": "LoRA", "dora": "DoRA"}
+MEASURES = {"learned": "loss on the style's held-out pictures", "forgotten": "loss on the base's own pictures"}
+PNG_DPI = 110
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair of twins; losses as changes in percent of the base's, by kind."""
+
+    base: str
+    style: str
+    rank: int
+    seed: int
+    steps: int
+    learning_rate: float
+    learned: Mapping[str, float]
+    forgotten: Mapping[str, float]
+
+    @property
+    def key(self) -> str:
+        return key_of(self.base, self.style, self.rank, self.seed, self.steps, self.learning_rate)
+
+    @property
+    def group(self) -> tuple[str, str, int, float, int]:
+        """What the pairs have in common that a table's row takes together: all but the seed."""
+        return (self.base, self.style, self.steps, self.learning_rate, self.rank)
+
+
+def key_of(base: str, style: str, rank: int, seed: int, steps: int, learning_rate: float) -> str:
+    return f"{base}, {style}, {steps} steps at {learning_rate:g}, rank {rank}, seed {seed}"
+
+
+class Bench:
+    """A loaded base and the pictures that it drew of its own styles."""
+
+    def __init__(self, name: str, work: Path) -> None:
+        self.base = load_base(name, device="cpu")
+        self._work = work / name
+        folder = self._work / "own pictures"
+        for i, (thing, style) in enumerate((thing, style) for thing in PROMPTS for style in BASE_STYLES):
+            prompt = f"{thing}, {style} style"
+            save_png(generate(self.base, GenerationRequest(prompt, seed=1)), folder / f"{i:02}.png")
+            write_text(folder / f"{i:02}.txt", prompt)
+        config = TrainConfig(images=str(folder), validation_images=str(folder), out=str(self._work))
+        self._own = prepare(config, self.base, make_accelerator(config))
+        self._own_loss = _loss(self._own)
+
+    def measure(self, style: str, rank: int, seed: int, steps: int, learning_rate: float) -> Pair:
+        """Trains a LoRA and a DoRA, and measures both."""
+        images = sample_folder(style)
+        config = TrainConfig(
+            images=str(images),
+            validation_images=str(images / "held-out"),
+            out=str(self._work / "twins"),
+            base=self.base.name,
+            kind="both",
+            rank=rank,
+            alpha=rank,
+            steps=steps,
+            batch_size=8,
+            learning_rate=learning_rate,
+            seed=seed,
+            validate_every=steps,
+        )
+        learned: dict[str, float] = {}
+        forgotten: dict[str, float] = {}
+        for event in train(config, base=self.base, overwrite=True):
+            if isinstance(event, Finished):
+                assert event.base_loss and event.held_out_loss
+                learned[event.kind] = _percent(event.held_out_loss, event.base_loss)
+        for kind in KINDS:
+            adapter = load_adapter(self.base.pipe, self._work / "twins" / f"{kind}.safetensors")
+            forgotten[kind] = _percent(_loss(self._own), self._own_loss)
+            adapter.eject()
+        return Pair(self.base.name, style, rank, seed, steps, learning_rate, learned, forgotten)
+
+
+def _loss(training: Training) -> float:
+    loss = held_out_loss(training)
+    assert loss is not None
+    return loss
+
+
+def _percent(after: float, before: float) -> float:
+    return round(100 * (after / before - 1), 4)
+
+
+def load(path: Path) -> dict[str, Pair]:
+    """The pairs measured so far. Raises ResultsError."""
+    if not path.exists():
+        return {}
+    try:
+        return {key: Pair(**pair) for key, pair in json.loads(path.read_text())["pairs"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ResultsError(f"{path} holds no results of this version ({error}); name another file.") from error
+
+
+def save(path: Path, pairs: Mapping[str, Pair]) -> None:
+    machine = dataclasses.asdict(describe_machine(torch.device("cpu")))
+    content = {"date": today(), "machine": machine, "pairs": {k: dataclasses.asdict(p) for k, p in pairs.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """DoRA's figure less LoRA's within each pair: mean, standard error, and in how many pairs it is below 0."""
+
+    mean: float
+    error: float
+    below: int
+    pairs: int
+
+
+def difference(pairs: Sequence[Pair], measure: str) -> Difference:
+    each = [getattr(pair, measure)["dora"] - getattr(pair, measure)["lora"] for pair in pairs]
+    error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+    return Difference(statistics.fmean(each), error, sum(value < 0 for value in each), len(each))
+
+
+def groups(pairs: Mapping[str, Pair]) -> Iterator[tuple[tuple[str, str, int, float, int], list[Pair]]]:
+    """Pairs that differ in the seed alone, ordered by base, style, settings and rank."""
+    for group in sorted({pair.group for pair in pairs.values()}):
+        yield group, [pair for pair in pairs.values() if pair.group == group]
+
+
+def print_table(console: Console, pairs: Mapping[str, Pair]) -> None:
+    columns = ("style", "steps, rate", "rank", "seeds")
+    table = Table(*columns, title="LoRA and DoRA, changes in percent of the base's loss", title_justify="left")
+    for measure in MEASURES:
+        for text in (f"{measure}: LoRA", "DoRA", "DoRA - LoRA", "DoRA below"):
+            table.add_column(text, justify="right", no_wrap=True)
+    for (base, style, steps, rate, rank), some in groups(pairs):
+        row = [f"{style} ({base})", f"{steps}, {rate:g}", str(rank), str(len(some))]
+        for measure in MEASURES:
+            row += [f"{statistics.fmean(getattr(pair, measure)[kind] for pair in some):+.2f}" for kind in KINDS]
+            found = difference(some, measure)
+            row += [f"{found.mean:+.2f} ± {found.error:.2f}", f"{found.below} of {found.pairs}"]
+        table.add_row(*row)
+    console.print(table)
+    console.print("± is the standard error of the mean of the pairs' differences.", style="dim")
+
+
+def draw_plot(pairs: Mapping[str, Pair], path: Path) -> None:
+    """Both measures against the rank, a column for each style: a dot is an adapter, a line joins the means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = sorted({pair.group[:4] for pair in pairs.values()})
+    size = (4.4 * len(settings), 3.2 * len(MEASURES))
+    figure, axes = pyplot.subplots(len(MEASURES), len(settings), figsize=size, squeeze=False, sharey="row")
+    for column, setting in enumerate(settings):
+        some = [pair for pair in pairs.values() if pair.group[:4] == setting]
+        ranks = sorted({pair.rank for pair in some})
+        for row, (measure, label) in enumerate(MEASURES.items()):
+            ax = axes[row][column]
+            for kind, aside in zip(KINDS, (0.94, 1.06), strict=True):
+                values = {r: [getattr(p, measure)[kind] for p in some if p.rank == r] for r in ranks}
+                places = [r * aside for r in ranks for _ in values[r]]
+                ax.scatter(places, [v for r in ranks for v in values[r]], s=16, alpha=0.5, color=COLOURS[kind], lw=0)
+                means = [statistics.fmean(values[r]) for r in ranks]
+                ax.plot([r * aside for r in ranks], means, color=COLOURS[kind], label=LABELS[kind])
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(ranks, [str(rank) for rank in ranks])
+            ax.grid(alpha=0.25)
+            if column == 0:
+                ax.set_ylabel(f"{label},\n% of the base's", fontsize=9)
+            if row == 0:
+                base, style, steps, rate = setting
+                ax.set_title(f"{style} on {base}, {steps} steps at {rate:g}", fontsize=10)
+                ax.legend(frameon=False)
+            if row == len(MEASURES) - 1:
+                ax.set_xlabel("rank")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=PNG_DPI)
+    pyplot.close(figure)
+
+
+def measure_all(
+    wanted: Sequence[tuple[str, int, int, int, float]], bench: Bench, path: Path, reporter: Reporter
+) -> dict[str, Pair]:
+    """Measures what the file lacks, one pair after another, and saves after each."""
+    pairs = load(path)
+    missing = [w for w in wanted if key_of(bench.base.name, *w[:3], *w[3:]) not in pairs]
+    with reporter.steps(f"{len(missing)} pairs of twins", len(missing)) as advance:
+        for style, rank, seed, steps, rate in missing:
+            pair = bench.measure(style, rank, seed, steps, rate)
+            pairs[pair.key] = pair
+            save(path, pairs)
+            advance()
+    return pairs
+
+
+def main(
+    base: Annotated[str, typer.Option(help="An embedded base.")] = "emoji",
+    styles: Annotated[str, typer.Option(help="Sample folders, comma-separated.")] = "openmoji,fluent",
+    ranks: Annotated[str, typer.Option(help="Ranks, comma-separated; alpha is the rank.")] = "",
+    seeds: Annotated[int, typer.Option(help="Pairs of twins for each style and rank.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Training steps, of 8 pictures each.", min=1)] = 200,
+    learning_rate: Annotated[float, typer.Option(help="0: the base's own.", min=0.0)] = 0.0,
+    threads: Annotated[int, typer.Option(help="Processor threads; 0 for PyTorch's own choice.", min=0)] = 0,
+    show: Annotated[bool, typer.Option("--show", help="Print and plot the saved results, and stop.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Results; pairs that are in it are not trained again.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the pairs into this PNG.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for adapters and pictures.")] = Path("outputs/quality"),
+) -> None:
+    """Train LoRA and DoRA twins on the sample styles over ranks and seeds, and lay what they learn and forget side by side."""  # noqa: E501
+    console = Console() if Console().is_terminal else Console(width=140)
+    path = json or Path(__file__).parent / "results" / "quality-cpu.json"
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        pairs = load(path)
+        if not show:
+            bench = Bench(base, work)
+            rate = learning_rate or bench.base.learning_rate
+            wanted = [
+                (style, rank, seed, steps, rate)
+                for seed in range(seeds)
+                for style in styles.split(",")
+                for rank in rank_list(ranks, RANKS)
+            ]
+            pairs = measure_all(wanted, bench, path, Reporter(console))
+    except DoraDiffusionError as error:
+        console.print(f"[red]{error}[/]")
+        raise typer.Exit(1) from error
+    print_table(console, pairs)
+    if plot is not None and pairs:
+        draw_plot(pairs, plot)
+
+
+if __name__ == "__main__":
+    typer.run(main)
