@@ -580,8 +580,12 @@ def test_the_estimate_counts_what_training_trains(tabs, studio, few_pictures):
     for kind in ("lora", "dora"):
         adapter = inject_adapter(bases.unet(), AdapterConfig(kind=kind, rank=3))
         assert estimate.costs[kind].parameters == sum(p.numel() for p in adapter.parameters())
-    per_step = [cost.seconds_per_step for cost in estimate.costs.values()]
-    assert all(0 < seconds < 60 for seconds in per_step) and estimate.seconds(10) == pytest.approx(10 * sum(per_step))
+    for cost in estimate.costs.values():
+        assert all(0 < seconds < 60 for seconds in (cost.step, cost.preview, cost.held_out))
+    # Ten steps, previews and measurements every ten; one picture of eight is held out, and measured at the start too.
+    config = form.config(few_pictures, studio.outputs, "emoji", ["a"] * 8)
+    whole = sum(10 * cost.step + cost.preview + 2 * cost.held_out for cost in estimate.costs.values())
+    assert estimate.seconds(config, 8) == pytest.approx(whole)
     assert estimate.memory > 50 * 1024**2
     assert not any("lora" in name for name, _ in studio.painter._base.denoiser.named_modules())
 

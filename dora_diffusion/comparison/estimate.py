@@ -7,28 +7,48 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 
+from dora_diffusion.generation import GenerationRequest, generate
 from dora_diffusion.injection import Kind
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.loop import Training, make_accelerator, new_adapter, prepare, steps
+from dora_diffusion.training.loop import (
+    Training,
+    held_out_count,
+    held_out_loss,
+    make_accelerator,
+    new_adapter,
+    prepare,
+    steps,
+)
 
 __all__ = ["Estimate", "KindCost", "estimate_run"]
 
 WARM_UP = 1  # steps before the clock runs: the first one builds what later ones reuse
 MEASURED = 2
+PREVIEWED = (1, 4)  # steps of the pictures that a preview's time follows from
 SAMPLED_EVERY = 0.005  # seconds between looks at the process's memory
 
 
 @dataclass(frozen=True)
 class KindCost:
+    """Seconds of a training step, of a preview picture, and of one measurement of one held-out picture."""
+
     parameters: int
-    seconds_per_step: float
+    step: float
+    preview: float
+    held_out: float
+
+    def seconds(self, config: TrainConfig, pictures: int) -> float:
+        """Of a whole run of this kind on so many pictures, some of them held out."""
+        previews = _times(config.steps, config.preview_every) * len(config.preview_prompts) * len(config.preview_seeds)
+        measured = (1 + _times(config.steps, config.validate_every)) * held_out_count(config, pictures)
+        return config.steps * self.step + previews * self.preview + measured * self.held_out
 
 
 @dataclass(frozen=True)
@@ -38,8 +58,13 @@ class Estimate:
     costs: dict[Kind, KindCost]
     memory: int
 
-    def seconds(self, steps: int) -> float:
-        return steps * sum(cost.seconds_per_step for cost in self.costs.values())
+    def seconds(self, config: TrainConfig, pictures: int) -> float:
+        return sum(cost.seconds(config, pictures) for cost in self.costs.values())
+
+
+def _times(steps: int, every: int) -> int:
+    """How often something is done that is done every so many steps, and after the last one."""
+    return -(-steps // every)
 
 
 def estimate_run(config: TrainConfig, base: Base) -> Estimate:
@@ -61,10 +86,26 @@ def _measure(training: Training, kind: Kind) -> KindCost:
         list(islice(run, WARM_UP))
         began = time.monotonic()
         count = len(list(run))
-        spent = time.monotonic() - began
-        return KindCost(sum(parameter.numel() for parameter in adapter.parameters()), spent / count)
+        step = (time.monotonic() - began) / count
+        began = time.monotonic()
+        held_out_loss(replace(training, held_out=training.instances))
+        held_out = (time.monotonic() - began) / len(training.instances)
+        preview = _preview(training.base, training.config) if training.config.preview_prompts else 0.0
+        return KindCost(sum(parameter.numel() for parameter in adapter.parameters()), step, preview, held_out)
     finally:
         adapter.eject()
+
+
+def _preview(base: Base, config: TrainConfig) -> float:
+    """Seconds of a preview, from two pictures of fewer steps: a whole one takes minutes on a large base."""
+    spent = []
+    for count in PREVIEWED:
+        began = time.monotonic()
+        generate(base, GenerationRequest(config.preview_prompts[0], num_inference_steps=count))
+        spent.append(time.monotonic() - began)
+    few, more = PREVIEWED
+    a_step = max(0.0, (spent[1] - spent[0]) / (more - few))
+    return spent[0] + (GenerationRequest("").num_inference_steps - few) * a_step
 
 
 @contextmanager

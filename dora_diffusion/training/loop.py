@@ -29,7 +29,7 @@ from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.objectives import Objective, objective_of
 
-__all__ = ["Step", "Training", "held_out_loss", "make_accelerator", "new_adapter", "prepare", "steps"]
+__all__ = ["Step", "Training", "held_out_count", "held_out_loss", "make_accelerator", "new_adapter", "prepare", "steps"]
 
 HELD_OUT_TIMESTEPS = 8
 HELD_OUT_SEED = 20240209  # fixed, so that the figure compares between runs of any seed
@@ -106,8 +106,7 @@ def split_held_out(
     """Pictures to train on and pictures to measure on: a folder of its own, or a few of the images, by the seed."""
     if config.validation_images is not None:
         return images, list(read_folder(config.validation_images, config.instance_prompt, smallest=smallest).images)
-    # A subject's five pictures are too few to spare any.
-    count = config.held_out if config.held_out is not None else (len(images) // 8 if len(images) >= 8 else 0)
+    count = held_out_count(config, len(images))
     if count >= len(images):
         raise DataError(
             f"held_out is {count}, but {config.images} has only {len(images)} pictures: "
@@ -117,6 +116,12 @@ def split_held_out(
     aside = set(order[:count])
     kept = [image for i, image in enumerate(images) if i not in aside]
     return kept, [image for i, image in enumerate(images) if i in aside]
+
+
+def held_out_count(config: TrainConfig, pictures: int) -> int:
+    """How many of a folder's pictures are held out."""
+    # A subject's five pictures are too few to spare any.
+    return config.held_out if config.held_out is not None else (pictures // 8 if pictures >= 8 else 0)
 
 
 def new_adapter(training: Training, kind: Kind) -> tuple[Adapter, Optimizer]:

@@ -127,8 +127,9 @@ class Costing:
             work = make_folder(self.studio.outputs / "web")
             with tempfile.TemporaryDirectory(dir=work) as folder, self.studio.painter.turn(lambda _: None) as base:
                 images = Path(folder) / "images"
-                put_into(images, uploads[: int(form.batch_size)], form.prompt.strip() or "anything")
-                config = form.config(images, Path(folder), self.studio.base_name)
+                caption = form.prompt.strip() or "anything"
+                put_into(images, uploads[: int(form.batch_size)], caption)
+                config = form.config(images, Path(folder), self.studio.base_name, [caption])
                 self.known[key] = estimate_run(config, base)
         return self.known[key]
 
@@ -161,19 +162,22 @@ def checks(
         lines[f"{bare} without a caption: write it in the table, or one for all below it"] = False
     lines[f"{int(form.steps or 0)} steps of {_many(int(form.batch_size or 0), 'picture')} each"] = True
     if estimate is not None:
-        lines |= _cost(form, estimate)
+        lines |= _cost(form, captions, estimate)
     return lines
 
 
-def _cost(form: TrainForm, estimate: Estimate) -> dict[str, bool | None]:
-    ready()
+def _cost(form: TrainForm, captions: Sequence[str], estimate: Estimate) -> dict[str, bool | None]:
+    try:
+        config = form.config(Path(), Path(), "", captions)
+    except ConfigError:
+        return {}  # said when the run is started
     from dora_diffusion.console import clock
     from dora_diffusion.injection import KIND_LABEL
 
     parameters = ", ".join(f"{KIND_LABEL[kind]} {cost.parameters:,}" for kind, cost in estimate.costs.items())
     return {
         f"trainable parameters: {parameters}": None,
-        f"about {clock(estimate.seconds(int(form.steps or 0)))} and {estimate.memory / 1024**3:.1f} GB of memory, "
+        f"about {clock(estimate.seconds(config, len(captions)))} and {estimate.memory / 1024**3:.1f} GB of memory, "
         "by a measured warm-up": None,
     }
 
