@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = No
     """
     check_prompt(base.pipe, request.prompt)
     check_prompt(base.pipe, request.negative_prompt)
+    if request.negative_prompt and "true_cfg_scale" in inspect.signature(base.pipe.__call__).parameters:
+        raise PromptError(
+            f"{base.name} draws with a guidance that was distilled into it and would pass over the negative prompt "
+            f"{request.negative_prompt[:60]!r}: leave it out."
+        )
     denoiser = base.denoiser
     was_training = denoiser.training
     denoiser.eval()

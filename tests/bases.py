@@ -1,4 +1,4 @@
-"""Small real models, made on the spot: a Stable Diffusion, an SDXL and a Stable Diffusion 3 with random weights."""
+"""Small real models with random weights, made on the spot: Stable Diffusion 1, XL and 3, and FLUX."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -17,7 +18,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 TOKENIZER = Path(__file__).parent.parent / "dora_diffusion" / "assets" / "emoji" / "tokenizer"
 
@@ -53,11 +61,12 @@ def sd3_transformer(seed: int = 0, joint_attention_dim: int = 32) -> SD3Transfor
     ).eval()
 
 
-def flux_transformer(seed: int = 0) -> FluxTransformer2DModel:
+def flux_transformer(seed: int = 0, in_channels: int = 4, guidance_embeds: bool = False) -> FluxTransformer2DModel:
     torch.manual_seed(seed)
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4,
+        in_channels=in_channels,
+        guidance_embeds=guidance_embeds,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -144,4 +153,19 @@ def stable_diffusion_3() -> DiffusionPipeline:
         tokenizer_3=None,
         transformer=sd3_transformer(joint_attention_dim=64),  # with no T5, the two CLIP embeddings side by side
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def flux(guidance_embeds: bool = True) -> DiffusionPipeline:
+    torch.manual_seed(5)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    return FluxPipeline(
+        vae=vae(shift_factor=0.1),
+        text_encoder=CLIPTextModel(_text_config()).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5).eval(),
+        tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
+        transformer=flux_transformer(in_channels=16, guidance_embeds=guidance_embeds),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )

@@ -7,19 +7,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import bases
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from dora_diffusion.data.cache import encode_images
 from dora_diffusion.data.folder import read_folder
-from dora_diffusion.errors import DataError, OutputError, TrainingError
+from dora_diffusion.errors import ConfigError, DataError, OutputError, TrainingError
+from dora_diffusion.formats.files import load_adapter
+from dora_diffusion.models.families import family_of
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import Step, held_out_loss, make_accelerator, prepare
@@ -54,6 +59,12 @@ def stop_after(count: int):  # type: ignore[no-untyped-def]
     """A should_stop that says yes from the count-th time it is asked."""
     asked = iter(range(1, 10_000))
     return lambda: next(asked) >= count
+
+
+def prepared_loss(settings: TrainConfig, base: Base) -> float:
+    loss = held_out_loss(prepare(settings, base, make_accelerator(settings)))
+    assert loss is not None
+    return loss
 
 
 # Objectives
@@ -137,6 +148,65 @@ def test_random_flip_trains_on_mirror_images_too(tmp_path: Path, sd_base: Base) 
     assert measured[0] == measured[1]  # pictures are measured on as they are
 
 
+@pytest.mark.parametrize("guidance_embeds", [True, False], ids=["dev", "schnell"])
+def test_flux_is_asked_as_its_pipeline_asks_it(guidance_embeds: bool) -> None:
+    pipe = bases.flux(guidance_embeds)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def record(_module: object, _given: object, values: dict[str, torch.Tensor], output: tuple[torch.Tensor]) -> None:
+        seen.append((values["timestep"], output[0]))
+
+    hook = pipe.transformer.register_forward_hook(record, with_kwargs=True)
+    x = torch.randn(2, 4, 8, 12)
+    packed = pipe._pack_latents(x, *x.shape)
+    pipe(["disc", "a red disc"], height=16, width=24, num_inference_steps=1, guidance_scale=1.0, latents=packed)
+    hook.remove()
+    ((t, expected),) = seen
+    family = family_of(pipe)
+    with torch.no_grad():
+        found = family.predict(pipe.transformer, x, t * 1000, family.encode(pipe, ["disc", "a red disc"]))
+    assert found.shape == x.shape
+    torch.testing.assert_close(pipe._pack_latents(found, *x.shape), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["nf4", "int8"])
+def test_a_packed_base_trains_and_its_adapter_fits_the_whole_one(
+    packing: Literal["nf4", "int8"], tmp_path: Path, pictures: Path
+) -> None:
+    whole, packed = load_base("emoji", device="cpu"), load_base("emoji", device="cpu", packing=packing)
+    names = [name for name, layer in whole.denoiser.named_modules() if type(layer) is nn.Linear and "block" in name]
+    held = 0
+    for name in names:
+        W, layer = whole.denoiser.get_submodule(name).weight, packed.denoiser.get_submodule(name)
+        if packing == "int8":
+            found, step = layer.weight.dequantize(), W.abs().amax(1, keepdim=True) / 127
+            assert ((found - W).abs() <= 0.51 * step).all()
+        elif W.shape[1] % 64 == 0:
+            expected = bnb.dequantize_4bit(*bnb.quantize_4bit(W.detach(), quant_type="nf4", compress_statistics=True))
+            found = bnb.dequantize_4bit(layer.weight, layer.weight.quant_state)
+            torch.testing.assert_close(found, expected)
+        else:
+            assert layer.weight.equal(W)
+            continue
+        held += 1
+    assert held > 0.7 * len(names)
+    values = {"kind": "dora", "steps": 12, "learning_rate": 1e-3, "quantise": packing, "preview_prompts": ["disc"]}
+    settings = config(pictures, tmp_path, Path("emoji"), **values)
+    measured = [e.held_out_loss for e in train(settings) if isinstance(e, Measured)]
+    assert measured[-1] < measured[0]
+    adapter = load_adapter(whole.pipe, tmp_path / "dora.safetensors")
+    assert prepared_loss(settings, whole) < 1.02 * measured[-1]
+    adapter.eject()
+
+
+def test_a_resolution_that_does_not_fit_the_base_is_refused(tmp_path: Path, pictures: Path) -> None:
+    bases.flux().save_pretrained(tmp_path / "base")
+    settings = config(pictures, tmp_path / "out", tmp_path / "base", resolution=18)
+    with pytest.raises(ConfigError, match="18; this base wants a multiple of 4, such as 20"):
+        list(train(settings))
+
+
 # Runs
 
 
@@ -161,7 +231,7 @@ def test_twins_lower_the_held_out_loss_and_write_what_is_promised(
     assert again.steps == 12 and "learning_rate = 0.01" in (tmp_path / "config.toml").read_text()
 
 
-@pytest.mark.parametrize("make", [bases.stable_diffusion_xl, bases.stable_diffusion_3, "v_prediction"])
+@pytest.mark.parametrize("make", [bases.stable_diffusion_xl, bases.stable_diffusion_3, bases.flux, "v_prediction"])
 def test_every_family_and_objective_trains(make, tmp_path: Path, pictures: Path) -> None:  # type: ignore[no-untyped-def]
     pipe: DiffusionPipeline = bases.stable_diffusion("v_prediction") if make == "v_prediction" else make()
     pipe.save_pretrained(tmp_path / "base")
@@ -170,7 +240,7 @@ def test_every_family_and_objective_trains(make, tmp_path: Path, pictures: Path)
     measured = [e.held_out_loss for e in events if isinstance(e, Measured)]
     assert measured[-1] < measured[0]
     stored = load_file(tmp_path / "out" / "dora.safetensors")
-    prefix = "transformer." if make is bases.stable_diffusion_3 else "unet."
+    prefix = "transformer." if make in (bases.stable_diffusion_3, bases.flux) else "unet."
     assert stored and all(key.startswith(prefix) for key in stored)
 
 

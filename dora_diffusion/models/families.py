@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from dora_diffusion.errors import BaseModelError
@@ -44,7 +44,8 @@ class Family:
     """One row: the pipeline class it stands for, which part is adapted and where, and the two calls training makes.
 
     `encode(pipe, prompts)` gives the conditioning of a batch of prompts; `predict(denoiser, x, t, conditioning)` the
-    denoiser's output for noisy latents x [batch, channels, height, width] at timesteps t [batch].
+    denoiser's output for noisy latents x [batch, channels, height, width] at timesteps t [batch]. `packs` is the
+    side of the square of latents that the pipeline makes one token.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Family:
     target_modules: tuple[str, ...] = ATTENTION_TARGETS
     guidance_scale: float = 7.5
     learning_rate: float = 1e-4
+    packs: int = 1
 
 
 def _encode_sd(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
@@ -99,7 +101,30 @@ def _predict_sd3(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Con
     return transformer(hidden_states=x, timestep=t, **conditioning.tensors).sample
 
 
-_SD3_TARGETS = (*ATTENTION_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+def _encode_flux(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
+    embeds, pooled, _ = pipe.encode_prompt(prompts, None, device=pipe.device, num_images_per_prompt=1)
+    return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+
+def _predict_flux(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    # Squares of 2 x 2 latents are one token, whose place is said beside it; those of the text have none.
+    n, channels, height, width = x.shape
+    places = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x.device, x.dtype)
+    tokens = conditioning.tensors["encoder_hidden_states"].shape[1]
+    # FLUX.1 dev is told a guidance scale, which was distilled into it; 1 is what plain flow matching asks for.
+    guidance = torch.ones(n, device=x.device) if transformer.config.guidance_embeds else None  # type: ignore[union-attr]
+    packed = transformer(
+        hidden_states=FluxPipeline._pack_latents(x, n, channels, height, width),
+        timestep=t / 1000,
+        guidance=guidance,
+        img_ids=places,
+        txt_ids=torch.zeros(tokens, 3, device=x.device, dtype=x.dtype),
+        **conditioning.tensors,
+    ).sample
+    return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
+
+
+_JOINT_TARGETS = (*ATTENTION_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 FAMILIES = (
     Family("Stable Diffusion 1 and 2", "StableDiffusionPipeline", "unet", _encode_sd, _predict_sd),
@@ -117,8 +142,18 @@ FAMILIES = (
         "transformer",
         _encode_sd3,
         _predict_sd3,
-        target_modules=_SD3_TARGETS,
+        target_modules=_JOINT_TARGETS,
         guidance_scale=4.5,
+    ),
+    Family(
+        "FLUX.1",
+        "FluxPipeline",
+        "transformer",
+        _encode_flux,
+        _predict_flux,
+        target_modules=_JOINT_TARGETS,
+        guidance_scale=3.5,
+        packs=2,
     ),
 )
 

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dora_diffusion.errors import BaseModelError
 from dora_diffusion.models.families import Family, family_of
+from dora_diffusion.models.quantising import Packing, quantise
 
 __all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "load_base", "pick_device"]
 
@@ -68,7 +69,14 @@ class Base:
     @property
     def size(self) -> int:
         """The side in pixels of the square pictures this base was made for."""
-        return int(self.denoiser.config.sample_size) * self.vae_scale  # type: ignore[union-attr, arg-type]
+        sample_size = self.denoiser.config.get("sample_size") or self.pipe.default_sample_size  # type: ignore[operator, union-attr]
+        return int(sample_size) * self.vae_scale
+
+    @property
+    def multiple(self) -> int:
+        """What a picture's sides in pixels must be multiples of."""
+        patch = self.denoiser.config.get("patch_size") or 1  # type: ignore[operator, union-attr]
+        return self.vae_scale * int(patch) * self.family.packs
 
     @property
     def guidance_scale(self) -> float:
@@ -96,18 +104,28 @@ def pick_device(device: Device | torch.device = "auto") -> torch.device:
     return torch.device(device)
 
 
-def load_base(name: str = "emoji", *, device: Device | torch.device = "auto", dtype: torch.dtype | None = None) -> Base:
+def load_base(
+    name: str = "emoji",
+    *,
+    device: Device | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    packing: Packing | None = None,
+) -> Base:
     """Load a base by "emoji" or "emoji-dit", a folder in diffusers layout, a .safetensors checkpoint or a hub id.
 
-    dtype defaults to float32 on a CPU and bfloat16 elsewhere. Weights are read from safetensors only.
-    Raises BaseModelError.
+    dtype defaults to float32 on a CPU and bfloat16 elsewhere; `packing` quantises the denoiser's blocks. Weights are
+    read from safetensors only. Raises BaseModelError, and ConfigError for a packing that cannot be had.
     """
     target = pick_device(device)
     dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
     _quieten()
     pipe = _load_pipeline(name, dtype)
     pipe.set_progress_bar_config(disable=True)
-    return Base(name, pipe.to(target))
+    base = Base(name, pipe)
+    if packing is not None:
+        quantise(base.denoiser, packing, target)
+    pipe.to(target)
+    return base
 
 
 def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dora_diffusion.errors import ConfigError, nearest
 from dora_diffusion.injection import AdapterConfig, Kind
+from dora_diffusion.models.quantising import Packing
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,6 +36,7 @@ class TrainConfig(BaseModel):
     instance_prompt: str | None = None
     validation_images: str | None = None
     held_out: int | None = Field(None, ge=0)
+    quantise: Packing | None = None
     resolution: int | None = Field(None, ge=8, le=4096)
     random_flip: bool = False
 

@@ -22,7 +22,7 @@ from torch.optim import AdamW, Optimizer
 
 from dora_diffusion.data.cache import EncodedImages, encode_images
 from dora_diffusion.data.folder import TrainingImage, read_folder
-from dora_diffusion.errors import DataError, TrainingError
+from dora_diffusion.errors import ConfigError, DataError, TrainingError
 from dora_diffusion.injection import Adapter, Kind, inject_adapter
 from dora_diffusion.models.families import Conditioning
 from dora_diffusion.models.loading import Base
@@ -84,6 +84,11 @@ def prepare(
     """Read, check and encode the pictures. Raises DataError, PromptError and BaseModelError."""
     objective = objective_of(base.pipe.scheduler)
     size = config.resolution or base.size
+    if size % base.multiple:
+        below = size // base.multiple * base.multiple
+        raise ConfigError(
+            f"resolution is {size}; this base wants a multiple of {base.multiple}, such as {below + base.multiple}."
+        )
     folder = read_folder(config.images, config.instance_prompt, smallest=max(16, size // 4))
     kept, held_out = split_held_out(config, list(folder.images), smallest=max(16, size // 4))
     prior = [TrainingImage(path, config.class_prompt or "") for path in class_images or []]

@@ -109,7 +109,7 @@ def train(
     if config.device != "auto":
         pick_device(config.device)  # says so if it is missing; accelerate would take another one
     accelerator = make_accelerator(config)
-    base = base or load_base(config.base, device=accelerator.device)
+    base = base or load_base(config.base, device=accelerator.device, packing=config.quantise)
     config = _resolve(config, base)
     for prompt in config.preview_prompts:
         check_prompt(base.pipe, prompt)
