@@ -22,8 +22,9 @@ from torch import nn
 
 from dora_diffusion.data.cache import encode_images
 from dora_diffusion.data.folder import read_folder
-from dora_diffusion.errors import ConfigError, DataError, OutputError, TrainingError
+from dora_diffusion.errors import ConfigError, DataError, OutputError, PromptError, TrainingError
 from dora_diffusion.formats.files import load_adapter
+from dora_diffusion.generation import GenerationRequest, generate
 from dora_diffusion.models.families import family_of
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
@@ -168,6 +169,8 @@ def test_flux_is_asked_as_its_pipeline_asks_it(guidance_embeds: bool) -> None:
         found = family.predict(pipe.transformer, x, t * 1000, family.encode(pipe, ["disc", "a red disc"]))
     assert found.shape == x.shape
     torch.testing.assert_close(pipe._pack_latents(found, *x.shape), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(PromptError, match="leave it out"):
+        generate(Base("flux", pipe), GenerationRequest("disc", negative_prompt="square"))
 
 
 @pytest.mark.parametrize("packing", ["nf4", "int8"])
