@@ -58,6 +58,7 @@ def demo_config(out: Path, size: DemoSize, base: str) -> TrainConfig:
         kind="both",
         steps=size.steps,
         batch_size=size.batch_size,
+        random_flip=True,  # sixteen pictures are few
         learning_rate=size.learning_rate,
     )
 
