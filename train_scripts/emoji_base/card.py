@@ -128,7 +128,7 @@ def _taught(base: str, result: Evaluation) -> str:
         f"| {label} | {t.by_style:.0%} | {t.by_shape:.0%} | {t.right_name:.0%} |" for label, t in result.taught.items()
     )
     losses = "\n".join(
-        f"| {label} | {loss.base:.4f} | {loss.adapter:.4f} | -{loss.fall:.1%} |"
+        f"| {label} | {loss.base:.4f} | {loss.adapter:.4f} | {-loss.fall:+.1%} |"
         for label, loss in result.held_out.items()
     )
     return _TAUGHT.format(rows=rows, losses=losses, base=base)
