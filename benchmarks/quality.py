@@ -165,20 +165,27 @@ def groups(pairs: Mapping[str, Pair]) -> Iterator[tuple[tuple[str, str, int, flo
 
 
 def print_table(console: Console, pairs: Mapping[str, Pair]) -> None:
-    columns = ("style", "steps, rate", "rank", "seeds")
-    table = Table(*columns, title="LoRA and DoRA, changes in percent of the base's loss", title_justify="left")
+    console.print("Changes in percent of the base's loss.")
+    for setting in sorted({pair.group[:4] for pair in pairs.values()}):
+        base, style, steps, rate = setting
+        title = f"{style} on {base}, {steps} steps at {rate:g}"
+        console.print(_table(title, {k: p for k, p in pairs.items() if p.group[:4] == setting}))
+    console.print("± is the standard error of the mean of the pairs' differences.", style="dim")
+
+
+def _table(title: str, pairs: Mapping[str, Pair]) -> Table:
+    table = Table("rank", "seeds", title=title, title_justify="left")
     for measure in MEASURES:
         for text in (f"{measure}: LoRA", "DoRA", "DoRA - LoRA", "DoRA below"):
             table.add_column(text, justify="right", no_wrap=True)
-    for (base, style, steps, rate, rank), some in groups(pairs):
-        row = [f"{style} ({base})", f"{steps}, {rate:g}", str(rank), str(len(some))]
+    for group, some in groups(pairs):
+        row = [str(group[-1]), str(len(some))]
         for measure in MEASURES:
             row += [f"{statistics.fmean(getattr(pair, measure)[kind] for pair in some):+.2f}" for kind in KINDS]
             found = difference(some, measure)
             row += [f"{found.mean:+.2f} ± {found.error:.2f}", f"{found.below} of {found.pairs}"]
         table.add_row(*row)
-    console.print(table)
-    console.print("± is the standard error of the mean of the pairs' differences.", style="dim")
+    return table
 
 
 def draw_plot(pairs: Mapping[str, Pair], path: Path) -> None:
