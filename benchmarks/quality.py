@@ -208,7 +208,7 @@ def draw_plot(pairs: Mapping[str, Pair], path: Path) -> None:
                 places = [r * aside for r in ranks for _ in values[r]]
                 ax.scatter(places, [v for r in ranks for v in values[r]], s=16, alpha=0.5, color=COLOURS[kind], lw=0)
                 means = [statistics.fmean(values[r]) for r in ranks]
-                ax.plot([r * aside for r in ranks], means, color=COLOURS[kind], label=LABELS[kind])
+                ax.plot(ranks, means, color=COLOURS[kind], label=LABELS[kind])
             ax.set_xscale("log", base=2)
             ax.set_xticks(ranks, [str(rank) for rank in ranks])
             ax.grid(alpha=0.25)
