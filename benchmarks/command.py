@@ -20,7 +20,7 @@ from benchmarks.tables import print_entries, print_targets
 from benchmarks.variants import VARIANTS, Variant, available
 from dora_diffusion.errors import nearest
 
-__all__ = ["Benchmark", "command_of", "rank_list"]
+__all__ = ["Benchmark", "command_of", "new_console", "rank_list"]
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANKS = (16, 64)
@@ -62,7 +62,7 @@ def command_of(benchmark: Benchmark) -> typer.Typer:
         show: Annotated[bool, typer.Option("--show", help="Print the saved results, and stop.")] = False,
         json: Annotated[Path | None, typer.Option(help="Where the results go; entries not measured stay.")] = None,
     ) -> None:
-        console = _console()
+        console = new_console()
         if threads:
             torch.set_num_threads(threads)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -102,7 +102,8 @@ def command_of(benchmark: Benchmark) -> typer.Typer:
     return app
 
 
-def _console() -> Console:
+def new_console() -> Console:
+    """The terminal, or lines wide enough for the tables where there is none."""
     console = Console()
     return console if console.is_terminal else Console(width=120)  # a log has no width of its own
 

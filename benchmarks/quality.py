@@ -11,8 +11,9 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -21,15 +22,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import rank_list
+from benchmarks.command import new_console, rank_list
 from benchmarks.reporter import Reporter
-from benchmarks.results import ResultsError, describe_machine, today
+from benchmarks.results import ResultsError, default_path, describe_machine, today
+from dora_diffusion.comparison.curves import COLOURS
 from dora_diffusion.demo import PROMPTS, sample_folder
 from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.formats.files import load_adapter
 from dora_diffusion.generation import GenerationRequest, generate
+from dora_diffusion.injection import KIND_LABEL
 from dora_diffusion.models.loading import load_base
-from dora_diffusion.outputs import save_png, write_text
+from dora_diffusion.outputs import save_png, whole_file, write_text
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import Training, held_out_loss, make_accelerator, prepare
 from dora_diffusion.training.run import Finished, train
@@ -37,8 +40,6 @@ from dora_diffusion.training.run import Finished, train
 KINDS = ("lora", "dora")
 RANKS = (1, 4, 16)
 BASE_STYLES = ("noto", "classic", "fluent", "twemoji")
-COLOURS = {"lora": "#d97706", "dora": "#2563eb"}
-LABELS = {"lora": "LoRA", "dora": "DoRA"}
 MEASURES = {"learned": "loss on the style's held-out pictures", "forgotten": "loss on the base's own pictures"}
 PNG_DPI = 110
 
@@ -61,9 +62,9 @@ class Pair:
         return key_of(self.base, self.style, self.rank, self.seed, self.steps, self.learning_rate)
 
     @property
-    def group(self) -> tuple[str, str, int, float, int]:
-        """What the pairs have in common that a table's row takes together: all but the seed."""
-        return (self.base, self.style, self.steps, self.learning_rate, self.rank)
+    def setting(self) -> str:
+        """What the pairs of one table have in common: all but rank and seed."""
+        return f"{self.style} on {self.base}, {self.steps} steps at {self.learning_rate:g}"
 
 
 def key_of(base: str, style: str, rank: int, seed: int, steps: int, learning_rate: float) -> str:
@@ -71,22 +72,27 @@ def key_of(base: str, style: str, rank: int, seed: int, steps: int, learning_rat
 
 
 class Bench:
-    """A loaded base and the pictures that it drew of its own styles."""
+    """A loaded base and, once something is measured, the pictures that it drew in its own styles."""
 
     def __init__(self, name: str, work: Path) -> None:
         self.base = load_base(name, device="cpu")
         self._work = work / name
+
+    @cached_property
+    def _own(self) -> tuple[Training, float]:
+        """The base's own pictures, and its loss on them; asked for before an adapter is in it."""
         folder = self._work / "own pictures"
         for i, (thing, style) in enumerate((thing, style) for thing in PROMPTS for style in BASE_STYLES):
             prompt = f"{thing}, {style} style"
             save_png(generate(self.base, GenerationRequest(prompt, seed=1)), folder / f"{i:02}.png")
             write_text(folder / f"{i:02}.txt", prompt)
         config = TrainConfig(images=str(folder), validation_images=str(folder), out=str(self._work))
-        self._own = prepare(config, self.base, make_accelerator(config))
-        self._own_loss = _loss(self._own)
+        own = prepare(config, self.base, make_accelerator(config))
+        return own, _loss(own)
 
     def measure(self, style: str, rank: int, seed: int, steps: int, learning_rate: float) -> Pair:
         """Trains a LoRA and a DoRA, and measures both."""
+        own, own_loss = self._own
         images = sample_folder(style)
         config = TrainConfig(
             images=str(images),
@@ -110,7 +116,7 @@ class Bench:
                 learned[event.kind] = _percent(event.held_out_loss, event.base_loss)
         for kind in KINDS:
             adapter = load_adapter(self.base.pipe, self._work / "twins" / f"{kind}.safetensors")
-            forgotten[kind] = _percent(_loss(self._own), self._own_loss)
+            forgotten[kind] = _percent(_loss(own), own_loss)
             adapter.eject()
         return Pair(self.base.name, style, rank, seed, steps, learning_rate, learned, forgotten)
 
@@ -138,7 +144,6 @@ def load(path: Path) -> dict[str, Pair]:
 def save(path: Path, pairs: Mapping[str, Pair]) -> None:
     machine = dataclasses.asdict(describe_machine(torch.device("cpu")))
     content = {"date": today(), "machine": machine, "pairs": {k: dataclasses.asdict(p) for k, p in pairs.items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -158,28 +163,28 @@ def difference(pairs: Sequence[Pair], measure: str) -> Difference:
     return Difference(statistics.fmean(each), error, sum(value < 0 for value in each), len(each))
 
 
-def groups(pairs: Mapping[str, Pair]) -> Iterator[tuple[tuple[str, str, int, float, int], list[Pair]]]:
-    """Pairs that differ in the seed alone, ordered by base, style, settings and rank."""
-    for group in sorted({pair.group for pair in pairs.values()}):
-        yield group, [pair for pair in pairs.values() if pair.group == group]
+def by_setting(pairs: Mapping[str, Pair]) -> dict[str, dict[int, list[Pair]]]:
+    """The pairs of each setting by their rank; those of one rank differ in the seed alone."""
+    found: dict[str, dict[int, list[Pair]]] = {}
+    for pair in sorted(pairs.values(), key=lambda pair: (pair.setting, pair.rank, pair.seed)):
+        found.setdefault(pair.setting, {}).setdefault(pair.rank, []).append(pair)
+    return found
 
 
 def print_table(console: Console, pairs: Mapping[str, Pair]) -> None:
     console.print("Changes in percent of the base's loss.")
-    for setting in sorted({pair.group[:4] for pair in pairs.values()}):
-        base, style, steps, rate = setting
-        title = f"{style} on {base}, {steps} steps at {rate:g}"
-        console.print(_table(title, {k: p for k, p in pairs.items() if p.group[:4] == setting}))
+    for setting, ranks in by_setting(pairs).items():
+        console.print(_table(setting, ranks))
     console.print("± is the standard error of the mean of the pairs' differences.", style="dim")
 
 
-def _table(title: str, pairs: Mapping[str, Pair]) -> Table:
-    table = Table("rank", "seeds", title=title, title_justify="left")
+def _table(setting: str, ranks: Mapping[int, Sequence[Pair]]) -> Table:
+    table = Table("rank", title=setting, title_justify="left")
     for measure in MEASURES:
         for text in (f"{measure}: LoRA", "DoRA", "DoRA - LoRA", "DoRA below"):
             table.add_column(text, justify="right", no_wrap=True)
-    for group, some in groups(pairs):
-        row = [str(group[-1]), str(len(some))]
+    for rank, some in ranks.items():
+        row = [str(rank)]
         for measure in MEASURES:
             row += [f"{statistics.fmean(getattr(pair, measure)[kind] for pair in some):+.2f}" for kind in KINDS]
             found = difference(some, measure)
@@ -195,50 +200,49 @@ def draw_plot(pairs: Mapping[str, Pair], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = sorted({pair.group[:4] for pair in pairs.values()})
+    settings = by_setting(pairs)
     size = (4.4 * len(settings), 3.2 * len(MEASURES))
     figure, axes = pyplot.subplots(len(MEASURES), len(settings), figsize=size, squeeze=False, sharey="row")
-    for column, setting in enumerate(settings):
-        some = [pair for pair in pairs.values() if pair.group[:4] == setting]
-        ranks = sorted({pair.rank for pair in some})
+    for column, (setting, ranks) in enumerate(settings.items()):
         for row, (measure, label) in enumerate(MEASURES.items()):
             ax = axes[row][column]
             for kind, aside in zip(KINDS, (0.94, 1.06), strict=True):
-                values = {r: [getattr(p, measure)[kind] for p in some if p.rank == r] for r in ranks}
-                places = [r * aside for r in ranks for _ in values[r]]
-                ax.scatter(places, [v for r in ranks for v in values[r]], s=16, alpha=0.5, color=COLOURS[kind], lw=0)
-                means = [statistics.fmean(values[r]) for r in ranks]
-                ax.plot(ranks, means, color=COLOURS[kind], label=LABELS[kind])
+                values = {rank: [getattr(pair, measure)[kind] for pair in some] for rank, some in ranks.items()}
+                dots = [(rank * aside, value) for rank, some in values.items() for value in some]
+                ax.scatter(*zip(*dots, strict=True), s=16, alpha=0.5, color=COLOURS[kind], lw=0)
+                means = [statistics.fmean(some) for some in values.values()]
+                ax.plot(list(ranks), means, color=COLOURS[kind], label=KIND_LABEL[kind])
             ax.set_xscale("log", base=2)
-            ax.set_xticks(ranks, [str(rank) for rank in ranks])
+            ax.set_xticks(list(ranks), [str(rank) for rank in ranks])
             ax.grid(alpha=0.25)
             if column == 0:
                 ax.set_ylabel(f"{label},\n% of the base's", fontsize=9)
             if row == 0:
-                base, style, steps, rate = setting
-                ax.set_title(f"{style} on {base}, {steps} steps at {rate:g}", fontsize=10)
+                ax.set_title(setting, fontsize=10)
                 ax.legend(frameon=False)
             if row == len(MEASURES) - 1:
                 ax.set_xlabel("rank")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=PNG_DPI)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=PNG_DPI)
     pyplot.close(figure)
 
 
 def measure_all(
-    wanted: Sequence[tuple[str, int, int, int, float]], bench: Bench, path: Path, reporter: Reporter
-) -> dict[str, Pair]:
-    """Measures what the file lacks, one pair after another, and saves after each."""
-    pairs = load(path)
-    missing = [w for w in wanted if key_of(bench.base.name, *w[:3], *w[3:]) not in pairs]
+    wanted: Sequence[tuple[str, int, int, int, float]],
+    bench: Bench,
+    pairs: dict[str, Pair],
+    path: Path,
+    reporter: Reporter,
+) -> None:
+    """Adds to `pairs` what they lack, one after another, and saves them after each."""
+    missing = [w for w in wanted if key_of(bench.base.name, *w) not in pairs]
     with reporter.steps(f"{len(missing)} pairs of twins", len(missing)) as advance:
         for style, rank, seed, steps, rate in missing:
             pair = bench.measure(style, rank, seed, steps, rate)
             pairs[pair.key] = pair
             save(path, pairs)
             advance()
-    return pairs
 
 
 def main(
@@ -255,8 +259,8 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for adapters and pictures.")] = Path("outputs/quality"),
 ) -> None:
     """Train LoRA and DoRA twins on the sample styles over ranks and seeds, and lay what they learn and forget side by side."""  # noqa: E501
-    console = Console() if Console().is_terminal else Console(width=140)
-    path = json or Path(__file__).parent / "results" / "quality-cpu.json"
+    console = new_console()
+    path = json or default_path("quality", torch.device("cpu"), quick=False)
     if threads:
         torch.set_num_threads(threads)
     try:
@@ -270,7 +274,7 @@ def main(
                 for style in styles.split(",")
                 for rank in rank_list(ranks, RANKS)
             ]
-            pairs = measure_all(wanted, bench, path, Reporter(console))
+            measure_all(wanted, bench, pairs, path, Reporter(console))
     except DoraDiffusionError as error:
         console.print(f"[red]{error}[/]")
         raise typer.Exit(1) from error

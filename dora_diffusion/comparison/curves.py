@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Curve", "draw_curves", "read_curves"]
+__all__ = ["COLOURS", "Curve", "draw_curves", "read_curves"]
 
 COLOURS = {"lora": "#d97706", "dora": "#2563eb", "base": "#6b7280"}
 LABELS = {"lora": "LoRA", "dora": "DoRA"}  # as injection.KIND_LABEL has them, without its import of torch
