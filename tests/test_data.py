@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers.training_utils import find_nearest_bucket
 from PIL import Image
 
-from dora_diffusion.data.cache import to_pixels
+from dora_diffusion.data.buckets import bucket_sizes, nearest_bucket
+from dora_diffusion.data.cache import encode_images
 from dora_diffusion.data.folder import open_image, read_folder
 from dora_diffusion.errors import DataError
+from dora_diffusion.models.loading import Base
 
 
 @pytest.fixture
@@ -51,12 +55,54 @@ def test_transparency_becomes_white_and_exif_rotation_is_applied(tmp_path: Path)
     assert open_image(tmp_path / "turned.jpg").size == (20, 40)
 
 
-def test_pixels_are_the_middle_square_in_minus_one_to_one() -> None:
-    array = np.zeros((20, 60, 3), dtype=np.uint8)
-    array[:, 20:40] = 255
-    pixels = to_pixels(Image.fromarray(array), 20)
-    assert pixels.shape == (3, 20, 20)
-    assert pixels.min() == pixels.max() == 1
+@pytest.mark.parametrize(
+    ("resolution", "multiple", "largest"),
+    [(512, 8, None), (1024, 16, None), (768, 8, None), (64, 8, 64), (64, 4, None)],
+)
+def test_buckets_keep_to_the_squares_pixels_and_the_bases_multiple(
+    resolution: int, multiple: int, largest: int | None
+) -> None:
+    buckets = bucket_sizes(resolution, multiple, largest)
+    assert (resolution, resolution) in buckets and len(buckets) >= 7
+    for width, height in buckets:
+        assert width % multiple == height % multiple == 0
+        assert 0.5 * resolution**2 <= width * height <= resolution**2
+        assert max(width, height) <= 2.5 * min(width, height) and (height, width) in buckets
+        assert max(width, height) <= (largest or 4 * resolution)
+
+
+@pytest.mark.parametrize(
+    "size", [(4032, 3024), (3024, 4032), (1920, 1080), (600, 600), (1000, 980), (3000, 2000), (9, 90)]
+)
+def test_the_nearest_bucket_is_diffusers_own(size: tuple[int, int]) -> None:
+    buckets = bucket_sizes(1024, 16)
+    width, height = size
+    found = buckets[find_nearest_bucket(height, width, [(h, w) for w, h in buckets])]
+    assert nearest_bucket(size, buckets) == found
+
+
+def test_pictures_are_encoded_in_their_own_shape_and_cropped_only_to_the_bucket(tmp_path: Path, sd_base: Base) -> None:
+    """Red above, green in the middle, blue below: a high picture keeps all three, a square crop has green alone."""
+    for name, size in (("high", (20, 60)), ("wide", (60, 20)), ("square", (40, 40))):
+        picture = Image.new("RGB", size, (0, 255, 0))
+        picture.paste((255, 0, 0), (0, 0, size[0], size[1] // 3))
+        picture.paste((0, 0, 255), (0, size[1] - size[1] // 3, *size))
+        picture.save(tmp_path / f"{name}.png")
+    images = read_folder(tmp_path, "disc").images
+    groups = encode_images(sd_base, images, [(16, 16), (16, 48)])
+    assert [tuple(group.mean.shape) for group in groups] == [(1, 2, 4, 8, 8), (1, 1, 4, 24, 8)]
+    vae, high = (
+        sd_base.pipe.vae,
+        np.asarray(Image.open(tmp_path / "high.png").resize((16, 48), Image.Resampling.LANCZOS)),
+    )
+    middle = np.asarray(
+        Image.open(tmp_path / "wide.png").crop((20, 0, 40, 20)).resize((16, 16), Image.Resampling.LANCZOS)
+    )
+    for group, place, pixels in ((groups[1], 0, high), (groups[0], 1, middle)):
+        x = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None].float()
+        with torch.no_grad():
+            expected = vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+        torch.testing.assert_close(group.mean[0, place], expected[0], atol=1e-5, rtol=1e-5)
 
 
 def _claims(width: int, height: int) -> bytes:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +20,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatch
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from dora_diffusion.data.cache import encode_images
 from dora_diffusion.data.folder import read_folder
@@ -30,7 +32,7 @@ from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import Step, held_out_loss, make_accelerator, prepare
 from dora_diffusion.training.objectives import objective_of
-from dora_diffusion.training.run import Event, Finished, Measured, Previewed, Resumed, Stopped, train
+from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Previewed, Resumed, Stopped, train
 
 
 def config(pictures: Path, out: Path, base: Path, **values: object) -> TrainConfig:
@@ -111,13 +113,14 @@ def test_the_held_out_loss_is_the_mean_squared_error_at_fixed_noise(sd_base: Bas
     settings = config(pictures, Path("unused"), Path("unused"))
     training = prepare(settings, sd_base, make_accelerator(settings))
     measured = held_out_loss(training)
-    assert training.held_out is not None and len(training.held_out) == 2 and len(training.instances) == 6
+    (held_out,), (instances,) = training.held_out, training.instances
+    assert len(held_out) == 2 and len(instances) == 6
     unet, scheduler = sd_base.denoiser, DDPMScheduler.from_config(sd_base.pipe.scheduler.config)
     generator = torch.Generator().manual_seed(20240209)
     eps = torch.randn(16, 4, 8, 8, generator=generator)
     t = ((torch.arange(8) + 0.5) / 8 * 1000).long().repeat(2)
-    x0 = training.held_out.mean[0].repeat_interleave(8, 0)
-    text = training.held_out.conditioning.tensors["encoder_hidden_states"][:1].expand(16, -1, -1)
+    x0 = held_out.mean[0].repeat_interleave(8, 0)
+    text = held_out.conditioning.tensors["encoder_hidden_states"][:1].expand(16, -1, -1)
     with torch.no_grad():
         prediction = unet(scheduler.add_noise(x0, eps, t), t, text).sample
     assert measured == pytest.approx(((prediction - eps) ** 2).mean().item(), rel=1e-5)
@@ -131,7 +134,7 @@ def test_random_flip_trains_on_mirror_images_too(tmp_path: Path, sd_base: Base) 
         picture.paste((30 * i, 90, 200), (2, 5, 11, 20))
         picture.save(pictures / f"{i}.png")
     images = read_folder(pictures, "disc").images
-    encoded = encode_images(sd_base, images, 16, mirrored=True)
+    (encoded,) = encode_images(sd_base, images, [(16, 16)], mirrored=True)
     sizes = ((16, 16), Image.Resampling.LANCZOS)
     pixels = np.stack([np.asarray(Image.open(image.path).resize(*sizes)) for image in images])
     flipped = torch.from_numpy(pixels[:, :, ::-1] / 127.5 - 1).permute(0, 3, 1, 2).float()
@@ -201,6 +204,12 @@ def test_a_packed_base_trains_and_its_adapter_fits_the_whole_one(
     adapter = load_adapter(whole.pipe, tmp_path / "dora.safetensors")
     assert prepared_loss(settings, whole) < 1.02 * measured[-1]
     adapter.eject()
+    wanted = rf"quantise = '{packing}', but the base that was given was loaded without packing: give load_base\('emoji'"
+    with pytest.raises(ConfigError, match=wanted):
+        list(train(settings, base=whole, overwrite=True))
+    again = settings.model_copy(update={"quantise": None, "steps": 1, "out": str(tmp_path / "again")})
+    list(train(again, base=packed))
+    assert f'quantise = "{packing}"' in (tmp_path / "again" / "config.toml").read_text()
 
 
 def test_a_resolution_that_does_not_fit_the_base_is_refused(tmp_path: Path, pictures: Path) -> None:
@@ -260,6 +269,51 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, pictures: Path, s
     assert any(isinstance(event, Resumed) for event in events)
     for name in ("lora.safetensors", "dora.safetensors", "log.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    """Five square pictures, two high ones and one wide."""
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for i, size in enumerate([(64, 64)] * 5 + [(48, 80)] * 2 + [(72, 56)]):
+        picture = Image.new("RGB", size, "white")
+        picture.paste((30 * i, 90, 200), (10, 10, 30, 30))
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("make", [bases.stable_diffusion_xl, bases.stable_diffusion_3, bases.flux])
+def test_pictures_of_all_shapes_train_equally_often_and_a_resumed_run_ends_with_the_same_bits(
+    make: Callable[[], DiffusionPipeline], tmp_path: Path, shapes: Path
+) -> None:
+    pipe = make()
+    base = Base("shapes", pipe)
+    values = {"kind": "dora", "resolution": 64, "batch_size": 1, "steps": 8, "held_out": 0, "caption_dropout": 0.0}
+    settings = config(shapes, tmp_path / "whole", Path("shapes"), **values)
+    seen: list[tuple[int, ...]] = []
+    given = "hidden_states" if hasattr(pipe, "transformer") else "sample"
+
+    def record(_module: nn.Module, positional: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        seen.append(tuple((named.get(given) if given in named else positional[0]).shape[1:]))
+
+    hook = base.denoiser.register_forward_pre_hook(record, with_kwargs=True)
+    texts = [event.text for event in train(settings, base=base) if isinstance(event, Preparing)]
+    hook.remove()
+    # A batch for each picture, in eight steps.
+    assert sorted(Counter(seen).values()) == [1, 2, 5]
+    assert "pictures by shape: 5 of 64 x 64, 2 of 48 x 80, 1 of 72 x 56" in texts
+    parts = settings.model_copy(update={"out": str(tmp_path / "parts")})
+    list(train(parts, base=base, should_stop=stop_after(5)))
+    list(train(parts, base=base, resume=True))
+    name = "dora.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    cropped = settings.model_copy(update={"out": str(tmp_path / "cropped"), "aspect_ratio_bucketing": False})
+    seen.clear()
+    hook = base.denoiser.register_forward_pre_hook(record, with_kwargs=True)
+    list(train(cropped, base=base))
+    hook.remove()
+    assert len(set(seen)) == 1
 
 
 def test_same_seed_same_bits_and_another_seed_other_bits(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:

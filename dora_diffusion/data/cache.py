@@ -10,19 +10,20 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dora_diffusion.data.buckets import Size, nearest_bucket
 from dora_diffusion.data.folder import TrainingImage, open_image
 from dora_diffusion.generation import check_prompt
 from dora_diffusion.models.families import Conditioning
 from dora_diffusion.models.loading import Base
 
-__all__ = ["EncodedImages", "encode_images", "latents_of", "to_pixels"]
+__all__ = ["EncodedImages", "encode_images"]
 
 BATCH = 4
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Training pictures as the denoiser sees them.
+    """Training pictures of one size as the denoiser sees them.
 
     mean, std [views, pictures, channels, h, w] are the autoencoder's posterior, in the denoiser's scale; view 0 is the
     picture, view 1, where there is one, its mirror image. `conditioning` has a row for each different caption and,
@@ -49,41 +50,52 @@ class EncodedImages:
         return self.conditioning[rows]
 
 
-def to_pixels(image: Image.Image, size: int) -> Tensor:
-    """The picture cropped to its middle square and resized, [3, size, size], in -1..1."""
-    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    array = np.asarray(square, dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(array).permute(2, 0, 1)
+@torch.no_grad()
+def encode_images(
+    base: Base, images: Sequence[TrainingImage], buckets: Sequence[Size], *, mirrored: bool = False
+) -> tuple[EncodedImages, ...]:
+    """Encode pictures, with their mirror images if wanted, and captions: one group for each bucket that got some.
+
+    A picture is resized to the bucket nearest to its shape, and what stands out is cropped on both sides alike.
+    Raises PromptError for a caption the text encoder would cut.
+    """
+    for caption in dict.fromkeys(image.caption for image in images):
+        check_prompt(base.pipe, caption)
+    grouped: dict[Size, list[tuple[str, Image.Image]]] = {size: [] for size in buckets}
+    for image in images:
+        picture = open_image(image.path)
+        size = nearest_bucket(picture.size, buckets)
+        grouped[size].append((image.caption, ImageOps.fit(picture, size, Image.Resampling.LANCZOS)))
+    return tuple(_encode_group(base, group, mirrored) for group in grouped.values() if group)
+
+
+def _encode_group(base: Base, captioned: Sequence[tuple[str, Image.Image]], mirrored: bool) -> EncodedImages:
+    captions, pictures = [caption for caption, _ in captioned], [picture for _, picture in captioned]
+    views = [pictures, [ImageOps.mirror(picture) for picture in pictures]] if mirrored else [pictures]
+    posteriors = [_latents_of(base, view) for view in views]
+    mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
+    different = list(dict.fromkeys(captions))
+    rows = [base.family.encode(base.pipe, [caption]) for caption in (*different, "")]
+    conditioning = Conditioning.stack(rows).to(torch.device("cpu"), torch.float32)
+    caption_of = torch.tensor([different.index(caption) for caption in captions])
+    return EncodedImages(mean, std, conditioning, caption_of)
 
 
 @torch.inference_mode()
-def latents_of(base: Base, images: Sequence[Image.Image], size: int) -> tuple[Tensor, Tensor]:
+def _latents_of(base: Base, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the autoencoder's posterior, float32, in the denoiser's scale, on the CPU."""
     vae = base.pipe.vae
     shift = vae.config.get("shift_factor") or 0.0
     means, stds = [], []
-    for start in range(0, len(images), BATCH):
-        pixels = torch.stack([to_pixels(image, size) for image in images[start : start + BATCH]])
+    for start in range(0, len(pictures), BATCH):
+        pixels = torch.stack([_to_pixels(picture) for picture in pictures[start : start + BATCH]])
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         means.append((posterior.mean.float() - shift).cpu() * vae.config.scaling_factor)
         stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
     return torch.cat(means), torch.cat(stds)
 
 
-@torch.no_grad()
-def encode_images(base: Base, images: Sequence[TrainingImage], size: int, *, mirrored: bool = False) -> EncodedImages:
-    """Encode pictures, with their mirror images if wanted, and captions.
-
-    Raises PromptError for a caption the text encoder would cut.
-    """
-    captions = list(dict.fromkeys(image.caption for image in images))
-    for caption in captions:
-        check_prompt(base.pipe, caption)
-    pictures = [open_image(image.path) for image in images]
-    views = [pictures, [ImageOps.mirror(picture) for picture in pictures]] if mirrored else [pictures]
-    posteriors = [latents_of(base, view, size) for view in views]
-    mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
-    rows = [base.family.encode(base.pipe, [caption]) for caption in (*captions, "")]
-    conditioning = Conditioning.stack(rows).to(torch.device("cpu"), torch.float32)
-    caption_of = torch.tensor([captions.index(image.caption) for image in images])
-    return EncodedImages(mean, std, conditioning, caption_of)
+def _to_pixels(picture: Image.Image) -> Tensor:
+    """The picture as [3, height, width] in -1..1."""
+    array = np.asarray(picture, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(array).permute(2, 0, 1)

@@ -47,6 +47,7 @@ class Base:
 
     name: str
     pipe: DiffusionPipeline
+    packing: Packing | None = None  # how load_base quantised the denoiser's blocks
 
     @cached_property
     def family(self) -> Family:
@@ -77,6 +78,12 @@ class Base:
         """What a picture's sides in pixels must be multiples of."""
         patch = self.denoiser.config.get("patch_size") or 1  # type: ignore[operator, union-attr]
         return self.vae_scale * int(patch) * self.family.packs
+
+    @property
+    def largest(self) -> int | None:
+        """The longest side in pixels that the denoiser has places for; None when there is no end to it."""
+        places, patch = (self.denoiser.config.get(key) for key in ("pos_embed_max_size", "patch_size"))  # type: ignore[operator, union-attr]
+        return int(places) * int(patch) * self.vae_scale if places else None
 
     @property
     def guidance_scale(self) -> float:
@@ -121,7 +128,7 @@ def load_base(
     _quieten()
     pipe = _load_pipeline(name, dtype)
     pipe.set_progress_bar_config(disable=True)
-    base = Base(name, pipe)
+    base = Base(name, pipe, packing)
     if packing is not None:
         quantise(base.denoiser, packing, target)
     pipe.to(target)

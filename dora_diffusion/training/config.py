@@ -38,6 +38,7 @@ class TrainConfig(BaseModel):
     held_out: int | None = Field(None, ge=0)
     quantise: Packing | None = None
     resolution: int | None = Field(None, ge=8, le=4096)
+    aspect_ratio_bucketing: bool = True
     random_flip: bool = False
 
     # The adapter

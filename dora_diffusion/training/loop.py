@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from dora_diffusion.data.buckets import bucket_sizes
 from dora_diffusion.data.cache import EncodedImages, encode_images
 from dora_diffusion.data.folder import TrainingImage, read_folder
 from dora_diffusion.errors import ConfigError, DataError, TrainingError
@@ -36,6 +37,9 @@ HELD_OUT_SEED = 20240209  # fixed, so that the figure compares between runs of a
 EVALUATION_BATCH = 8
 
 
+Buckets = tuple[EncodedImages, ...]
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimizer step: its number (from 1), the loss averaged over the batch, and the seconds left of this kind."""
@@ -50,15 +54,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """What a run works on: the base, its objective, and the encoded pictures."""
+    """What a run works on: the base, its objective, and the encoded pictures, one group for each size."""
 
     config: TrainConfig
     base: Base
     objective: Objective
     accelerator: Accelerator
-    instances: EncodedImages
-    held_out: EncodedImages | None
-    class_images: EncodedImages | None
+    instances: Buckets
+    held_out: Buckets
+    class_images: Buckets
     ignored: tuple[str, ...]
     digest: str
 
@@ -92,14 +96,16 @@ def prepare(
     folder = read_folder(config.images, config.instance_prompt, smallest=max(16, size // 4))
     kept, held_out = split_held_out(config, list(folder.images), smallest=max(16, size // 4))
     prior = [TrainingImage(path, config.class_prompt or "") for path in class_images or []]
+    square = [(size, size)]
+    buckets = bucket_sizes(size, base.multiple, base.largest) if config.aspect_ratio_bucketing else square
     return Training(
         config=config,
         base=base,
         objective=objective,
         accelerator=accelerator,
-        instances=encode_images(base, kept, size, mirrored=config.random_flip),
-        held_out=encode_images(base, held_out, size) if held_out else None,
-        class_images=encode_images(base, prior, size, mirrored=config.random_flip) if prior else None,
+        instances=encode_images(base, kept, buckets, mirrored=config.random_flip),
+        held_out=encode_images(base, held_out, buckets),
+        class_images=encode_images(base, prior, square, mirrored=config.random_flip),
         ignored=folder.ignored,
         digest=_digest([*kept, *held_out, *prior]),
     )
@@ -189,15 +195,17 @@ def _batch_loss(training: Training, batch: int) -> Tensor:
     config, accelerator = training.config, training.accelerator
     number = batch * accelerator.num_processes + accelerator.process_index
     loss = _images_loss(training, training.instances, number, "instances")
-    if training.class_images is not None:
+    if training.class_images:
         loss = loss + config.prior_loss_weight * _images_loss(training, training.class_images, number, "class")
     return loss
 
 
-def _images_loss(training: Training, images: EncodedImages, number: int, stream: str) -> Tensor:
+def _images_loss(training: Training, buckets: Buckets, number: int, stream: str) -> Tensor:
     config = training.config
     generator = _generator(config.seed, stream, number)
-    index = _indices(config, len(images), number, stream)
+    bucket, turn = _bucket(config, [len(images) for images in buckets], number, stream)
+    images = buckets[bucket]
+    index = _indices(config, len(images), turn, stream)
     shape = (len(index), *images.mean.shape[2:])
     noise, eps = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     t = training.objective.timesteps(len(index), generator)
@@ -226,24 +234,38 @@ def squared_error(training: Training, x0: Tensor, eps: Tensor, t: Tensor, condit
 @torch.no_grad()
 def held_out_loss(training: Training) -> float | None:
     """The loss on the held-out pictures at fixed noise and evenly spread timesteps; None when none are held out."""
-    images = training.held_out
-    if images is None:
+    if not training.held_out:
         return None
     training.base.denoiser.eval()
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    index = torch.arange(len(images)).repeat_interleave(HELD_OUT_TIMESTEPS)
-    t = training.objective.even_timesteps(HELD_OUT_TIMESTEPS).repeat(len(images))
-    x0 = images.mean[0, index]
-    eps = torch.randn(x0.shape, generator=generator)
-    errors = [
-        squared_error(training, x0[part], eps[part], t[part], images.conditioning_for(index[part]))
-        for part in torch.arange(len(index)).split(EVALUATION_BATCH)
-    ]
+    errors = []
+    for images in training.held_out:
+        index = torch.arange(len(images)).repeat_interleave(HELD_OUT_TIMESTEPS)
+        t = training.objective.even_timesteps(HELD_OUT_TIMESTEPS).repeat(len(images))
+        x0 = images.mean[0, index]
+        eps = torch.randn(x0.shape, generator=generator)
+        errors += [
+            squared_error(training, x0[part], eps[part], t[part], images.conditioning_for(index[part]))
+            for part in torch.arange(len(index)).split(EVALUATION_BATCH)
+        ]
     return torch.cat(errors).mean().item()
 
 
+def _bucket(config: TrainConfig, counts: list[int], number: int, stream: str) -> tuple[int, int]:
+    """Which bucket batch number `number` is taken from, and how many batches that bucket gave before.
+
+    In as many batches as there are pictures, each bucket has one for each of its pictures, in an order drawn anew each
+    time: so every picture is seen equally often, whatever its shape.
+    """
+    cycle, place = divmod(number, sum(counts))
+    turns = torch.repeat_interleave(torch.tensor(counts))
+    turns = turns[torch.randperm(len(turns), generator=_generator(config.seed, stream + " buckets", cycle))]
+    bucket = int(turns[place])
+    return bucket, cycle * counts[bucket] + int((turns[:place] == bucket).sum())
+
+
 def _indices(config: TrainConfig, count: int, number: int, stream: str) -> Tensor:
-    """Which pictures batch `number` shows: every picture once an epoch, in an order drawn for each epoch."""
+    """Which of a bucket's `count` pictures its batch `number` shows: each once an epoch, in an order drawn anew."""
     positions = range(number * config.batch_size, (number + 1) * config.batch_size)
     orders = {
         epoch: torch.randperm(count, generator=_generator(config.seed, stream + " order", epoch))

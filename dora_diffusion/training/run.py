@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from dora_diffusion.data.folder import list_pictures
-from dora_diffusion.errors import TrainingError
+from dora_diffusion.errors import ConfigError, TrainingError
 from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.injection import Kind
@@ -99,6 +99,7 @@ def train(
 ) -> Iterator[Event]:
     """Train what config.kind says, LoRA before DoRA, and yield events.
 
+    `base` is one that is loaded already; config.base only names it then, and config.quantise must be how it was packed.
     `should_stop` is asked after every step; when it says yes a checkpoint is written and Stopped is the last event.
     Raises the errors of each part; whatever was in the output folder is kept unless `overwrite` is given.
     """
@@ -110,6 +111,7 @@ def train(
         pick_device(config.device)  # says so if it is missing; accelerate would take another one
     accelerator = make_accelerator(config)
     base = base or load_base(config.base, device=accelerator.device, packing=config.quantise)
+    _check_packing(config, base)
     config = _resolve(config, base)
     for prompt in config.preview_prompts:
         check_prompt(base.pipe, prompt)
@@ -117,6 +119,8 @@ def train(
         class_images = yield from _class_images(config, base, out)
     yield Preparing("reading and encoding the pictures")
     training = prepare(config, base, accelerator, class_images)
+    if len(training.instances) > 1:
+        yield Preparing(_sizes(training))
     if training.ignored:
         yield Preparing(f"passed over, no pictures: {', '.join(training.ignored)}")
     if accelerator.is_main_process:
@@ -244,7 +248,7 @@ def _summary(training: Training, base_loss: float | None, loss: float | None) ->
     config = training.config
     return {
         "instance_prompt": config.instance_prompt,
-        "images": len(training.instances),
+        "images": sum(len(images) for images in training.instances),
         "steps": config.steps,
         "batch_size": config.batch_size * config.gradient_accumulation_steps,
         "learning_rate": training.learning_rate,
@@ -256,6 +260,14 @@ def _summary(training: Training, base_loss: float | None, loss: float | None) ->
     }
 
 
+def _sizes(training: Training) -> str:
+    """How many pictures are trained in which size."""
+    scale = training.base.vae_scale
+    shapes = [(len(images), *(side * scale for side in images.mean.shape[-1:-3:-1])) for images in training.instances]
+    most_first = sorted(shapes, key=lambda shape: -shape[0])
+    return "pictures by shape: " + ", ".join(f"{count} of {width} x {height}" for count, width, height in most_first)
+
+
 def _resolve(config: TrainConfig, base: Base) -> TrainConfig:
     """Fill in what was left to the base, so that config.toml says all of it."""
     return config.model_copy(
@@ -263,8 +275,18 @@ def _resolve(config: TrainConfig, base: Base) -> TrainConfig:
             "learning_rate": config.learning_rate or base.learning_rate,
             "resolution": config.resolution or base.size,
             "target_modules": config.target_modules or list(base.family.target_modules),
+            "quantise": base.packing,
         }
     )
+
+
+def _check_packing(config: TrainConfig, base: Base) -> None:
+    if config.quantise not in (None, base.packing):
+        loaded = "without packing" if base.packing is None else f"with packing={base.packing!r}"
+        raise ConfigError(
+            f"quantise = {config.quantise!r}, but the base that was given was loaded {loaded}: "
+            f"give load_base({base.name!r}, packing={config.quantise!r}), or leave the base to train()."
+        )
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:

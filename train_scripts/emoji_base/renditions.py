@@ -58,13 +58,13 @@ class Rendition:
 
 
 RENDITIONS = (
-    Rendition("", 0.55),
-    Rendition("outlined", 0.13, outline=OUTLINE),
-    Rendition("outlined flat", 0.08, outline=OUTLINE, change=_flat),
-    Rendition("flat", 0.08, change=_flat),
-    Rendition("gray", 0.05, change=_gray),
-    Rendition("pale", 0.05, change=_pale),
-    Rendition("shaded", 0.06, change=_shaded),
+    Rendition("", 0.40),
+    Rendition("outlined", 0.17, outline=OUTLINE),
+    Rendition("outlined flat", 0.13, outline=OUTLINE, change=_flat),
+    Rendition("flat", 0.10, change=_flat),
+    Rendition("gray", 0.06, change=_gray),
+    Rendition("pale", 0.06, change=_pale),
+    Rendition("shaded", 0.08, change=_shaded),
 )
 # As it is, and two that are moved, one of them mirrored: shares of a rendition.
 PLACES = (0.6, 0.2, 0.2)
