@@ -87,6 +87,7 @@ def train(
     alpha: Annotated[float | None, typer.Option(help="The update is scaled by alpha / rank.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: what suits the base.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side in pixels. Default: the base's.")] = None,
+    train_text_encoder: Annotated[bool | None, typer.Option(help="Adapt the text encoder's attention too.")] = None,
     class_prompt: Annotated[
         str | None,
         typer.Option(help="Turns on prior preservation, such as 'a photo of a dog'."),
@@ -121,6 +122,7 @@ def train(
         "alpha": alpha,
         "learning_rate": learning_rate,
         "resolution": resolution,
+        "train_text_encoder": train_text_encoder,
         "class_prompt": class_prompt,
         "validation_images": validation_images,
         "preview_prompts": preview_prompt or None,

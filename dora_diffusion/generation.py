@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from dora_diffusion.errors import ConfigError, PromptError
 from dora_diffusion.models.loading import Base
@@ -76,9 +77,10 @@ def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = No
             f"{base.name} draws with a guidance that was distilled into it and would pass over the negative prompt "
             f"{request.negative_prompt[:60]!r}: leave it out."
         )
-    denoiser = base.denoiser
-    was_training = denoiser.training
-    denoiser.eval()
+    parts = [part for part in base.pipe.components.values() if isinstance(part, nn.Module)]
+    were_training = [part.training for part in parts]
+    for part in parts:  # an adapter in training may have a dropout, in a text encoder too
+        part.eval()
     total = request.num_inference_steps
 
     def report(_pipe: object, step: int, _t: object, values: dict[str, object]) -> dict[str, object]:
@@ -98,5 +100,6 @@ def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = No
             callback_on_step_end=report,
         )
     finally:
-        denoiser.train(was_training)
+        for part, was_training in zip(parts, were_training, strict=True):
+            part.train(was_training)
     return result.images[0]

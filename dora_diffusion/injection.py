@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Literal
 
@@ -25,6 +25,7 @@ from dora_diffusion.variants import LOW_RANK, update_class
 __all__ = [
     "ATTENTION_TARGETS",
     "KIND_LABEL",
+    "TEXT_ENCODER_TARGETS",
     "Adapter",
     "AdapterConfig",
     "AnyKind",
@@ -40,6 +41,7 @@ Kind = Literal["dora", "lora"]  # what can be trained
 AnyKind = Literal["dora", "lora", "full"]  # what files hold
 KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA", "full": "full difference"}  # as people write them
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the same, as CLIP's text model names them
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "dora": (*LOW_RANK, "magnitude"),
     "lora": LOW_RANK,
@@ -209,18 +211,30 @@ class Adapter:
 
 
 def inject_adapter(
-    model: nn.Module, config: AdapterConfig, *, name: str | None = None, seed: int | None = None
+    model: nn.Module,
+    config: AdapterConfig,
+    *,
+    name: str | None = None,
+    seed: int | None = None,
+    text_encoders: Mapping[str, nn.Module] | None = None,
 ) -> Adapter:
     """Adapt the layers of a UNet, a DiT or any other module that config.target_modules names.
 
     The model is frozen; at the start its output is unchanged. `seed` makes the random start of A repeatable. Further
-    calls add further adapters, whose differences to the base add up. Raises TargetError when nothing matches.
+    calls add further adapters, whose differences to the base add up. Of `text_encoders`, by their names in the
+    pipeline, the attention projections are adapted too. Raises TargetError when nothing matches.
     """
     if config.kind == "full":
         raise ConfigError(
             "kind is 'full'; a new adapter is 'dora' or 'lora' (full differences are only read from files)."
         )
-    return inject_into(model, config, matching_layers(model, config.target_modules), name=name, seed=seed)
+    views = matching_layers(model, config.target_modules)
+    if text_encoders:
+        config = replace(config, target_modules=(*config.target_modules, *TEXT_ENCODER_TARGETS))
+        for encoder, module in text_encoders.items():
+            found = matching_layers(module, TEXT_ENCODER_TARGETS)
+            views |= {f"{encoder}.{path}": view for path, view in found.items()}
+    return inject_into(model, config, views, name=name, seed=seed, text_encoders=text_encoders)
 
 
 def inject_into(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,14 @@ from dora_diffusion.generation import GenerationRequest, generate
 from dora_diffusion.models.families import family_of
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.loop import Step, held_out_loss, make_accelerator, prepare
+from dora_diffusion.training.loop import (
+    Step,
+    conditioning_for,
+    held_out_loss,
+    make_accelerator,
+    prepare,
+    squared_error,
+)
 from dora_diffusion.training.objectives import objective_of
 from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Previewed, Resumed, Stopped, train
 
@@ -256,9 +264,71 @@ def test_every_family_and_objective_trains(make, tmp_path: Path, pictures: Path)
     assert stored and all(key.startswith(prefix) for key in stored)
 
 
+@pytest.mark.parametrize(
+    ("make", "encoders"),
+    [(bases.stable_diffusion, 1), (bases.stable_diffusion_xl, 2), (bases.stable_diffusion_3, 2), (bases.flux, 1)],
+)
+def test_trained_text_encoders_have_pefts_gradients_and_their_files_draw_the_same_in_diffusers(
+    make: Callable[[], DiffusionPipeline], encoders: int, tmp_path: Path, pictures: Path
+) -> None:
+    base = Base("base", make())
+    values = {"kind": "dora", "train_text_encoder": True, "resolution": 16, "dropout": 0.3, "steps": 4}
+    values |= {"text_encoder_learning_rate": 5e-3, "preview_prompts": ["disc"], "preview_every": 2}
+    settings = config(pictures, tmp_path, Path("base"), **values)
+    events = list(train(settings, base=base))
+    measured = [event.held_out_loss for event in events if isinstance(event, Measured)]
+    assert measured[-1] < measured[0]
+    path = tmp_path / "dora.safetensors"
+    names = load_file(path)
+    assert len({name.partition(".")[0] for name in names if name.startswith("text_encoder")}) == encoders
+
+    # Ours and PEFT's, on the same noise.
+    training = prepare(settings, base, make_accelerator(settings))
+    adapter = load_adapter(base.pipe, path)
+    generator = torch.Generator().manual_seed(5)
+    (images,), index = training.instances, torch.tensor([0, 1])
+    x0 = images.mean[0, index]
+    eps, t = torch.randn(x0.shape, generator=generator), training.objective.timesteps(2, generator)
+    error = squared_error(training, x0, eps, t, conditioning_for(training, images, index))
+    error.mean().backward()
+    ours = {name: p.grad for name, p in adapter.named_parameters().items() if name.startswith("text_encoder")}
+    adapter.eject()
+    stock = make()
+    stock.load_lora_weights(str(path))
+    named: dict[str, Tensor] = {}
+    for part_name, part in stock.components.items():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(True)  # the file has a dropout
+            named |= {f"{part_name}.{name}": p for name, p in part.named_parameters() if "lora_" in name}
+    oracle = replace(training, base=Base("stock", stock))
+    error = squared_error(oracle, x0, eps, t, conditioning_for(oracle, images, index))
+    error.mean().backward()
+    compared = 0
+    for name, gradient in ours.items():
+        layer, _, leaf = name.rpartition(".")
+        ending = {"lora_A": "lora_A", "lora_B": "lora_B", "magnitude": "lora_magnitude_vector"}[leaf]
+        (found,) = (p for key, p in named.items() if f"{layer}.{ending}." in key)
+        if gradient is None:  # the last layer of SDXL's first text encoder, which its pipeline does not read
+            assert found.grad is None
+            continue
+        assert found.grad is not None and gradient.abs().max() > 0
+        torch.testing.assert_close(gradient, found.grad.reshape(gradient.shape), atol=1e-6, rtol=1e-3)
+        compared += 1
+    assert compared >= 3 * 4
+
+
+def test_text_encoder_keys_that_cannot_hold_are_refused(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="train_text_encoder is false"):
+        list(train(config(pictures, tmp_path, sd_folder, text_encoder_learning_rate=1e-4)))
+    pipe = bases.stable_diffusion_3()
+    pipe.register_modules(text_encoder=None, text_encoder_2=None)
+    with pytest.raises(ConfigError, match="base has no text encoder that can be trained"):
+        list(train(config(pictures, tmp_path, Path("base"), train_text_encoder=True), base=Base("base", pipe)))
+
+
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
     values = {"dropout": 0.1, "gradient_accumulation_steps": 2, "caption_dropout": 0.5, "weight_decay": 0.01}
-    values |= {"random_flip": True}
+    values |= {"random_flip": True, "train_text_encoder": True, "text_encoder_learning_rate": 2e-3}
     whole = config(pictures, tmp_path / "whole", sd_folder, **values)
     list(train(whole))
     parts = whole.model_copy(update={"out": str(tmp_path / "parts")})

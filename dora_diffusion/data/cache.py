@@ -26,12 +26,13 @@ class EncodedImages:
     """Training pictures of one size as the denoiser sees them.
 
     mean, std [views, pictures, channels, h, w] are the autoencoder's posterior, in the denoiser's scale; view 0 is the
-    picture, view 1, where there is one, its mirror image. `conditioning` has a row for each different caption and,
-    last, one for the empty prompt; `caption_of` [pictures] points into it.
+    picture, view 1, where there is one, its mirror image. `captions` are the different ones and, last, the empty
+    prompt; `conditioning` has a row for each, and `caption_of` [pictures] points into both.
     """
 
     mean: Tensor
     std: Tensor
+    captions: tuple[str, ...]
     conditioning: Conditioning
     caption_of: Tensor
 
@@ -42,12 +43,10 @@ class EncodedImages:
         """x0 for these pictures, drawn from the posterior with this noise: [batch, channels, h, w]."""
         return self.mean[view, index] + self.std[view, index] * noise
 
-    def conditioning_for(self, index: Tensor, dropped: Tensor | None = None) -> Conditioning:
-        """The captions' conditioning; where `dropped` [batch] is true, the empty prompt's."""
+    def caption_rows(self, index: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Where these pictures' captions stand, [batch]; where `dropped` [batch] is true, the empty prompt."""
         rows = self.caption_of[index]
-        if dropped is not None:
-            rows = torch.where(dropped, len(next(iter(self.conditioning.tensors.values()))) - 1, rows)
-        return self.conditioning[rows]
+        return rows if dropped is None else torch.where(dropped, len(self.captions) - 1, rows)
 
 
 @torch.no_grad()
@@ -74,11 +73,11 @@ def _encode_group(base: Base, captioned: Sequence[tuple[str, Image.Image]], mirr
     views = [pictures, [ImageOps.mirror(picture) for picture in pictures]] if mirrored else [pictures]
     posteriors = [_latents_of(base, view) for view in views]
     mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
-    different = list(dict.fromkeys(captions))
-    rows = [base.family.encode(base.pipe, [caption]) for caption in (*different, "")]
+    different = (*dict.fromkeys(captions), "")
+    rows = [base.family.encode(base.pipe, [caption]) for caption in different]
     conditioning = Conditioning.stack(rows).to(torch.device("cpu"), torch.float32)
     caption_of = torch.tensor([different.index(caption) for caption in captions])
-    return EncodedImages(mean, std, conditioning, caption_of)
+    return EncodedImages(mean, std, different, conditioning, caption_of)
 
 
 @torch.inference_mode()

@@ -44,8 +44,9 @@ class Family:
     """One row: the pipeline class it stands for, which part is adapted and where, and the two calls training makes.
 
     `encode(pipe, prompts)` gives the conditioning of a batch of prompts; `predict(denoiser, x, t, conditioning)` the
-    denoiser's output for noisy latents x [batch, channels, height, width] at timesteps t [batch]. `packs` is the
-    side of the square of latents that the pipeline makes one token.
+    denoiser's output for noisy latents x [batch, channels, height, width] at timesteps t [batch]. `text_encoders` are
+    those that can be trained too: CLIP's, not T5. `packs` is the side of the square of latents that the pipeline makes
+    one token.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Family:
     encode: Encode
     predict: Predict
     target_modules: tuple[str, ...] = ATTENTION_TARGETS
+    text_encoders: tuple[str, ...] = ("text_encoder",)
     guidance_scale: float = 7.5
     learning_rate: float = 1e-4
     packs: int = 1
@@ -134,6 +136,7 @@ FAMILIES = (
         "unet",
         _encode_sdxl,
         _predict_sdxl,
+        text_encoders=("text_encoder", "text_encoder_2"),
         guidance_scale=5.0,
     ),
     Family(
@@ -143,6 +146,7 @@ FAMILIES = (
         _encode_sd3,
         _predict_sd3,
         target_modules=_JOINT_TARGETS,
+        text_encoders=("text_encoder", "text_encoder_2"),
         guidance_scale=4.5,
     ),
     Family(

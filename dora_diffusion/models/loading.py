@@ -63,6 +63,12 @@ class Base:
         raise BaseModelError(f"{self.name} is a {type(self.pipe).__name__}, which has no unet and no transformer.")
 
     @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders that can be trained beside the denoiser, by their names in the pipeline."""
+        found = {name: getattr(self.pipe, name, None) for name in self.family.text_encoders}
+        return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+    @property
     def vae_scale(self) -> int:
         """Pixels per latent, along each side."""
         return int(self.pipe.vae_scale_factor)

@@ -47,12 +47,14 @@ class TrainConfig(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | None = None
     use_rslora: bool = False
+    train_text_encoder: bool = False
 
     # Optimisation
     steps: int = Field(500, ge=1)
     batch_size: int = Field(4, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float | None = Field(None, gt=0)
+    text_encoder_learning_rate: float | None = Field(None, gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
     warmup_steps: int = Field(10, ge=0)
     weight_decay: float = Field(0.0, ge=0)

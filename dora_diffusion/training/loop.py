@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from dora_diffusion.data.buckets import bucket_sizes
@@ -30,7 +30,18 @@ from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.objectives import Objective, objective_of
 
-__all__ = ["Step", "Training", "held_out_count", "held_out_loss", "make_accelerator", "new_adapter", "prepare", "steps"]
+__all__ = [
+    "Step",
+    "Training",
+    "conditioning_for",
+    "held_out_count",
+    "held_out_loss",
+    "make_accelerator",
+    "new_adapter",
+    "prepare",
+    "squared_error",
+    "steps",
+]
 
 HELD_OUT_TIMESTEPS = 8
 HELD_OUT_SEED = 20240209  # fixed, so that the figure compares between runs of any seed
@@ -85,7 +96,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 def prepare(
     config: TrainConfig, base: Base, accelerator: Accelerator, class_images: list[Path] | None = None
 ) -> Training:
-    """Read, check and encode the pictures. Raises DataError, PromptError and BaseModelError."""
+    """Read, check and encode the pictures. Raises DataError, PromptError, ConfigError and BaseModelError."""
     objective = objective_of(base.pipe.scheduler)
     size = config.resolution or base.size
     if size % base.multiple:
@@ -93,6 +104,10 @@ def prepare(
         raise ConfigError(
             f"resolution is {size}; this base wants a multiple of {base.multiple}, such as {below + base.multiple}."
         )
+    if config.train_text_encoder and not base.text_encoders:
+        raise ConfigError(f"train_text_encoder: {base.name} has no text encoder that can be trained. Leave it out.")
+    if config.text_encoder_learning_rate and not config.train_text_encoder:
+        raise ConfigError("text_encoder_learning_rate is given, but train_text_encoder is false: set it to true.")
     folder = read_folder(config.images, config.instance_prompt, smallest=max(16, size // 4))
     kept, held_out = split_held_out(config, list(folder.images), smallest=max(16, size // 4))
     prior = [TrainingImage(path, config.class_prompt or "") for path in class_images or []]
@@ -138,15 +153,27 @@ def held_out_count(config: TrainConfig, pictures: int) -> int:
 def new_adapter(training: Training, kind: Kind) -> tuple[Adapter, Optimizer]:
     """A fresh adapter in the base, in training mode, and its optimizer. Twins start from the same A."""
     config, denoiser = training.config, training.base.denoiser
+    encoders = training.base.text_encoders if config.train_text_encoder else {}
     adapter = inject_adapter(
         denoiser,
         config.adapter_config(kind, training.base.family.target_modules),
         name=kind,
         seed=_seed(config.seed, "adapter"),
+        text_encoders=encoders,
     )
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    optimizer = AdamW(adapter.parameters(), lr=training.learning_rate, weight_decay=config.weight_decay)
+        for encoder in encoders.values():
+            encoder.gradient_checkpointing_enable()  # type: ignore[operator]
+    groups: dict[float, list[nn.Parameter]] = {training.learning_rate: []}
+    for path, update in adapter.updates().items():
+        in_encoder = path.partition(".")[0] in encoders
+        rate = (config.text_encoder_learning_rate if in_encoder else None) or training.learning_rate
+        groups.setdefault(rate, []).extend(update.parameters())
+    optimizer = AdamW(
+        [{"params": parameters, "lr": rate, "initial_lr": rate} for rate, parameters in groups.items()],
+        weight_decay=config.weight_decay,
+    )
     return adapter, optimizer
 
 
@@ -158,7 +185,7 @@ def steps(training: Training, kind: Kind, adapter: Adapter, optimizer: Optimizer
     config, accelerator = training.config, training.accelerator
     wrapped = accelerator.prepare(optimizer)
     # The schedule as a function of the step alone, so that a resumed run needs no scheduler's state.
-    (schedule,) = get_scheduler(
+    schedule, *_ = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
     ).lr_lambdas
     parameters = list(adapter.parameters())
@@ -177,17 +204,17 @@ def steps(training: Training, kind: Kind, adapter: Adapter, optimizer: Optimizer
                 "Lower the learning rate, or use bf16 instead of fp16."
             )
         if accelerator.num_processes > 1:
-            for parameter in parameters:
+            for parameter in (parameter for parameter in parameters if parameter.grad is not None):
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
         accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        rate = training.learning_rate * schedule(step)
-        optimizer.param_groups[0]["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * schedule(step)
         wrapped.step()
         wrapped.zero_grad()
         loss = accelerator.reduce(loss.to(accelerator.device), reduction="mean").cpu()
         done = step + 1
         left = (time.monotonic() - began) / (done - start) * (config.steps - done)
-        yield Step(kind, done, config.steps, loss.item(), rate, left)
+        yield Step(kind, done, config.steps, loss.item(), training.learning_rate * schedule(step), left)
 
 
 def _batch_loss(training: Training, batch: int) -> Tensor:
@@ -214,8 +241,27 @@ def _images_loss(training: Training, buckets: Buckets, number: int, stream: str)
     x0 = images.latents(index, noise, view)
     if config.dropout > 0:
         torch.manual_seed(_seed(config.seed, "dropout", number))
-    error = squared_error(training, x0, eps, t, images.conditioning_for(index, dropped))
+    error = squared_error(training, x0, eps, t, conditioning_for(training, images, index, dropped))
     return (error * training.objective.weight(t, config.snr_gamma).to(error.device)).mean()
+
+
+def conditioning_for(
+    training: Training, images: EncodedImages, index: Tensor, dropped: Tensor | None = None
+) -> Conditioning:
+    """What the denoiser is told of these pictures' captions: encoded once, or anew by a text encoder in training."""
+    rows = images.caption_rows(index, dropped)
+    if not training.config.train_text_encoder:
+        return images.conditioning[rows]
+    different, places = rows.unique(return_inverse=True)
+    with _autocast(training, next(iter(training.base.text_encoders.values()))):
+        found = training.base.family.encode(training.base.pipe, [images.captions[row] for row in different])
+    return found[places.to(training.base.pipe.device)]
+
+
+def _autocast(training: Training, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Mixed precision where the model's own is float32."""
+    whole = next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float32
+    return training.accelerator.autocast() if whole else contextlib.nullcontext()
 
 
 def squared_error(training: Training, x0: Tensor, eps: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -224,8 +270,7 @@ def squared_error(training: Training, x0: Tensor, eps: Tensor, t: Tensor, condit
     dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())  # a packed weight is uint8
     device = training.base.pipe.device
     noisy = objective.noisy(x0, eps, t).to(device, dtype)
-    autocast = training.accelerator.autocast() if dtype == torch.float32 else contextlib.nullcontext()
-    with autocast:
+    with _autocast(training, denoiser):
         prediction = training.base.family.predict(denoiser, noisy, t.to(device), conditioning.to(device, dtype))
     target = objective.target(x0, eps, t).to(device)
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
@@ -236,7 +281,8 @@ def held_out_loss(training: Training) -> float | None:
     """The loss on the held-out pictures at fixed noise and evenly spread timesteps; None when none are held out."""
     if not training.held_out:
         return None
-    training.base.denoiser.eval()
+    for module in (training.base.denoiser, *training.base.text_encoders.values()):
+        module.eval()
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     errors = []
     for images in training.held_out:
@@ -245,7 +291,7 @@ def held_out_loss(training: Training) -> float | None:
         x0 = images.mean[0, index]
         eps = torch.randn(x0.shape, generator=generator)
         errors += [
-            squared_error(training, x0[part], eps[part], t[part], images.conditioning_for(index[part]))
+            squared_error(training, x0[part], eps[part], t[part], conditioning_for(training, images, index[part]))
             for part in torch.arange(len(index)).split(EVALUATION_BATCH)
         ]
     return torch.cat(errors).mean().item()
