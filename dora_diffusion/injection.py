@@ -24,6 +24,7 @@ from dora_diffusion.variants import LOW_RANK, update_class
 
 __all__ = [
     "ATTENTION_TARGETS",
+    "FEED_FORWARD_TARGETS",
     "KIND_LABEL",
     "TEXT_ENCODER_TARGETS",
     "Adapter",
@@ -41,6 +42,7 @@ Kind = Literal["dora", "lora"]  # what can be trained
 AnyKind = Literal["dora", "lora", "full"]  # what files hold
 KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA", "full": "full difference"}  # as people write them
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD_TARGETS = ("ff.net.0.proj", "ff.net.2")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the same, as CLIP's text model names them
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "dora": (*LOW_RANK, "magnitude"),

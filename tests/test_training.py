@@ -317,6 +317,20 @@ def test_trained_text_encoders_have_pefts_gradients_and_their_files_draw_the_sam
     assert compared >= 3 * 4
 
 
+def test_the_feed_forward_layers_are_trained_beside_the_attention(
+    tmp_path: Path, pictures: Path, sd_folder: Path
+) -> None:
+    for name, more in (("attention", False), ("both", True)):
+        list(train(config(pictures, tmp_path / name, sd_folder, kind="lora", steps=1, train_feed_forward=more)))
+    attention, both = (
+        {key.rpartition(".lora_")[0].removeprefix("unet.") for key in load_file(tmp_path / name / "lora.safetensors")}
+        for name in ("attention", "both")
+    )
+    unet = load_base(str(sd_folder), device="cpu").denoiser
+    feed_forward = {name for name, layer in unet.named_modules() if type(layer) is nn.Linear and ".ff." in name}
+    assert feed_forward and both == attention | feed_forward and not attention & feed_forward
+
+
 def test_text_encoder_keys_that_cannot_hold_are_refused(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
     with pytest.raises(ConfigError, match="train_text_encoder is false"):
         list(train(config(pictures, tmp_path, sd_folder, text_encoder_learning_rate=1e-4)))

@@ -32,7 +32,7 @@ from dora_diffusion.webapp.jobs import JobState, TrainingJob, TrainingJobs
 from dora_diffusion.webapp.shown import Shown, packaged_example
 from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.train import TrainTab
-from dora_diffusion.webapp.train_form import Pictures, TrainForm
+from dora_diffusion.webapp.train_form import MORE, PRESETS, Pictures, TrainForm
 from dora_diffusion.webapp.turns import QueueFullError, Turns
 from dora_diffusion.webapp.views import BLIND, GRID
 from dora_diffusion.webapp.visitors import visitor_of
@@ -604,6 +604,19 @@ def test_train_stays_disabled_with_its_reasons(tabs):
     checks, button = train.check(PAGE, [["", "a.png", ""]], Pictures(), "openmoji style", *form[1:])
     assert button["interactive"]
     assert not train.check(PAGE, [["", "", ""]], Pictures(), *form)[1]["interactive"]
+
+
+def test_a_preset_chooses_what_suits_its_purpose_and_the_checklist_says_so(tabs, tmp_path):
+    for name, preset in PRESETS.items():
+        steps, rank, batch, more = tabs.train.choose(name)
+        form = TrainForm("x", "dora", steps, rank, batch, more=more)
+        config = form.config(tmp_path, tmp_path, "emoji-dit")
+        assert {key for key in MORE if getattr(config, key)} == set(preset.more)
+        checks, _ = tabs.train.check(
+            PAGE, [["", "a.png", "a"]], Pictures(), "x", "dora", steps, rank, batch, "", "", 0, more
+        )
+        assert all((MORE[key].lower() in checks.lower()) == (key in preset.more) for key in MORE)
+    assert PRESETS["Subject"].more == ("train_feed_forward",)
 
 
 def test_the_sample_pictures_need_no_upload(tabs):

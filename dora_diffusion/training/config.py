@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dora_diffusion.errors import ConfigError, nearest
-from dora_diffusion.injection import AdapterConfig, Kind
+from dora_diffusion.injection import FEED_FORWARD_TARGETS, AdapterConfig, Kind
 from dora_diffusion.models.quantising import Packing
 
 if sys.version_info >= (3, 11):
@@ -47,6 +47,7 @@ class TrainConfig(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | None = None
     use_rslora: bool = False
+    train_feed_forward: bool = False
     train_text_encoder: bool = False
 
     # Optimisation
@@ -83,12 +84,13 @@ class TrainConfig(BaseModel):
         return ("lora", "dora") if self.kind == "both" else (self.kind,)
 
     def adapter_config(self, kind: Kind, default_targets: tuple[str, ...]) -> AdapterConfig:
+        targets = tuple(self.target_modules or default_targets)
         return AdapterConfig(
             kind=kind,
             rank=self.rank,
             alpha=self.alpha,
             dropout=self.dropout,
-            target_modules=tuple(self.target_modules) if self.target_modules else default_targets,
+            target_modules=targets + FEED_FORWARD_TARGETS * self.train_feed_forward,
             use_rslora=self.use_rslora,
         )
 

@@ -112,6 +112,9 @@ def add_endpoints(studio: Studio) -> None:
         steps: int = 200,
         rank: int = 16,
         batch_size: int = 4,
+        random_flip: bool = False,
+        train_feed_forward: bool = False,
+        train_text_encoder: bool = False,
         page: gr.Request = None,  # type: ignore[assignment]
     ) -> Iterator[dict]:
         """Train a LoRA, a DoRA, or both alike on pictures; ends when the training has ended.
@@ -124,11 +127,20 @@ def add_endpoints(studio: Studio) -> None:
             steps: optimizer steps of each
             rank: rank of the low-rank update
             batch_size: pictures in a step
+            random_flip: every picture half the time as its mirror image
+            train_feed_forward: adapt the feed-forward layers beside the attention, for new shapes
+            train_text_encoder: adapt the text encoder too
 
         Returns:
             How the training stands, and at its end the adapters with the keys that compare takes.
         """
-        form = TrainForm(instance_prompt, kind, steps, rank, batch_size)
+        chosen = {
+            "random_flip": random_flip,
+            "train_feed_forward": train_feed_forward,
+            "train_text_encoder": train_text_encoder,
+        }
+        more = [key for key, wanted in chosen.items() if wanted]
+        form = TrainForm(instance_prompt, kind, steps, rank, batch_size, more=more)
         with _Told():
             for state in _train(studio, page, images, captions, form):
                 yield state.model_dump()

@@ -64,10 +64,10 @@ class TrainTab:
             checked = came.then(self.check, state, start, **parts.QUIET)
             measured = checked.then(self.measure, [page.uploads, *state], None, **parts.QUIET)
             measured.then(self.check, state, start, **parts.QUIET)  # with the form as it is by then
-        page.preset.input(self.choose, page.preset, [page.steps, page.rank, page.batch], **parts.QUIET)
+        page.preset.input(self.choose, page.preset, [page.steps, page.rank, page.batch, page.more], **parts.QUIET)
         plain = [field.change for field in (page.table, page.prompt, page.steps)]
         gr.on(plain, self.check, state, start, **parts.LATEST)
-        costly = [field.change for field in (page.kind, page.rank, page.batch)]
+        costly = [field.change for field in (page.kind, page.rank, page.batch, page.more)]
         changed = gr.on(costly, self.check, state, start, **parts.LATEST)
         measured = changed.then(self.measure, [page.uploads, *state], None, **parts.QUIET)
         measured.then(self.check, state, start, **parts.QUIET)
@@ -109,7 +109,7 @@ class TrainTab:
 
     def choose(self, preset: str) -> Update:
         chosen = PRESETS[preset]
-        return chosen.steps, chosen.rank, chosen.batch_size
+        return chosen.steps, chosen.rank, chosen.batch_size, list(chosen.more)
 
     def check(self, page: gr.Request, table: Table, found: Pictures, *settings: Any) -> Update:
         """The checklist, and whether Train can be pressed."""

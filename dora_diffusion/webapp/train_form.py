@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.webapp.studio import Studio
 
-__all__ = ["DEFAULT", "MOST_STEPS", "PRESETS", "Costing", "Pictures", "TrainForm", "checks"]
+__all__ = ["DEFAULT", "MORE", "MOST_STEPS", "PRESETS", "Costing", "Pictures", "TrainForm", "checks"]
 
 MOST_STEPS = 4000
 MOST_RANK = 128
@@ -34,12 +34,19 @@ class Preset:
     batch_size: int
     rank: int
     says: str
+    more: tuple[str, ...] = ()
 
 
+# Keys of TrainConfig that are true when chosen, as the form and its checklist have them.
+MORE = {
+    "random_flip": "Mirror pictures at random",
+    "train_feed_forward": "Feed-forward layers too",
+    "train_text_encoder": "Text encoder too",
+}
 PRESETS = {
     "Quick": Preset(160, 8, 16, "a first look in a minute or two"),
-    "Style": Preset(300, 8, 16, "a dozen or more pictures of many things in one style"),
-    "Subject": Preset(500, 4, 16, "five or more pictures of one thing"),
+    "Style": Preset(300, 8, 16, "a dozen or more pictures of many things in one style", ("random_flip",)),
+    "Subject": Preset(500, 4, 16, "five or more pictures of one thing", ("train_feed_forward",)),
 }
 DEFAULT = "Style"
 
@@ -64,6 +71,7 @@ class TrainForm:
     rate: str = ""
     preview: str = ""
     seed: float = 0
+    more: Sequence[str] = PRESETS[DEFAULT].more
 
     def config(self, images: Path, out: Path, base_name: str, captions: Sequence[str] = ()) -> TrainConfig:
         """Raises ConfigError."""
@@ -87,6 +95,7 @@ class TrainForm:
             "batch_size": int(self.batch_size),
             "learning_rate": _rate(self.rate),
             "seed": int(self.seed or 0),
+            **{key: key in self.more for key in MORE},
             "preview_prompts": [preview] if preview else [],
             "preview_every": max(10, int(self.steps) // 4),
             "validate_every": max(10, int(self.steps) // 10),
@@ -103,12 +112,15 @@ def _rate(text: str) -> float | None:
         raise ConfigError(f"learning rate is {text[:40]!r}; give a number such as 0.001, or nothing.") from error
 
 
+Costs = tuple[str, int, int, frozenset[str]]  # kind, rank, batch size and what else: all that a step's time hangs on
+
+
 @dataclass
 class Costing:
     """What runs will cost, measured on this server; kept for as long as it runs."""
 
     studio: Studio
-    known: dict[tuple[str, int, int], Estimate] = field(default_factory=dict)
+    known: dict[Costs, Estimate] = field(default_factory=dict)
 
     def of(self, form: TrainForm) -> Estimate | None:
         return self.known.get(self._key(form))
@@ -134,8 +146,8 @@ class Costing:
         return self.known[key]
 
     @staticmethod
-    def _key(form: TrainForm) -> tuple[str, int, int]:
-        return form.kind, int(form.rank or 0), int(form.batch_size or 0)
+    def _key(form: TrainForm) -> Costs:
+        return form.kind, int(form.rank or 0), int(form.batch_size or 0), frozenset(form.more)
 
 
 def checks(
@@ -161,6 +173,8 @@ def checks(
     else:
         lines[f"{bare} without a caption: write it in the table, or one for all below it"] = False
     lines[f"{int(form.steps or 0)} steps of {_many(int(form.batch_size or 0), 'picture')} each"] = True
+    if form.more:
+        lines["; ".join(says for key, says in MORE.items() if key in form.more).capitalize()] = True
     if estimate is not None:
         lines |= _cost(form, captions, estimate)
     return lines

@@ -7,6 +7,7 @@ import gradio as gr
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.train_form import (
     DEFAULT,
+    MORE,
     MOST_BATCH,
     MOST_RANK,
     MOST_STEPS,
@@ -35,7 +36,8 @@ class TrainLayout:
             with gr.Column(scale=6, min_width=300):
                 self._build_start()
                 self._build_job()
-        self.settings = [self.prompt, self.kind, self.steps, self.rank, self.batch, self.rate, self.preview, self.seed]
+        adapter = [self.prompt, self.kind, self.steps, self.rank, self.batch]
+        self.settings = [*adapter, self.rate, self.preview, self.seed, self.more]
 
     def _build_pictures(self) -> None:
         self.files = gr.File(
@@ -96,6 +98,9 @@ class TrainLayout:
                     "", label="Learning rate", placeholder="what suits the base", min_width=140, elem_id="rate"
                 )
                 self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="train-seed")
+            self.more = gr.CheckboxGroup(
+                [(says, key) for key, says in MORE.items()], value=list(preset.more), label="And", elem_id="more"
+            )
             self.preview = gr.Textbox(
                 "", label="Preview prompt", placeholder="the first picture's caption", elem_id="preview-prompt"
             )
