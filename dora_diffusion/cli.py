@@ -44,6 +44,9 @@ BaseOption = Annotated[
     str, typer.Option("--base", help="emoji or emoji-dit (embedded), a folder, a .safetensors file or a hub id.")
 ]
 SeedsOption = Annotated[str, typer.Option("--seeds", help="Whole numbers with commas between: 1,2,3.")]
+SizeOption = Annotated[
+    str, typer.Option("--size", help="Width x height in pixels, such as 832x1216. Default: the base's.")
+]
 
 
 @app.command()
@@ -150,8 +153,10 @@ def generate(
     negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")] = None,
+    size: SizeOption = "",
 ) -> None:
     """Draw pictures, with adapters or without."""
+    from dora_diffusion.comparison.request import parse_size
     from dora_diffusion.formats.files import load_adapter
     from dora_diffusion.generation import GenerationRequest
     from dora_diffusion.generation import generate as draw
@@ -161,7 +166,11 @@ def generate(
     strengths = strength or [1.0] * len(adapter or [])
     if len(strengths) != len(adapter or []):
         raise ConfigError(f"{len(adapter or [])} adapters and {len(strengths)} strengths: give one for each.")
-    requests = [GenerationRequest(prompt, seed, negative_prompt, steps, guidance) for seed in _whole_numbers(seeds)]
+    width, height = parse_size(size)
+    requests = [
+        GenerationRequest(prompt, seed, negative_prompt, steps, guidance, width, height)
+        for seed in _whole_numbers(seeds)
+    ]
     make_folder(out)
     loaded = load_base(base)
     for path, value in zip(adapter or [], strengths, strict=True):
@@ -186,16 +195,19 @@ def compare(
     negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")] = None,
+    size: SizeOption = "",
 ) -> None:
     """Draw the base and each adapter side by side, on the same prompts and seeds."""
     from dora_diffusion.comparison.compare import CompareRequest, columns_of
     from dora_diffusion.comparison.compare import compare as draw
     from dora_diffusion.comparison.grid import draw_grid
     from dora_diffusion.comparison.report import write_report
+    from dora_diffusion.comparison.request import parse_size
     from dora_diffusion.console import show_cells
     from dora_diffusion.models.loading import load_base
     from dora_diffusion.outputs import make_folder, save_png, write_text
 
+    width, height = parse_size(size)
     request = CompareRequest(
         prompts=tuple(prompt),
         seeds=_whole_numbers(seeds),
@@ -203,6 +215,8 @@ def compare(
         negative_prompt=negative_prompt,
         num_inference_steps=steps,
         guidance_scale=guidance,
+        width=width,
+        height=height,
     )
     make_folder(out)
     loaded = load_base(base)

@@ -17,6 +17,7 @@ from dora_diffusion.models.loading import Base
 
 __all__ = ["GenerationRequest", "check_prompt", "generate"]
 
+MOST_PIXELS = 4096  # a side
 OnStep = Callable[[int, int], None]
 
 
@@ -37,6 +38,9 @@ class GenerationRequest:
             raise ConfigError(f"num_inference_steps is {self.num_inference_steps}; it must be between 1 and 1000.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be a whole number of at least 0.")
+        for side in (self.width, self.height):
+            if side is not None and not 8 <= side <= MOST_PIXELS:
+                raise ConfigError(f"a side of {side} pixels cannot be drawn; it must be between 8 and {MOST_PIXELS}.")
         if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise ConfigError(f"guidance_scale is {self.guidance_scale}; it must be a number of at least 0.")
 
@@ -63,15 +67,26 @@ def check_prompt(pipe: DiffusionPipeline, prompt: str) -> None:
         )
 
 
+def _check_size(base: Base, request: GenerationRequest) -> None:
+    for name, side in (("width", request.width), ("height", request.height)):
+        if side is not None and side % base.multiple:
+            near = max(1, round(side / base.multiple)) * base.multiple
+            raise ConfigError(f"{name} is {side}; this base draws multiples of {base.multiple}, such as {near}.")
+        if side is not None and base.largest and side > base.largest:
+            raise ConfigError(f"{name} is {side}; this base draws at most {base.largest} pixels a side.")
+
+
 @torch.inference_mode()
 def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = None) -> Image.Image:
     """Draw one picture with whatever adapters are in the base now.
 
     One picture a call and noise from a CPU generator, so that a seed gives the same picture whatever else is drawn.
-    `on_step(done, total)` is called after every denoising step; what it raises stops the drawing.
+    `on_step(done, total)` is called after every denoising step; what it raises stops the drawing. Raises PromptError,
+    and ConfigError for a size the base cannot draw.
     """
     check_prompt(base.pipe, request.prompt)
     check_prompt(base.pipe, request.negative_prompt)
+    _check_size(base, request)
     if request.negative_prompt and "true_cfg_scale" in inspect.signature(base.pipe.__call__).parameters:
         raise PromptError(
             f"{base.name} draws with a guidance that was distilled into it and would pass over the negative prompt "

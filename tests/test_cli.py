@@ -75,10 +75,11 @@ def test_train_generate_and_compare_work_from_the_command_line(run, tmp_path, pi
     assert len(list((tmp_path / "c" / "pictures").glob("*.png"))) == 6
     drawn = run(
         *("generate", "--prompt", "disc", "--seeds", "5", "--steps", 2, "--base", sd_folder),
-        *("--adapter", out / "dora.safetensors", "--strength", 0.5, "--out", tmp_path / "g"),
+        *("--adapter", out / "dora.safetensors", "--strength", 0.5, "--size", "24x16", "--out", tmp_path / "g"),
     )
     assert drawn.status == 0, drawn.err
-    assert Image.open(tmp_path / "g" / "seed-5.png").text["prompt"] == "disc"
+    picture = Image.open(tmp_path / "g" / "seed-5.png")
+    assert picture.text["prompt"] == "disc" and picture.size == (24, 16)
 
 
 def bad_folder(folder: Path) -> Path:

@@ -84,7 +84,8 @@ def pair(studio: Studio) -> tuple[str, str]:
 
 def draw(tabs: Tabs, page: gr.Request = PAGE, **changes: object) -> list[tuple]:
     form = {"prompt": "cat face", "seeds": "1", "first": "", "first_strength": 1.0, "second": ""}
-    form |= {"second_strength": 1.0, "steps": 2, "guidance": "2", "negative_prompt": "", "view": GRID, "pair": ""}
+    form |= {"second_strength": 1.0, "steps": 2, "guidance": "2", "negative_prompt": "", "size": ""}
+    form |= {"view": GRID, "pair": ""}
     return list(tabs.compare.draw(**{**form, **changes}, page=page))
 
 
@@ -154,7 +155,7 @@ def test_strength_zero_is_the_base_byte_for_byte(tabs, pair):
 def test_a_new_strength_draws_only_its_own_column_on_the_base_that_is_there(tabs, pair, studio, monkeypatch):
     first = draw(tabs, seeds="1, 2", first=pair[0], second=pair[1])
     monkeypatch.setattr("dora_diffusion.models.loading.load_base", None)  # a second load would fail
-    form = ("cat face", "1, 2", pair[0], 1.0, pair[1], 0.5, 2, "2", "", GRID, "")
+    form = ("cat face", "1, 2", pair[0], 1.0, pair[1], 0.5, 2, "2", "", "", GRID, "")
     again = list(tabs.compare.draw_again(PAGE, shown_in(first), *form))
     cells = shown_in(again).cells
     assert [cell.cached for cell in cells] == [True, True, False] * 2
@@ -204,6 +205,9 @@ def test_an_adapter_for_other_weights_is_noted_on_its_cell(tabs, studio):
         ({"guidance": "much"}, "give a number"),
         ({"first": "run/lora", "first_strength": 99}, "between 0 and 1.5"),
         ({"first": "../../etc/passwd"}, "no longer there"),
+        ({"size": "large"}, "give width x height in pixels"),
+        ({"size": "9999x64"}, "at most 2048 pixels a side"),
+        ({"size": "17x16"}, "width is 17; this base draws multiples of 2, such as 16"),
     ],
 )
 def test_a_mistake_fills_the_panel_and_gives_the_button_back(tabs, pair, changes, said):
@@ -213,7 +217,7 @@ def test_a_mistake_fills_the_panel_and_gives_the_button_back(tabs, pair, changes
 
 
 def test_one_drawing_at_a_time_and_a_page_that_closes_lets_the_next_one_draw(tabs, pair):
-    form = ("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 30, "2", "", GRID, "")
+    form = ("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 30, "2", "", "", GRID, "")
     abandoned = tabs.compare.draw(*form, page_of("closed"))
     for update in abandoned:
         if isinstance(update[0], str) and "<img" in update[0]:
@@ -224,7 +228,7 @@ def test_one_drawing_at_a_time_and_a_page_that_closes_lets_the_next_one_draw(tab
 
 def test_stop_ends_the_drawing_and_says_so(tabs, pair):
     updates = []
-    for update in tabs.compare.draw("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 50, "2", "", GRID, "", PAGE):
+    for update in tabs.compare.draw("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 50, "2", "", "", GRID, "", PAGE):
         updates.append(update)
         if isinstance(update[0], str) and "<img" in update[0]:
             tabs.compare.stop(PAGE)
@@ -338,17 +342,19 @@ def test_what_nobody_foresaw_is_shown_and_the_base_given_back(tabs, monkeypatch)
 
 
 def test_a_picture_restores_the_request_it_was_made_by(tabs, pair, studio):
-    updates = draw(tabs, seeds="3, 4", first=pair[0], first_strength=0.5, second=pair[1], negative_prompt="dog")
-    prompt, seeds, first, at, second, _, steps, guidance, negative, _, error = tabs.compare.restore(
+    more = {"negative_prompt": "dog", "size": "24 x 16"}
+    updates = draw(tabs, seeds="3, 4", first=pair[0], first_strength=0.5, second=pair[1], **more)
+    prompt, seeds, first, at, second, _, steps, guidance, negative, size, _, error = tabs.compare.restore(
         str(shown_in(updates).cells[4].path), PAGE
     )
-    assert (prompt, seeds, at, steps, guidance, negative) == ("cat face", "3, 4", 0.5, 2, "2", "dog")
+    assert (prompt, seeds, at, steps, guidance) == ("cat face", "3, 4", 0.5, 2, "2")
+    assert (negative, size) == ("dog", "24x16")
     assert (first["value"], second["value"]) == pair and not error["visible"]
-    form = dict(zip(("seeds", "first", "first_strength", "second", "negative_prompt"), (seeds, *pair, "dog")))
-    form = {"seeds": seeds, "first": first["value"], "first_strength": at, "second": second["value"]}
+    form = {"seeds": seeds, "first": first["value"], "first_strength": at, "second": second["value"], "size": size}
     again = shown_in(draw(tabs, OTHER, prompt=prompt, negative_prompt=negative, **form)).cells
     for before, after in zip(shown_in(updates).cells, again):
         assert Image.open(before.path).tobytes() == Image.open(after.path).tobytes() and not after.cached
+        assert Image.open(before.path).size == (24, 16)
 
 
 def test_a_picture_from_elsewhere_cannot_restore_and_says_so(tabs, tmp_path):
@@ -360,12 +366,13 @@ def test_a_picture_from_elsewhere_cannot_restore_and_says_so(tabs, tmp_path):
 
 
 def test_the_whole_comparison_can_be_taken_away(tabs, pair, studio):
-    updates = draw(tabs, first=pair[0], second=pair[1])
+    updates = draw(tabs, first=pair[0], second=pair[1], size="16x24")
     links, command = last_html(updates, 6), last_html(updates, 7)
     album = shown_in(updates).cells[0].path.parent
     report = next(album.glob("*.html")).read_text()
     assert report.count("data:image/png;base64,") == 3 and "http" not in report and links.count("download=") == 2
     assert command.startswith("dora-diffusion compare --prompt 'cat face' --seeds 1 --adapters outputs/run/lora")
+    assert "--size 16x24" in command
 
 
 def test_a_sweep_says_its_size_first_and_labels_every_column(tabs, pair):

@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dora_diffusion.comparison.cache import file_digest
-from dora_diffusion.comparison.request import Cell, CompareRequest
+from dora_diffusion.comparison.request import Cell, CompareRequest, written_size
 from dora_diffusion.errors import DataError
 
 __all__ = ["AdapterRecord", "Record", "command_of", "metadata_of", "read_record", "record_of"]
@@ -109,6 +109,8 @@ def command_of(request: CompareRequest, base_name: str, out: str = "outputs/comp
     words += ["--steps", str(request.num_inference_steps)]
     if request.guidance_scale is not None:
         words += ["--guidance", f"{request.guidance_scale:g}"]
+    if size := written_size(request.width, request.height):
+        words += ["--size", size]
     if request.negative_prompt:
         words += ["--negative-prompt", request.negative_prompt]
     if base_name != "emoji":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from dora_diffusion.errors import ConfigError
 if TYPE_CHECKING:
     from dora_diffusion.generation import GenerationRequest
 
-__all__ = ["BASE", "Cell", "Column", "CompareRequest"]
+__all__ = ["BASE", "Cell", "Column", "CompareRequest", "parse_size", "written_size"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,21 @@ class CompareRequest:
             width=self.width,
             height=self.height,
         )
+
+
+def parse_size(text: str) -> tuple[int | None, int | None]:
+    """ "832x1216" as width and height; two None, for the base's own, when nothing is written. Raises ConfigError."""
+    if not text.strip():
+        return None, None
+    sides = re.fullmatch(r"\s*(\d{1,5})\s*[x×]\s*(\d{1,5})\s*", text, re.IGNORECASE)
+    if sides is None:
+        raise ConfigError(f"size is {text[:40]!r}; give width x height in pixels, such as 832x1216.")
+    return int(sides[1]), int(sides[2])
+
+
+def written_size(width: int | None, height: int | None) -> str:
+    """What `parse_size` reads."""
+    return "" if width is None or height is None else f"{width}x{height}"
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ def add_endpoints(studio: Studio) -> None:
         second: str = SAMPLES[1],
         second_strength: float = 1.0,
         steps: int = 25,
+        size: str = "",
         page: gr.Request = None,  # type: ignore[assignment]
     ) -> dict:
         """Draw a prompt with the base model, a LoRA and a DoRA from the same seeds.
@@ -96,13 +97,14 @@ def add_endpoints(studio: Studio) -> None:
             second: the second adapter's key, such as sample/dora; empty for none
             second_strength: as first_strength
             steps: denoising steps
+            size: width x height in pixels, such as 832x1216; empty for the base's own
 
         Returns:
             The pictures, and the command that draws the same in a terminal.
         """
         chosen = [Chosen(key, at) for key, at in ((first, first_strength), (second, second_strength)) if key]
         with _Told():
-            return _compare(studio, page, prompt, seeds, chosen, steps).model_dump()
+            return _compare(studio, page, prompt, seeds, chosen, steps, size).model_dump()
 
     def train(
         images: list[dict],
@@ -171,9 +173,9 @@ class _Told:
 
 
 def _compare(
-    studio: Studio, page: gr.Request, prompt: str, seeds: list[int], chosen: list[Chosen], steps: int
+    studio: Studio, page: gr.Request, prompt: str, seeds: list[int], chosen: list[Chosen], steps: int, size: str
 ) -> Comparison:
-    request, _ = compare_request(studio, visitor_of(page), prompt, seeds, chosen, steps)
+    request, _ = compare_request(studio, visitor_of(page), prompt, seeds, chosen, steps, size=size)
     session = f"api {page.session_hash}"
     drawing = studio.painter.begin(session, request, visitor_of(page))
     album, record = studio.albums.new(), record_of(request, studio.base_name)

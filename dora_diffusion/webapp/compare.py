@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.comparison.export import metadata_of, read_record, record_of
-from dora_diffusion.comparison.request import Cell, CompareRequest
+from dora_diffusion.comparison.request import Cell, CompareRequest, written_size
 from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.webapp import cells, parts
 from dora_diffusion.webapp.cards import full_card, inspection, short_card
@@ -80,6 +80,7 @@ class CompareTab:
         steps: int,
         guidance: str,
         negative_prompt: str,
+        size: str,
         view: str,
         pair: str,
         page: gr.Request,
@@ -88,7 +89,9 @@ class CompareTab:
         chosen = [Chosen(key, at) for key, at in ((first, first_strength), (second, second_strength)) if key]
         visitor = visitor_of(page)
         yield from self._drawn(
-            lambda: compare_request(self.studio, visitor, prompt, seeds, chosen, steps, guidance, negative_prompt),
+            lambda: compare_request(
+                self.studio, visitor, prompt, seeds, chosen, steps, guidance, negative_prompt, size
+            ),
             view,
             pair,
             page,
@@ -233,12 +236,12 @@ class CompareTab:
     def restore(self, file: str | None, page: gr.Request) -> Update:
         """The form as the picture's metadata has it, and what could not be restored."""
         if file is None:
-            return _skips(11)
+            return _skips(12)
         try:
             record = read_record(Path(file))
         except DoraDiffusionError as error:
             parts.toast(error)
-            return *_skips(10), parts.panel(error)
+            return *_skips(11), parts.panel(error)
         found, missing = restored(self.studio, visitor_of(page), record)
         adapters: list[object] = []
         for chosen in (*found, None, None)[:2]:
@@ -247,7 +250,8 @@ class CompareTab:
         seeds = ", ".join(map(str, record.seeds))
         note = parts.status_line("; ".join(missing) or "the picture's request is restored: press Compare")
         settings = (record.num_inference_steps, _as_typed(record.guidance_scale), record.negative_prompt)
-        return record.prompts[0], seeds, *adapters, *settings, note, parts.panel(None)
+        size = written_size(record.width, record.height)
+        return record.prompts[0], seeds, *adapters, *settings, size, note, parts.panel(None)
 
     def sweep_size(
         self,

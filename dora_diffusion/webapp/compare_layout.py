@@ -55,8 +55,8 @@ class CompareLayout:
         self.look_shown = [self.grid, self.pair, blind, taken_away]
         self._build_more()
         self.form = [self.prompt, self.seeds, self.pickers[0], self.strengths[0], self.pickers[1], self.strengths[1]]
-        self.form += [self.steps, self.guidance, self.negative, self.view, self.pair]
-        self.restored = [*self.form[:9], self.status, self.error]
+        self.form += [self.steps, self.guidance, self.negative, self.size, self.view, self.pair]
+        self.restored = [*self.form[:10], self.status, self.error]
 
     def _build_form(self) -> None:
         request = self.example.request if self.example else None
@@ -76,7 +76,7 @@ class CompareLayout:
             first, second = self._adapter("LoRA", "first", 1), self._adapter("DoRA", "second", 2)
         self.pickers, self.strengths = (first[0], second[0]), (first[1], second[1])
         self.uploads, self.cards = (first[2], second[2]), (first[3], second[3])
-        with gr.Accordion("Steps, guidance, negative prompt", open=False, elem_id="settings"), gr.Row():
+        with gr.Accordion("Steps, guidance, size, negative prompt", open=False, elem_id="settings"), gr.Row():
             self.steps = gr.Slider(
                 1, MOST_STEPS, value=25, step=1, label="Steps", scale=2, min_width=200, elem_id="steps"
             )
@@ -84,6 +84,7 @@ class CompareLayout:
             self.guidance = gr.Textbox(
                 "", label="Guidance", placeholder="the base's own", min_width=140, elem_id="guidance"
             )
+            self.size = gr.Textbox("", label="Size", placeholder="the base's own", min_width=140, elem_id="size")
             self.negative = gr.Textbox("", label="Negative prompt", scale=3, min_width=200, elem_id="negative")
 
     def _adapter(self, label: str, name: str, column: int) -> tuple[gr.Dropdown, gr.Slider, gr.UploadButton, gr.HTML]:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from dora_diffusion.comparison.export import Record
-from dora_diffusion.comparison.request import CompareRequest
+from dora_diffusion.comparison.request import CompareRequest, parse_size
 from dora_diffusion.errors import ConfigError, PromptError
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.studio import Studio
@@ -28,6 +28,7 @@ MOST_STEPS = 100
 MOST_STRENGTH = 1.5
 MOST_GUIDANCE = 30
 MOST_LETTERS = 2000
+MOST_SIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ def _guidance(text: str) -> float | None:
     return value
 
 
+def _size(text: str) -> tuple[int | None, int | None]:
+    width, height = parse_size(text)
+    if max(width or 0, height or 0) > MOST_SIDE:
+        raise ConfigError(f"size is {text.strip()}; this page draws at most {MOST_SIDE} pixels a side.")
+    return width, height
+
+
 def compare_request(
     studio: Studio,
     visitor: str,
@@ -104,6 +112,7 @@ def compare_request(
     steps: float = 25,
     guidance: str = "",
     negative_prompt: str = "",
+    size: str = "",
 ) -> tuple[CompareRequest, tuple[str, ...]]:
     """The request, and below each column's heading the name of its base or file. Raises DoraDiffusionError."""
     ready()
@@ -112,6 +121,7 @@ def compare_request(
     prompt, steps = _prompt(prompt), _steps(steps)
     numbers = parse_seeds(seeds) if isinstance(seeds, str) else _few_seeds([int(seed) for seed in seeds])
     strengths = [_strength(each.strength) for each in chosen]
+    width, height = _size(size)
     shelved = [studio.shelf.find(each.key, visitor) for each in chosen]
     request = CompareRequest(
         prompts=(prompt,),
@@ -120,6 +130,8 @@ def compare_request(
         negative_prompt=negative_prompt.strip()[:MOST_LETTERS],
         num_inference_steps=steps,
         guidance_scale=_guidance(guidance),
+        width=width,
+        height=height,
     )
     return request, (studio.base_name, *(each.label for each in shelved))
 
