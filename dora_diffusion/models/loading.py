@@ -37,7 +37,7 @@ class Embedded:
 
 EMBEDDED = {
     "emoji": Embedded("emoji", guidance_scale=5.0, learning_rate=3e-4),
-    "emoji-dit": Embedded("emoji-dit", guidance_scale=5.0, learning_rate=1e-3),
+    "emoji-dit": Embedded("emoji-dit", guidance_scale=5.0, learning_rate=3e-4),
 }
 
 
