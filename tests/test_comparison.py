@@ -150,6 +150,17 @@ def test_the_grid_holds_every_cell_enlarged(files: tuple[Path, Path]) -> None:
     assert orange >= 12 * 155 * 155
 
 
+def test_headings_that_are_wider_than_a_picture_do_not_run_into_each_other() -> None:
+    names = ("DoRA first-run/dora", "DoRA a-run-with-quite-a-long-name-of-its-own/dora")
+    request = CompareRequest(("a cat",), (1,), tuple(Column(name, Path(name)) for name in names))
+    grid = np.asarray(draw_grid(request, cells_of(request)))
+    pictures = np.flatnonzero((np.abs(grid.astype(int) - [255, 165, 0]).sum(-1) < 3).any(1))
+    header = grid[: pictures[0] - 2]
+    columns = np.flatnonzero((grid[pictures[5]] != 255).any(-1))
+    gaps = np.setdiff1d(np.arange(columns[0], columns[-1]), columns)
+    assert len(gaps) == 2 * 8 and (header[:, gaps] == 255).all() and (header < 100).any()
+
+
 def test_the_report_is_one_file_that_asks_for_nothing_else(files: tuple[Path, Path]) -> None:
     request = request_of(files, prompts=("<script>alert(1)</script>",))
     curves = {"lora": Curve([0.5, 0.4], [(2, 0.6)])}
