@@ -17,7 +17,7 @@ from dora_diffusion.models.loading import Base
 
 __all__ = ["GenerationRequest", "check_prompt", "generate"]
 
-MOST_PIXELS = 4096  # a side
+MOST_SIDE = 4096  # pixels
 OnStep = Callable[[int, int], None]
 
 
@@ -39,8 +39,8 @@ class GenerationRequest:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be a whole number of at least 0.")
         for side in (self.width, self.height):
-            if side is not None and not 8 <= side <= MOST_PIXELS:
-                raise ConfigError(f"a side of {side} pixels cannot be drawn; it must be between 8 and {MOST_PIXELS}.")
+            if side is not None and not 8 <= side <= MOST_SIDE:
+                raise ConfigError(f"a side of {side} pixels cannot be drawn; it must be between 8 and {MOST_SIDE}.")
         if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise ConfigError(f"guidance_scale is {self.guidance_scale}; it must be a number of at least 0.")
 

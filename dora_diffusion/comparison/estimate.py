@@ -89,7 +89,7 @@ def _measure(training: Training, kind: Kind) -> KindCost:
         step = (time.monotonic() - began) / count
         began = time.monotonic()
         held_out_loss(replace(training, held_out=training.instances))
-        held_out = (time.monotonic() - began) / sum(len(images) for images in training.instances)
+        held_out = (time.monotonic() - began) / training.pictures
         preview = _preview(training.base, training.config) if training.config.preview_prompts else 0.0
         return KindCost(sum(parameter.numel() for parameter in adapter.parameters()), step, preview, held_out)
     finally:

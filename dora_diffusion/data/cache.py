@@ -26,8 +26,8 @@ class EncodedImages:
     """Training pictures of one size as the denoiser sees them.
 
     mean, std [views, pictures, channels, h, w] are the autoencoder's posterior, in the denoiser's scale; view 0 is the
-    picture, view 1, where there is one, its mirror image. `captions` are the different ones and, last, the empty
-    prompt; `conditioning` has a row for each, and `caption_of` [pictures] points into both.
+    picture, view 1, where there is one, its mirror image. `captions` are the different ones of all sizes and, last,
+    the empty prompt; `conditioning` has a row for each, and `caption_of` [pictures] points into both.
     """
 
     mean: Tensor
@@ -58,26 +58,26 @@ def encode_images(
     A picture is resized to the bucket nearest to its shape, and what stands out is cropped on both sides alike.
     Raises PromptError for a caption the text encoder would cut.
     """
-    for caption in dict.fromkeys(image.caption for image in images):
+    if not images:
+        return ()
+    captions = (*dict.fromkeys(image.caption for image in images), "")
+    for caption in captions:
         check_prompt(base.pipe, caption)
-    grouped: dict[Size, list[tuple[str, Image.Image]]] = {size: [] for size in buckets}
+    grouped: dict[Size, list[tuple[int, Image.Image]]] = {size: [] for size in buckets}
     for image in images:
         picture = open_image(image.path)
         size = nearest_bucket(picture.size, buckets)
-        grouped[size].append((image.caption, ImageOps.fit(picture, size, Image.Resampling.LANCZOS)))
-    return tuple(_encode_group(base, group, mirrored) for group in grouped.values() if group)
-
-
-def _encode_group(base: Base, captioned: Sequence[tuple[str, Image.Image]], mirrored: bool) -> EncodedImages:
-    captions, pictures = [caption for caption, _ in captioned], [picture for _, picture in captioned]
-    views = [pictures, [ImageOps.mirror(picture) for picture in pictures]] if mirrored else [pictures]
-    posteriors = [_latents_of(base, view) for view in views]
-    mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
-    different = (*dict.fromkeys(captions), "")
-    rows = [base.family.encode(base.pipe, [caption]) for caption in different]
+        fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+        grouped[size].append((captions.index(image.caption), fitted))
+    rows = [base.family.encode(base.pipe, [caption]) for caption in captions]
     conditioning = Conditioning.stack(rows).to(torch.device("cpu"), torch.float32)
-    caption_of = torch.tensor([different.index(caption) for caption in captions])
-    return EncodedImages(mean, std, different, conditioning, caption_of)
+    groups = []
+    for caption_of, pictures in (zip(*group, strict=True) for group in grouped.values() if group):
+        views = [pictures, [ImageOps.mirror(picture) for picture in pictures]] if mirrored else [pictures]
+        posteriors = [_latents_of(base, view) for view in views]
+        mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
+        groups.append(EncodedImages(mean, std, captions, conditioning, torch.tensor(caption_of)))
+    return tuple(groups)
 
 
 @torch.inference_mode()

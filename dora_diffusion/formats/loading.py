@@ -18,7 +18,7 @@ from dora_diffusion.formats.reading import Findings, read_with_findings, some
 from dora_diffusion.frozen import FrozenLayer
 from dora_diffusion.injection import Adapter, adaptable_layers, check_strength, inject_into
 
-__all__ = ["Fit", "attach", "denoiser_of", "fit_of", "load_adapter"]
+__all__ = ["Fit", "attach", "denoiser_of", "fit_of", "load_adapter", "text_encoders_of"]
 
 
 def denoiser_of(pipe_or_model: object) -> nn.Module:

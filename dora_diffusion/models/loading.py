@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from dora_diffusion.errors import BaseModelError
+from dora_diffusion.formats.loading import text_encoders_of
 from dora_diffusion.models.families import Family, family_of
 from dora_diffusion.models.quantising import Packing, quantise
 
@@ -65,8 +66,7 @@ class Base:
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
         """The text encoders that can be trained beside the denoiser, by their names in the pipeline."""
-        found = {name: getattr(self.pipe, name, None) for name in self.family.text_encoders}
-        return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+        return {name: m for name, m in text_encoders_of(self.pipe).items() if name in self.family.text_encoders}
 
     @property
     def vae_scale(self) -> int:

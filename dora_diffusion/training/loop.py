@@ -78,6 +78,11 @@ class Training:
     digest: str
 
     @property
+    def pictures(self) -> int:
+        """How many are trained on."""
+        return sum(len(images) for images in self.instances)
+
+    @property
     def learning_rate(self) -> float:
         return self.config.learning_rate or self.base.learning_rate
 
@@ -163,8 +168,6 @@ def new_adapter(training: Training, kind: Kind) -> tuple[Adapter, Optimizer]:
     )
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        for encoder in encoders.values():
-            encoder.gradient_checkpointing_enable()  # type: ignore[operator]
     groups: dict[float, list[nn.Parameter]] = {training.learning_rate: []}
     for path, update in adapter.updates().items():
         in_encoder = path.partition(".")[0] in encoders
@@ -260,15 +263,18 @@ def conditioning_for(
 
 def _autocast(training: Training, model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Mixed precision where the model's own is float32."""
-    whole = next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float32
-    return training.accelerator.autocast() if whole else contextlib.nullcontext()
+    return training.accelerator.autocast() if _dtype(model) == torch.float32 else contextlib.nullcontext()
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in; a packed weight is uint8."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def squared_error(training: Training, x0: Tensor, eps: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """Mean squared error of the denoiser's prediction for each picture, [batch], float32."""
     denoiser, objective = training.base.denoiser, training.objective
-    dtype = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())  # a packed weight is uint8
-    device = training.base.pipe.device
+    dtype, device = _dtype(denoiser), training.base.pipe.device
     noisy = objective.noisy(x0, eps, t).to(device, dtype)
     with _autocast(training, denoiser):
         prediction = training.base.family.predict(denoiser, noisy, t.to(device), conditioning.to(device, dtype))

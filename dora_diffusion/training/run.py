@@ -248,7 +248,7 @@ def _summary(training: Training, base_loss: float | None, loss: float | None) ->
     config = training.config
     return {
         "instance_prompt": config.instance_prompt,
-        "images": sum(len(images) for images in training.instances),
+        "images": training.pictures,
         "steps": config.steps,
         "batch_size": config.batch_size * config.gradient_accumulation_steps,
         "learning_rate": training.learning_rate,
