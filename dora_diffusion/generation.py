@@ -69,11 +69,12 @@ def check_prompt(pipe: DiffusionPipeline, prompt: str) -> None:
 
 def _check_size(base: Base, request: GenerationRequest) -> None:
     for name, side in (("width", request.width), ("height", request.height)):
-        if side is not None and side % base.multiple:
+        if side is None:
+            continue
+        base.check_side(name, side)
+        if side % base.multiple:
             near = max(1, round(side / base.multiple)) * base.multiple
             raise ConfigError(f"{name} is {side}; this base draws multiples of {base.multiple}, such as {near}.")
-        if side is not None and base.largest and side > base.largest:
-            raise ConfigError(f"{name} is {side}; this base draws at most {base.largest} pixels a side.")
 
 
 @torch.inference_mode()

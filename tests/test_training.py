@@ -227,6 +227,15 @@ def test_a_resolution_that_does_not_fit_the_base_is_refused(tmp_path: Path, pict
         list(train(settings))
 
 
+def test_a_size_beyond_the_bases_places_is_refused(tmp_path: Path, pictures: Path) -> None:
+    base = Base("base", bases.stable_diffusion_3())
+    assert base.largest is not None
+    with pytest.raises(ConfigError, match=f"resolution is 512; this base draws at most {base.largest} pixels"):
+        list(train(config(pictures, tmp_path, Path("base"), resolution=512), base=base))
+    with pytest.raises(ConfigError, match=f"height is 512; this base draws at most {base.largest} pixels"):
+        generate(base, GenerationRequest("disc", height=512))
+
+
 # Runs
 
 

@@ -16,7 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from dora_diffusion.errors import BaseModelError
+from dora_diffusion.errors import BaseModelError, ConfigError
 from dora_diffusion.formats.loading import text_encoders_of
 from dora_diffusion.models.families import Family, family_of
 from dora_diffusion.models.quantising import Packing, quantise
@@ -90,6 +90,11 @@ class Base:
         """The longest side in pixels that the denoiser has places for; None when there is no end to it."""
         places, patch = (self.denoiser.config.get(key) for key in ("pos_embed_max_size", "patch_size"))  # type: ignore[operator, union-attr]
         return int(places) * int(patch) * self.vae_scale if places else None
+
+    def check_side(self, name: str, side: int) -> None:
+        """Raise ConfigError when this side in pixels, called `name`, is longer than the denoiser has places for."""
+        if self.largest and side > self.largest:
+            raise ConfigError(f"{name} is {side}; this base draws at most {self.largest} pixels a side.")
 
     @property
     def guidance_scale(self) -> float:

@@ -104,6 +104,7 @@ def prepare(
     """Read, check and encode the pictures. Raises DataError, PromptError, ConfigError and BaseModelError."""
     objective = objective_of(base.pipe.scheduler)
     size = config.resolution or base.size
+    base.check_side("resolution", size)
     if size % base.multiple:
         below = size // base.multiple * base.multiple
         raise ConfigError(
