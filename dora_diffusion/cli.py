@@ -300,7 +300,7 @@ def parity(
     if as_json:
         print(json.dumps(tables.parity_json(found), indent=2))
     else:
-        tables.print_parity(console, found)
+        tables.print_parity(console, found, type(loaded.denoiser).__name__)
 
 
 class Layout(str, Enum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from dora_diffusion.errors import ConfigError, PromptError
 from dora_diffusion.models.loading import Base
@@ -48,11 +50,12 @@ class GenerationRequest:
 def check_prompt(pipe: DiffusionPipeline, prompt: str) -> None:
     """Raise PromptError if every tokenizer of the pipeline would cut the prompt, naming the words lost."""
     worst: tuple[int, int, str] | None = None
+    most = _default(pipe, "max_sequence_length") or sys.maxsize
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         tokenizer = getattr(pipe, name, None)
         if tokenizer is None:
             continue
-        limit = tokenizer.model_max_length if name != "tokenizer_3" else 256
+        limit = min(tokenizer.model_max_length, most - _template_tokens(pipe, tokenizer))
         ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
         if len(ids) <= limit:
             return
@@ -67,6 +70,24 @@ def check_prompt(pipe: DiffusionPipeline, prompt: str) -> None:
         )
 
 
+def _default(pipe: DiffusionPipeline, parameter: str) -> int | float | None:
+    """The default of one of the pipeline's parameters; None too where it has no such parameter."""
+    found = inspect.signature(pipe.__call__).parameters.get(parameter)
+    return None if found is None else found.default
+
+
+def _template_tokens(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase) -> int:
+    """What the chat template takes of the tokens that a language model reads; Qwen-Image does not count its own.
+
+    Without thinking the template is a few tokens longer than with it; pipelines differ in which they ask for.
+    """
+    if not tokenizer.chat_template or hasattr(pipe, "prompt_template_encode"):
+        return 0
+    empty = [{"role": "user", "content": ""}]
+    text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return len(tokenizer(text).input_ids)
+
+
 def _check_size(base: Base, request: GenerationRequest) -> None:
     for name, side in (("width", request.width), ("height", request.height)):
         if side is None:
@@ -75,6 +96,22 @@ def _check_size(base: Base, request: GenerationRequest) -> None:
         if side % base.multiple:
             near = max(1, round(side / base.multiple)) * base.multiple
             raise ConfigError(f"{name} is {side}; this base draws multiples of {base.multiple}, such as {near}.")
+
+
+def _guidance(base: Base, request: GenerationRequest) -> dict[str, float | str]:
+    """Guidance scale and negative prompt by this pipeline's names for them. Raises PromptError."""
+    scale = base.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    parameters = inspect.signature(base.pipe.__call__).parameters
+    if "true_cfg_scale" in parameters and _default(base.pipe, "guidance_scale") is None:
+        return {"true_cfg_scale": scale, "negative_prompt": request.negative_prompt}
+    if "negative_prompt" in parameters and "true_cfg_scale" not in parameters:
+        return {"guidance_scale": scale, "negative_prompt": request.negative_prompt}
+    if request.negative_prompt:  # FLUX.1's guidance is distilled into it, FLUX.2 klein's is from the empty prompt
+        raise PromptError(
+            f"{base.name} takes no negative prompt: its pipeline would pass over {request.negative_prompt[:60]!r}. "
+            "Leave it out."
+        )
+    return {"guidance_scale": scale}
 
 
 @torch.inference_mode()
@@ -88,11 +125,7 @@ def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = No
     check_prompt(base.pipe, request.prompt)
     check_prompt(base.pipe, request.negative_prompt)
     _check_size(base, request)
-    if request.negative_prompt and "true_cfg_scale" in inspect.signature(base.pipe.__call__).parameters:
-        raise PromptError(
-            f"{base.name} draws with a guidance that was distilled into it and would pass over the negative prompt "
-            f"{request.negative_prompt[:60]!r}: leave it out."
-        )
+    guidance = _guidance(base, request)
     parts = [part for part in base.pipe.components.values() if isinstance(part, nn.Module)]
     were_training = [part.training for part in parts]
     for part in parts:  # an adapter in training may have a dropout, in a text encoder too
@@ -107,9 +140,8 @@ def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = No
     try:
         result = base.pipe(
             prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
             num_inference_steps=total,
-            guidance_scale=base.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            **guidance,
             width=request.width or base.size,
             height=request.height or base.size,
             generator=torch.Generator("cpu").manual_seed(request.seed),

@@ -1,4 +1,4 @@
-"""Small real models with random weights, made on the spot: Stable Diffusion 1, XL and 3, and FLUX."""
+"""Small real models with random weights, made on the spot: one of each family that can be trained."""
 
 from __future__ import annotations
 
@@ -7,22 +7,38 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -169,3 +185,153 @@ def flux(guidance_embeds: bool = True) -> DiffusionPipeline:
         transformer=flux_transformer(in_channels=16, guidance_embeds=guidance_embeds),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
+
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if not enable_thinking | default(true) %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Bytes as tokens, with Qwen's chat template in short."""
+    letters = [*SPECIAL, *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={letter: i for i, letter in enumerate(letters)}, merges=[], model_max_length=4096)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def _qwen3_config(layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(qwen_tokenizer()),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=4096,
+    )
+
+
+def flux2_transformer(seed: int = 0) -> Flux2Transformer2DModel:
+    torch.manual_seed(seed)
+    return Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    ).eval()
+
+
+def flux2_klein() -> DiffusionPipeline:
+    torch.manual_seed(6)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=16,
+        patch_size=(2, 2),
+    ).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return Flux2KleinPipeline(
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(_qwen3_config(27)).eval(),  # the pipeline reads layers 9, 18 and 27
+        tokenizer=qwen_tokenizer(),
+        transformer=flux2_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def qwen_transformer(seed: int = 0) -> QwenImageTransformer2DModel:
+    torch.manual_seed(seed)
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    ).eval()
+
+
+def qwen_image() -> DiffusionPipeline:
+    torch.manual_seed(7)
+    tokenizer = qwen_tokenizer()
+    vae = AutoencoderKLQwenImage(
+        base_dim=16,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+    ).eval()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16}
+    return QwenImagePipeline(
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        ).eval(),
+        tokenizer=tokenizer,
+        transformer=qwen_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def z_image_transformer(seed: int = 0) -> ZImageTransformer2DModel:
+    torch.manual_seed(seed)
+    model = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 64, 64],
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("pad_token"):
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+def z_image() -> DiffusionPipeline:
+    torch.manual_seed(8)
+    return ZImagePipeline(
+        vae=vae(shift_factor=0.1),
+        text_encoder=Qwen3Model(_qwen3_config(2)).eval(),
+        tokenizer=qwen_tokenizer(),
+        transformer=z_image_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+TRANSFORMERS = (stable_diffusion_3, flux, flux2_klein, qwen_image, z_image)

@@ -289,30 +289,99 @@ def test_sdxl_names_go_there_and_back(theirs, ours):
     assert original.unet_original(ours) == theirs
 
 
-def fused_flux(model: nn.Module, kind: str) -> Made:
-    """A FLUX file as sd-scripts writes it: q, k and v in one layer, its rows one after another."""
-    groups = {
-        "double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
-        "double_blocks_0_txt_attn_qkv": [f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"],
-        "single_blocks_0_linear1": [
-            *(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"),
-            "single_transformer_blocks.0.proj_mlp",
-        ],
-        "double_blocks_0_img_mlp_0": ["transformer_blocks.0.ff.net.0.proj"],
-        "single_blocks_0_linear2": ["single_transformer_blocks.0.proj_out"],
-    }
+QKV = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+ADDED_QKV = [f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"]
+FLUX_GROUPS = {
+    "double_blocks.0.img_attn.qkv": QKV,
+    "double_blocks.0.txt_attn.qkv": ADDED_QKV,
+    "single_blocks.0.linear1": [
+        *(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"),
+        "single_transformer_blocks.0.proj_mlp",
+    ],
+    "double_blocks.0.img_mlp.0": ["transformer_blocks.0.ff.net.0.proj"],
+    "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
+}
+FLUX2_GROUPS = {
+    "double_blocks.0.img_attn.qkv": QKV,
+    "double_blocks.0.txt_attn.qkv": ADDED_QKV,
+    "double_blocks.0.img_attn.proj": ["transformer_blocks.0.attn.to_out.0"],
+    "double_blocks.0.txt_attn.proj": ["transformer_blocks.0.attn.to_add_out"],
+    "double_blocks.0.img_mlp.0": ["transformer_blocks.0.ff.linear_in"],
+    "double_blocks.0.txt_mlp.2": ["transformer_blocks.0.ff_context.linear_out"],
+    "single_blocks.1.linear1": ["single_transformer_blocks.1.attn.to_qkv_mlp_proj"],
+    "single_blocks.1.linear2": ["single_transformer_blocks.1.attn.to_out"],
+    "img_in": ["x_embedder"],
+}
+Z_IMAGE_GROUPS = {
+    "layers.0.attention.qkv": [f"layers.0.attention.to_{x}" for x in "qkv"],
+    "layers.1.attention.out": ["layers.1.attention.to_out.0"],
+    "noise_refiner.0.attention.qkv": [f"noise_refiner.0.attention.to_{x}" for x in "qkv"],
+    "context_refiner.0.feed_forward.w1": ["context_refiner.0.feed_forward.w1"],
+}
+
+
+def fused(model: nn.Module, kind: str, groups: dict[str, list[str]], name: files.Name) -> Made:
+    """A file with the original's names: q, k and v in one layer, its rows one after another."""
     leaves, delta = {
         "lora": (files.kohya, files.lora_delta),
         "dora": (files.kohya_dora, files.dora_delta),
         "input": (files.kohya_input_axis, files.input_axis_delta),
     }[kind]
     made, generator = Made(), torch.Generator().manual_seed(0)
-    for name, paths in groups.items():
+    for theirs, paths in groups.items():
         weights = [model.get_submodule(path).weight for path in paths]
         v = files.values_of(torch.cat(weights), generator)
-        made.tensors |= {f"lora_unet_{name}.{leaf}": tensor for leaf, tensor in leaves(v).items()}
+        made.tensors |= {f"{name(theirs)}.{leaf}": tensor for leaf, tensor in leaves(v).items()}
         made.deltas |= dict(zip(paths, delta(v).split([len(w) for w in weights])))
     return made
+
+
+def fused_flux(model: nn.Module, kind: str) -> Made:
+    """As sd-scripts writes FLUX.1."""
+    return fused(model, kind, FLUX_GROUPS, files.flat("lora_unet_"))
+
+
+@pytest.mark.parametrize("name", [files.flat("lora_unet_"), files.dotted("diffusion_model.")], ids=["flat", "dotted"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("make_pipe", "groups"), [(bases.flux2_klein, FLUX2_GROUPS), (bases.z_image, Z_IMAGE_GROUPS)], ids=["flux2", "z"]
+)
+def test_original_names_of_later_transformers(tmp_path, make_pipe, groups, kind, name):
+    pipe = make_pipe()
+    made = fused(pipe.transformer, kind, groups, name)
+    path = made.save(tmp_path / "a.safetensors")
+    assert_means(load_quietly(pipe, path), made.deltas)
+    convert_adapter(path, tmp_path / "d.safetensors", "diffusers")
+    convert_adapter(tmp_path / "d.safetensors", tmp_path / "k.safetensors", "kohya")
+    again = load_file(tmp_path / "k.safetensors")
+    modules = {key.partition(".")[0] for key in again}
+    assert modules == {files.flat("lora_unet_")(theirs) for theirs in groups}
+    assert_means(load_quietly(make_pipe(), tmp_path / "k.safetensors"), made.deltas)
+
+
+def test_flux2s_original_names_mean_what_diffusers_makes_of_them(tmp_path):
+    """Stock diffusers converts such a LoRA itself, as ai-toolkit names it."""
+    pipe, stock = bases.flux2_klein(), bases.flux2_klein()
+    made = fused(pipe.transformer, "lora", FLUX2_GROUPS, files.dotted("diffusion_model."))
+    made.tensors = {
+        key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): tensor
+        for key, tensor in made.tensors.items()
+        if not key.endswith(".alpha")
+    }
+    path = made.save(tmp_path / "a.safetensors")
+    load_quietly(pipe, path)
+    stock.load_lora_weights(str(path))
+    embeds = torch.randn(1, 5, 48, generator=torch.Generator().manual_seed(1))
+    values = {
+        "hidden_states": torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(2)),
+        "encoder_hidden_states": embeds,
+        "timestep": torch.tensor([0.4]),
+        "img_ids": pipe._prepare_latent_ids(torch.zeros(1, 16, 3, 4)),
+        "txt_ids": pipe._prepare_text_ids(embeds),
+    }
+    with torch.no_grad():
+        ours, theirs, bare = (p.transformer(**values).sample for p in (pipe, stock, bases.flux2_klein()))
+    assert relative_error(ours, theirs) < 1e-4 and relative_error(bare, theirs) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -438,8 +507,16 @@ def test_onetrainers_flux_names_are_read(tmp_path):
 
 
 def test_every_layer_name_of_the_small_models_survives_flattening():
-    for model in (bases.unet(), bases.flux_transformer(), bases.sd3_transformer(), files.fresh("xl").text_encoder_2):
+    transformers = (
+        bases.flux_transformer(),
+        bases.sd3_transformer(),
+        bases.flux2_transformer(),
+        bases.qwen_transformer(),
+    )
+    for model in (bases.unet(), *transformers, bases.z_image_transformer(), files.fresh("xl").text_encoder_2):
         for path in adaptable_layers(model):
+            if path.startswith(("all_x_embedder", "all_final_layer")):
+                continue  # Z-Image's two ends are named after a patch size, "2-1"
             assert unflatten(path.replace(".", "_")) == path
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dora_diffusion.data.buckets import Size, nearest_bucket
 from dora_diffusion.data.folder import TrainingImage, open_image
 from dora_diffusion.generation import check_prompt
-from dora_diffusion.models.families import Conditioning
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.loading import Base
 
 __all__ = ["EncodedImages", "encode_images"]
@@ -25,11 +25,13 @@ BATCH = 4
 class EncodedImages:
     """Training pictures of one size as the denoiser sees them.
 
-    mean, std [views, pictures, channels, h, w] are the autoencoder's posterior, in the denoiser's scale; view 0 is the
-    picture, view 1, where there is one, its mirror image. `captions` are the different ones of all sizes and, last,
-    the empty prompt; `conditioning` has a row for each, and `caption_of` [pictures] points into both.
+    size is (width, height) in pixels; mean, std [views, pictures, channels, h, w] are the autoencoder's posterior, in
+    the denoiser's scale; view 0 is the picture, view 1, where there is one, its mirror image. `captions` are the
+    different ones of all sizes and, last, the empty prompt; `conditioning` has a row for each, and `caption_of`
+    [pictures] points into both.
     """
 
+    size: Size
     mean: Tensor
     std: Tensor
     captions: tuple[str, ...]
@@ -72,11 +74,14 @@ def encode_images(
     rows = [base.family.encode(base.pipe, [caption]) for caption in captions]
     conditioning = Conditioning.stack(rows).to(torch.device("cpu"), torch.float32)
     groups = []
-    for caption_of, pictures in (zip(*group, strict=True) for group in grouped.values() if group):
+    for size, group in grouped.items():
+        if not group:
+            continue
+        caption_of, pictures = zip(*group, strict=True)
         views = [pictures, [ImageOps.mirror(picture) for picture in pictures]] if mirrored else [pictures]
         posteriors = [_latents_of(base, view) for view in views]
         mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
-        groups.append(EncodedImages(mean, std, captions, conditioning, torch.tensor(caption_of)))
+        groups.append(EncodedImages(size, mean, std, captions, conditioning, torch.tensor(caption_of)))
     return tuple(groups)
 
 
@@ -84,13 +89,12 @@ def encode_images(
 def _latents_of(base: Base, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the autoencoder's posterior, float32, in the denoiser's scale, on the CPU."""
     vae = base.pipe.vae
-    shift = vae.config.get("shift_factor") or 0.0
     means, stds = [], []
     for start in range(0, len(pictures), BATCH):
         pixels = torch.stack([_to_pixels(picture) for picture in pictures[start : start + BATCH]])
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        means.append((posterior.mean.float() - shift).cpu() * vae.config.scaling_factor)
-        stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
+        mean, std = base.family.posterior(base.pipe, pixels.to(vae.device, vae.dtype))
+        means.append(mean.cpu())
+        stds.append(std.cpu())
     return torch.cat(means), torch.cat(stds)
 
 

@@ -2,8 +2,8 @@
 
 Read by ComfyUI, Forge, A1111, sd-scripts and LyCORIS. A magnitude is written with the weight's number of axes, [out, 1]
 or [1, in]: with one axis it would be spread over the wrong one on square layers. SDXL's UNet has the original names
-there, as sd-scripts trains it; a transformer's layers have diffusers' names behind `lora_transformer_`, unless they
-are the parts of fused layers, which are put together again.
+there, as sd-scripts trains it. The layers of SD3 and FLUX.1 have diffusers' names behind `lora_transformer_`, those of
+later transformers behind `lycoris_`, as ComfyUI looks for them; parts of fused layers are put together again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.original import FLUX, SD3, Transformer, unet_original
+from dora_diffusion.formats.original import FLUX, FLUX2, SD3, Z_IMAGE, Transformer, unet_original
 
 __all__ = ["to_keys"]
 
@@ -62,7 +62,7 @@ def _named(file: AdapterFile, layer: str, held: Held, original: bool) -> tuple[s
         model = _transformer(file)
         theirs = model.original(layer) if original else None
         if theirs is None:
-            return "lora_transformer_" + layer.replace(".", "_"), held
+            return _transformer_prefix(file) + layer.replace(".", "_"), held
         if theirs in model.swapped:
             held = {p: torch.cat(t.chunk(2)[::-1]) if p in ("lora_B", "magnitude") else t for p, t in held.items()}
         return "lora_unet_" + theirs.replace(".", "_"), held
@@ -80,8 +80,20 @@ def _encoder_prefix(file: AdapterFile, component: str) -> str:
     return ENCODER_PREFIX[component] if component != "text_encoder" or _is_xl(file) else "lora_te_"
 
 
+def _transformer_prefix(file: AdapterFile) -> str:
+    if file.base.model_class == "unknown":
+        first = _transformer(file) in (SD3, FLUX)
+    else:
+        first = file.base.model_class in ("SD3Transformer2DModel", "FluxTransformer2DModel")
+    return "lora_transformer_" if first else "lycoris_"
+
+
 def _transformer(file: AdapterFile) -> Transformer:
     """Whose original names a transformer's layers have: SD3's and FLUX's are the same in diffusers."""
+    if any(layer.startswith(("layers.", "noise_refiner.", "context_refiner.")) for layer in file.layers):
+        return Z_IMAGE
+    if any(layer.endswith((".to_qkv_mlp_proj", ".linear_in", ".linear_out")) for layer in file.layers):
+        return FLUX2
     is_sd3 = file.base.model_class == "SD3Transformer2DModel" or any("joint_blocks" in n for n in file.written.values())
     return SD3 if is_sd3 else FLUX
 

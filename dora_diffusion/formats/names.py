@@ -41,6 +41,9 @@ COMPOUNDS: list[str] = re.findall(
     v_proj out_proj text_projection wi_0 wi_1 input_blocks middle_block output_blocks in_layers out_layers emb_layers
     skip_connection time_embed label_emb double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod
     joint_blocks x_block context_block t_embedder y_embedder
+    to_qkv_mlp_proj linear_in linear_out time_guidance_embed single_stream_modulation double_stream_modulation_img
+    double_stream_modulation_txt noise_refiner context_refiner feed_forward cap_embedder all_x_embedder
+    all_final_layer
     final_layer adaLN_modulation guidance_in img_in txt_in time_in vector_in in_layer out_layer
     """,
 )
@@ -49,6 +52,7 @@ WORDS: list[str] = re.findall(
     """
     attentions resnets downsamplers upsamplers conv conv1 conv2 op attn attn1 attn2 ff net proj linear linear1 linear2
     norm norm1 encoder layers layer mlp fc1 fc2 block SelfAttention DenseReluDense q k v o wo wi out lin qkv modulation
+    attention w1 w2 w3
     """,
 )
 _TOKEN = re.compile("(" + "|".join(sorted([*COMPOUNDS, *WORDS], key=len, reverse=True)) + r"|\d+)(?:_|$)")
@@ -62,8 +66,8 @@ class Located:
     flat: bool = False
 
 
-def locate(module: str, *, flux: bool = False, layers_per_block: int = 2) -> Located:
-    """Where a module lies that a file names so; `flux` and `layers_per_block` say what model the file is for."""
+def locate(module: str, *, flux: bool = False, flux2: bool = False, layers_per_block: int = 2) -> Located:
+    """Where a module lies that a file names so; the rest says what model the file is for."""
     name = module.removeprefix(PEFT_FOLDER)
     for prefix, component in (DOTTED_PREFIXES | FLAT_PREFIXES).items():
         if name.startswith(prefix):
@@ -72,18 +76,19 @@ def locate(module: str, *, flux: bool = False, layers_per_block: int = 2) -> Loc
                 component = (
                     "text_encoder_2"  # the T5 is the third text encoder in sd-scripts, the second in the pipeline
                 )
-            return _inside(name.removeprefix(prefix), component, flat, layers_per_block)
-    return _inside(name, "", False, layers_per_block)
+            return _inside(name.removeprefix(prefix), component, flat, layers_per_block, flux2)
+    return _inside(name, "", False, layers_per_block, flux2)
 
 
-def _inside(name: str, component: str, flat: bool, layers_per_block: int) -> Located:
+def _inside(name: str, component: str, flat: bool, layers_per_block: int, flux2: bool) -> Located:
     start = f"{component}." if component else ""
     path = unflatten(name) if flat else name
     if path is None:
         return Located((Part(start + name, WHOLE),), flat=True)
     if component:
         return Located((Part(start + _text_encoder_path(path), WHOLE),))
-    return Located(original.to_diffusers(_without_processor(path), layers_per_block))
+    flux = original.FLUX2 if flux2 else original.FLUX
+    return Located(original.to_diffusers(_without_processor(path), layers_per_block, flux))
 
 
 def _text_encoder_path(path: str) -> str:
@@ -94,7 +99,8 @@ def _text_encoder_path(path: str) -> str:
 def _without_processor(path: str) -> str:
     """The names of diffusers before it used PEFT: `attn1.processor.to_out` for `attn1.to_out.0`."""
     path = path.replace(".processor.", ".")
-    return path + ".0" if path.endswith(".to_out") else path
+    # FLUX.2's single blocks have a `to_out` that is the layer itself.
+    return path + ".0" if path.endswith(".to_out") and not path.startswith("single_transformer_blocks.") else path
 
 
 def unflatten(name: str) -> str | None:
@@ -121,5 +127,5 @@ def denoiser_prefix(modules: Iterable[str], layers: Iterable[str]) -> str:
         for prefix in ("unet", "transformer"):
             if module.removeprefix(PEFT_FOLDER).startswith(prefix + "."):
                 return prefix
-    diffusion = re.compile(r"(single_)?transformer_blocks\.")
+    diffusion = re.compile(r"((single_)?transformer_blocks|layers|(noise|context)_refiner)\.")
     return "transformer" if any(diffusion.match(layer) for layer in layers) else "unet"

@@ -1,8 +1,8 @@
-"""The module names of the original checkpoints, as data: Stable Diffusion's and SDXL's UNet, FLUX, Stable Diffusion 3.
+"""The module names of the original checkpoints, as data: Stable Diffusion's and SDXL's UNet, SD3, FLUX, Z-Image.
 
-FLUX and SD3 have q, k and v (in FLUX's single blocks the MLP's first layer too) in one fused layer; diffusers has them
-apart. A fused layer's update falls apart along its output rows: A is shared, B and a magnitude by row are cut. A norm
-by input runs over all rows of the fused layer, so it cannot be cut.
+FLUX, SD3 and Z-Image have q, k and v (in FLUX.1's single blocks the MLP's first layer too) in one fused layer;
+diffusers has them apart. A fused layer's update falls apart along its output rows: A is shared, B and a magnitude by
+row are cut. A norm by input runs over all rows of the fused layer, so it cannot be cut.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FLUX", "SD3", "WHOLE", "Part", "Rows", "Transformer", "to_diffusers", "unet_original", "unet_path"]
+__all__ = [
+    "FLUX",
+    "SD3",
+    "WHOLE",
+    "Z_IMAGE",
+    "Part",
+    "Rows",
+    "Transformer",
+    "to_diffusers",
+    "unet_original",
+    "unet_path",
+]
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,37 @@ FLUX = Transformer(
     },
     swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
 )
+# FLUX.2 has the same names for wider layers, and in its single blocks one fused layer in diffusers too.
+FLUX2 = Transformer(
+    fused={
+        ("double_blocks", "transformer_blocks"): FLUX.fused["double_blocks", "transformer_blocks"],
+        ("single_blocks", "single_transformer_blocks"): {},
+    },
+    blocks={
+        ("double_blocks", "transformer_blocks"): {
+            "img_attn.proj": "attn.to_out.0",
+            "txt_attn.proj": "attn.to_add_out",
+            "img_mlp.0": "ff.linear_in",
+            "img_mlp.2": "ff.linear_out",
+            "txt_mlp.0": "ff_context.linear_in",
+            "txt_mlp.2": "ff_context.linear_out",
+        },
+        ("single_blocks", "single_transformer_blocks"): {"linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"},
+    },
+    outside={
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+        "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+        "single_stream_modulation.lin": "single_stream_modulation.linear",
+        "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+        "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+        "final_layer.linear": "proj_out",
+    },
+    swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+)
 # `context_block.adaLN_modulation.1` is left out: its rows have another order in the last block, which no name tells.
 SD3 = Transformer(
     fused={
@@ -165,6 +207,22 @@ SD3 = Transformer(
     },
     swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
 )
+_Z_BLOCKS: tuple[Blocks, ...] = tuple((name, name) for name in ("layers", "noise_refiner", "context_refiner"))
+Z_IMAGE = Transformer(
+    fused={
+        block: {"attention.qkv": (("attention.to_q", "attention.to_k", "attention.to_v"), THIRDS)}
+        for block in _Z_BLOCKS
+    },
+    blocks={
+        block: {
+            "attention.out": "attention.to_out.0",
+            **{f"feed_forward.w{i}": f"feed_forward.w{i}" for i in (1, 2, 3)},
+        }
+        for block in _Z_BLOCKS
+    },
+    outside={},
+    swapped={},
+)
 UNET_WHOLE = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -183,9 +241,30 @@ _RESNET_BACK = {ours: theirs for theirs, ours in RESNET.items()}
 _UNET_BACK = {ours: theirs for theirs, ours in UNET_WHOLE.items()}
 
 
-def to_diffusers(path: str, layers_per_block: int = 2) -> tuple[Part, ...]:
-    """The layers that a module of an original checkpoint is in diffusers; a path that is diffusers' own stays."""
-    return FLUX.parts(path) or SD3.parts(path) or (Part(unet_path(path, layers_per_block) or path, WHOLE),)
+def to_diffusers(path: str, layers_per_block: int = 2, flux: Transformer = FLUX) -> tuple[Part, ...]:
+    """The layers that a module of an original checkpoint is in diffusers; a path that is diffusers' own stays.
+
+    `flux` says whether names of FLUX's blocks are FLUX.1's or FLUX.2's.
+    """
+    for model in (flux, SD3, Z_IMAGE):
+        if parts := model.parts(path):
+            return parts
+    return (Part(unet_path(path, layers_per_block) or path, WHOLE),)
+
+
+def is_flux2(shapes: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether modules of these names with so many outputs and inputs are FLUX.2's: told from how wide its MLP is."""
+    wide = {
+        r"single_blocks.\d+.linear1": lambda rows, columns: rows == 9 * columns,  # FLUX.1: 7
+        r"single_blocks.\d+.linear2": lambda rows, columns: columns == 4 * rows,  # 5
+        r"double_blocks.\d+.(?:img|txt)_mlp.0": lambda rows, columns: rows == 6 * columns,  # 4
+        r"double_blocks.\d+.(?:img|txt)_mlp.2": lambda rows, columns: columns == 3 * rows,  # 4
+    }
+    return any(
+        re.search(rf"{pattern}$", name) is not None and fits(*shape)
+        for name, shape in shapes.items()
+        for pattern, fits in wide.items()
+    )
 
 
 def unet_path(path: str, n: int) -> str | None:

@@ -20,6 +20,7 @@ from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import Description
 from dora_diffusion.formats.leaves import NOT_READ, Leaf, dialect_of, split_key
 from dora_diffusion.formats.modules import cannot_fall_apart, check_module, cut, one_form
+from dora_diffusion.formats.original import is_flux2
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.storage import read_header, read_safetensors
 
@@ -190,7 +191,7 @@ def _place(modules: Mapping[str, dict[str, Tensor]], description: Description | 
     """Check each module and lead it to its layer, or to several where it was fused."""
     read = _Read()
     findings.total = len(modules)
-    flux = names.is_flux(modules)
+    flux, flux2 = names.is_flux(modules), is_flux2({module: _shape(held) for module, held in modules.items()})
     n = (description.base.layers_per_block if description else None) or 2
     for module, held in modules.items():
         missing, misshapen = check_module(held)
@@ -200,7 +201,7 @@ def _place(modules: Mapping[str, dict[str, Tensor]], description: Description | 
             continue
         tensors, notes = one_form(held)
         read.notes += notes
-        located = names.locate(module, flux=flux, layers_per_block=n)
+        located = names.locate(module, flux=flux, flux2=flux2, layers_per_block=n)
         problem = cannot_fall_apart(tensors, [part.rows for part in located.parts])
         taken = [part.layer for part in located.parts if part.layer in read.parameters]
         if problem:
@@ -214,6 +215,12 @@ def _place(modules: Mapping[str, dict[str, Tensor]], description: Description | 
                 read.flat |= {part.layer} if located.flat else set()
     _check_evenness(read, findings)
     return read
+
+
+def _shape(held: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Outputs and inputs of a linear module; (0, 0) for anything else."""
+    matrices = [held[p] for p in (("difference",) * 2 if "difference" in held else ("lora_B", "lora_A")) if p in held]
+    return (matrices[0].shape[0], matrices[-1].shape[1]) if [m.dim() for m in matrices] == [2, 2] else (0, 0)
 
 
 def _check_evenness(read: _Read, findings: Findings) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "attached",
     "compare_programs",
     "evaluate",
+    "knows",
     "refuse_marked",
 ]
 
@@ -105,14 +106,23 @@ class TrueUpdate:
 def compare_programs(
     path: str | os.PathLike[str], base: Base, strength: float = 1.0, programs: tuple[Program, ...] = PROGRAMS
 ) -> list[Parity]:
-    """What each program makes of the file on this base. Raises AdapterFileError and AdapterMismatchError."""
+    """What each program makes of the file on this base, as far as its names for the base's layers are known.
+
+    Raises AdapterFileError and AdapterMismatchError.
+    """
     strength = check_strength(strength)
+    programs = tuple(program for program in programs if knows(program, base))
     tensors, header = read_safetensors(Path(path))
     refuse_marked(Path(path), header)
     with attached(base, path) as adapter:
         updates = adapter.updates()
         scale_of = (lambda layer: updates[layer].scale) if METADATA_KEY in header else None
         return evaluate(programs, tensors, adapter, strength, scale_of)
+
+
+def knows(program: Program, base: Base) -> bool:
+    """Whether the program's names for this base's layers are known."""
+    return model_of(type(base.denoiser).__name__) in program.knows
 
 
 def refuse_marked(path: Path, header: Mapping[str, str]) -> None:
@@ -240,7 +250,8 @@ def layers_per_block(adapter: Adapter) -> int:
 
 def pieces_of(name: str, names: Mapping[str, Tensor], adapter: Adapter, per_block: int) -> tuple[Piece, ...]:
     """The adapter's layers that a file's module of this name is."""
-    pieces = locate(name, flux=is_flux(names), layers_per_block=per_block).parts
+    flux2 = model_of(type(adapter.model).__name__) == "flux2"
+    pieces = locate(name, flux=is_flux(names), flux2=flux2, layers_per_block=per_block).parts
     return tuple(Piece(_in_model(piece.layer, adapter), piece.rows) for piece in pieces)
 
 

@@ -14,9 +14,10 @@ from dora_diffusion.errors import ConfigError, nearest
 
 __all__ = ["PROGRAMS", "Program", "Spelling", "program_named"]
 
-Model = Literal["unet", "sd3", "flux", "other"]
+Model = Literal["unet", "sd3", "flux", "flux2", "qwen", "z-image", "other"]
 Part = Literal["down", "up", "core", "alpha", "magnitude", "difference"]
-EVERY: tuple[Model, ...] = ("unet", "sd3", "flux", "other")
+EVERY: tuple[Model, ...] = ("unet", "sd3", "flux", "flux2", "qwen", "z-image", "other")
+FIRST: tuple[Model, ...] = ("unet", "sd3", "flux")
 FLOAT32_EPSILON = 2.0**-23
 
 # How a flat name of an original checkpoint goes on after its prefix.
@@ -44,6 +45,7 @@ class Spelling:
 class Program:
     """One program's rules. W0 is the base's weight, V = W0 + s B A.
 
+    knows        the models whose names for layers these rules have
     parts        the keys' endings that it reads, and what it takes them for; all other keys are dropped
     scale        s: from the header ("lora_adapter_metadata"), from `.alpha` / rank, or 1 where there is none
     axis         which way a norm runs: over each output's row, over each input's column, or told from the magnitude's
@@ -63,6 +65,7 @@ class Program:
     sources: tuple[str, ...]
     read_on: str
     spellings: tuple[Spelling, ...]
+    knows: tuple[Model, ...] = EVERY
     parts: Mapping[str, Part] = field(default_factory=dict)
     header: bool = False
     needs_alpha: bool = False
@@ -93,7 +96,11 @@ _PEFT: dict[str, Part] = {
 _COMFY_SPELLINGS = (
     Spelling("lora_unet_.+", ("unet",)),
     Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3")),
-    Spelling("lycoris_.+", ("unet", "sd3", "flux")),
+    Spelling("lycoris_.+", ("unet", "sd3", "flux", "qwen", "z-image")),
+    # Behind this the checkpoint's own names are found: Qwen-Image's are diffusers', Z-Image has q, k and v in one.
+    Spelling("lora_unet_.+", ("qwen",)),
+    Spelling(r"lora_unet_.+_(?:attention_(?:qkv|out)|feed_forward_w[123])", ("z-image",)),
+    Spelling(r"transformer\..+|(?:transformer_blocks|layers|noise_refiner|context_refiner)\..+", ("qwen", "z-image")),
     Spelling(r"(?:unet\.)?.+\.processor\..+", ("unet",)),
     Spelling(r"diffusion_model\..+"),
     Spelling(r"transformer\..+", ("sd3", "flux")),
@@ -122,7 +129,7 @@ PROGRAMS = (
         read_on="2026-11-23",
         spellings=(
             Spelling(r"unet\..+", ("unet",)),
-            Spelling(r"transformer\..+", ("sd3", "flux", "other")),
+            Spelling(r"transformer\..+", EVERY[1:]),
             # transformers 5 loads these layers, and looks for a parameter's name with `.weight`.
             Spelling(r"text_encoder(?:_2)?\..+", lost=("lora_magnitude_vector",)),
             Spelling("lora_(?:unet|te|te1|te2)_.+", ("unet",)),
@@ -159,6 +166,7 @@ PROGRAMS = (
         ),
         read_on="2026-11-23",
         spellings=_COMFY_SPELLINGS,
+        knows=(*FIRST, "qwen", "z-image"),
         parts={**_COMFY_KEYS, "lora_A": "down", "lora_B": "up"},
         axis="shape",
         output_norm="W0",
@@ -175,12 +183,13 @@ PROGRAMS = (
         ),
         read_on="2026-11-23",
         spellings=(
-            *(s for s in _COMFY_SPELLINGS if s.models != ("sd3", "flux") and s.models != ("unet", "sd3", "flux")),
+            *(s for s in _COMFY_SPELLINGS if s.models in (("unet",), EVERY)),
             Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3")),
             Spelling("lycoris_.+", ("unet", "flux")),
             Spelling(r"transformer\..+", ("flux",)),
             Spelling("lora_transformer_.+", ("flux",)),
         ),
+        knows=FIRST,
         parts=_COMFY_KEYS,
         axis="shape",
         output_norm="W0",
@@ -203,6 +212,7 @@ PROGRAMS = (
             Spelling(f"lora_te[12]?_{CLIP}", ("unet",)),
             Spelling(r"transformer\..+", ("sd3",)),
         ),
+        knows=FIRST,
         parts={**_KOHYA, "lora_A.weight": "down", "lora_B.weight": "up"},
         axis="input",
         on_error="skip",

@@ -19,6 +19,9 @@ _MODELS: dict[str, Model] = {
     "UNet2DConditionModel": "unet",
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
+    "QwenImageTransformer2DModel": "qwen",
+    "ZImageTransformer2DModel": "z-image",
 }
 # Every ending that some dialect uses, the longest first, so that a module's name ends where its parameter's begins.
 _ENDINGS = sorted(
@@ -100,7 +103,7 @@ def read_as(program: Program, tensors: Mapping[str, Tensor], model: Model, layer
     flux = is_flux(found)
     modules = []
     for module, parts in found.items():
-        pieces = locate(module, flux=flux, layers_per_block=layers_per_block).parts
+        pieces = locate(module, flux=flux, flux2=model == "flux2", layers_per_block=layers_per_block).parts
         alpha = parts.pop("alpha", None)
         scale = None if alpha is None else float(alpha)
         made = FileModule(module, pieces, alpha=scale, untrained=module in untrained, **parts)

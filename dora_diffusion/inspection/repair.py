@@ -23,7 +23,7 @@ from dora_diffusion.formats.files import read_adapter_file
 from dora_diffusion.formats.storage import read_header
 from dora_diffusion.formats.writing import Layout, file_layer, file_of, write_adapter_file
 from dora_diffusion.injection import Adapter, AdapterConfig, check_strength
-from dora_diffusion.inspection.parity import RIGHT, Parity, attached, evaluate, refuse_marked
+from dora_diffusion.inspection.parity import RIGHT, Parity, attached, evaluate, knows, refuse_marked
 from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
 from dora_diffusion.layers import DoRAUpdate
 from dora_diffusion.models.loading import Base
@@ -66,9 +66,15 @@ def repair(
 ) -> Repaired:
     """Write `path`'s adapter to `out` so that it is right in the program, at strength 1 and at `strength`.
 
-    `form` asks for one of FORMS. Raises Unrepairable, AdapterFileError, AdapterMismatchError and OutputError.
+    `form` asks for one of FORMS. Raises Unrepairable, ConfigError,
+    AdapterFileError, AdapterMismatchError and OutputError.
     """
     strength = check_strength(strength)
+    if not knows(program, base):
+        raise ConfigError(
+            f"how {program.label} names the layers of a {type(base.denoiser).__name__} is not known here, so no file "
+            "can be said to be right there. `convert` writes every layout, unchecked."
+        )
     refuse_marked(Path(path), read_header(Path(path)).metadata)
     description = read_adapter_file(path).description
     tried = []

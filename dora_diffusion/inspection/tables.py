@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dora_diffusion.inspection.analysis import Analysis
 from dora_diffusion.inspection.parity import RIGHT, Parity
+from dora_diffusion.inspection.programs import PROGRAMS
 from dora_diffusion.inspection.summary import Summary
 
 __all__ = ["inspection_json", "parity_json", "print_analysis", "print_parity", "print_summary"]
@@ -21,8 +22,11 @@ Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | float | int | boo
 MOST_LAYERS = 8
 
 
-def print_parity(console: Console, found: Sequence[Parity]) -> None:
-    """One row a program; below, the layer that is worst in each that is not right, and the versions."""
+def print_parity(console: Console, found: Sequence[Parity], model: str) -> None:
+    """One row a program; below, the layer that is worst in each that is not right, and the versions.
+
+    `model` is the class of the base's denoiser, for the programs whose names for its layers are not known.
+    """
     strength = found[0].strength
     table = Table(header_style="bold")
     table.add_column("program")
@@ -39,6 +43,9 @@ def print_parity(console: Console, found: Sequence[Parity]) -> None:
         if not parity.stopped and parity.read and not parity.right:
             note = escape(f" ({parity.worst.note})" if parity.worst.note else "")
             console.print(f"{parity.program.label}: worst at {parity.worst.layer}{note}", soft_wrap=True)
+    compared = {parity.program.name for parity in found}
+    if unknown := [program.label for program in PROGRAMS if program.name not in compared]:
+        console.print(f"How {', '.join(unknown)} would name the layers of a {model} is not known here.", soft_wrap=True)
     versions = "; ".join(f"{parity.program.label} {parity.program.version}" for parity in found)
     console.print(
         "[dim]error: ||what it adds to the weights - what the file means|| / ||what the file means||, over all layers "

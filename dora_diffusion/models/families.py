@@ -1,150 +1,71 @@
-"""The model families that can be trained, one row each: how prompts are encoded, how the denoiser is called.
+"""The model families that can be trained, one row each: how prompts and pictures are encoded, how the denoiser is
+called.
 
 Adding a family is adding a row to FAMILIES. Drawing pictures needs no row: that is the pipeline's own work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dora_diffusion.errors import BaseModelError
-from dora_diffusion.injection import ATTENTION_TARGETS
+from dora_diffusion.injection import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
+from dora_diffusion.models import dits, unets
+from dora_diffusion.models.conditioning import Conditioning
+from dora_diffusion.models.latents import flux2_posterior, kl_posterior, qwen_posterior
 
-__all__ = ["FAMILIES", "Conditioning", "Family", "family_of"]
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the denoiser is told beside x and t; every tensor's first axis is the batch."""
-
-    tensors: Mapping[str, Tensor]
-
-    def __getitem__(self, index: Tensor | list[int]) -> Conditioning:
-        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
-        return Conditioning({name: tensor.to(device, dtype) for name, tensor in self.tensors.items()})
-
-    @staticmethod
-    def stack(parts: list[Conditioning]) -> Conditioning:
-        return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in parts[0].tensors})
-
+__all__ = ["FAMILIES", "Family", "family_of"]
 
 Encode = Callable[[DiffusionPipeline, list[str]], Conditioning]
+Posterior = Callable[[DiffusionPipeline, Tensor], tuple[Tensor, Tensor]]
 Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the pipeline class it stands for, which part is adapted and where, and the two calls training makes.
+    """One row: the pipeline class it stands for, where it is adapted, and the three calls training makes.
 
-    `encode(pipe, prompts)` gives the conditioning of a batch of prompts; `predict(denoiser, x, t, conditioning)` the
-    denoiser's output for noisy latents x [batch, channels, height, width] at timesteps t [batch]. `text_encoders` are
-    those that can be trained too: CLIP's, not T5. `packs` is the side of the square of latents that the pipeline makes
-    one token.
+    `encode(pipe, prompts)` gives the conditioning of a batch of prompts; `posterior(pipe, pixels)` mean and standard
+    deviation of the latents of pictures; `predict(denoiser, x, t, conditioning)` the denoiser's output for noisy
+    latents x [batch, channels, height, width] at timesteps t [batch]. `text_encoders` are those that can be trained
+    too: CLIP's, not T5 or a language model. `packs` is the side of the square of latents that the pipeline makes one
+    token.
     """
 
     name: str
     pipeline: str
-    denoiser: str
     encode: Encode
     predict: Predict
+    posterior: Posterior = kl_posterior
     target_modules: tuple[str, ...] = ATTENTION_TARGETS
+    feed_forward: tuple[str, ...] = FEED_FORWARD_TARGETS
     text_encoders: tuple[str, ...] = ("text_encoder",)
     guidance_scale: float = 7.5
     learning_rate: float = 1e-4
     packs: int = 1
 
 
-def _encode_sd(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
-    embeds, _ = pipe.encode_prompt(prompts, pipe.device, 1, False)
-    return Conditioning({"encoder_hidden_states": embeds})
-
-
-def _predict_sd(unet: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    return unet(x, t, **conditioning.tensors).sample
-
-
-def _encode_pooled(pipe: DiffusionPipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    embeds, _, pooled, _ = pipe.encode_prompt(
-        prompts, None, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    return embeds, pooled
-
-
-def _encode_sdxl(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
-    embeds, pooled = _encode_pooled(pipe, prompts)
-    return Conditioning({"encoder_hidden_states": embeds, "text_embeds": pooled})
-
-
-def _predict_sdxl(unet: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    # SDXL is told the original size, the crop's corner and the target size, in pixels; pictures here are cropped to
-    # the target size before they are encoded. Its autoencoder reduces by 8.
-    height, width = x.shape[-2] * 8, x.shape[-1] * 8
-    sizes = torch.tensor([height, width, 0, 0, height, width], device=x.device, dtype=x.dtype)
-    embeds = conditioning.tensors["encoder_hidden_states"]
-    added = {"text_embeds": conditioning.tensors["text_embeds"], "time_ids": sizes.expand(len(x), -1)}
-    return unet(x, t, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
-
-
-def _encode_sd3(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
-    embeds, _, pooled, _ = pipe.encode_prompt(
-        prompts, None, None, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
-
-
-def _predict_sd3(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    return transformer(hidden_states=x, timestep=t, **conditioning.tensors).sample
-
-
-def _encode_flux(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
-    embeds, pooled, _ = pipe.encode_prompt(prompts, None, device=pipe.device, num_images_per_prompt=1)
-    return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
-
-
-def _predict_flux(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    # Squares of 2 x 2 latents are one token, whose place is said beside it; those of the text have none.
-    n, channels, height, width = x.shape
-    places = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x.device, x.dtype)
-    tokens = conditioning.tensors["encoder_hidden_states"].shape[1]
-    # FLUX.1 dev is told a guidance scale, which was distilled into it; 1 is what plain flow matching asks for.
-    guidance = torch.ones(n, device=x.device) if transformer.config.guidance_embeds else None  # type: ignore[union-attr]
-    packed = transformer(
-        hidden_states=FluxPipeline._pack_latents(x, n, channels, height, width),
-        timestep=t / 1000,
-        guidance=guidance,
-        img_ids=places,
-        txt_ids=torch.zeros(tokens, 3, device=x.device, dtype=x.dtype),
-        **conditioning.tensors,
-    ).sample
-    return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
-
-
 _JOINT_TARGETS = (*ATTENTION_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 FAMILIES = (
-    Family("Stable Diffusion 1 and 2", "StableDiffusionPipeline", "unet", _encode_sd, _predict_sd),
+    Family("Stable Diffusion 1 and 2", "StableDiffusionPipeline", unets.encode_sd, unets.predict_sd),
     Family(
         "Stable Diffusion XL",
         "StableDiffusionXLPipeline",
-        "unet",
-        _encode_sdxl,
-        _predict_sdxl,
+        unets.encode_sdxl,
+        unets.predict_sdxl,
         text_encoders=("text_encoder", "text_encoder_2"),
         guidance_scale=5.0,
     ),
     Family(
         "Stable Diffusion 3",
         "StableDiffusion3Pipeline",
-        "transformer",
-        _encode_sd3,
-        _predict_sd3,
+        dits.encode_sd3,
+        dits.predict_sd3,
         target_modules=_JOINT_TARGETS,
         text_encoders=("text_encoder", "text_encoder_2"),
         guidance_scale=4.5,
@@ -152,11 +73,44 @@ FAMILIES = (
     Family(
         "FLUX.1",
         "FluxPipeline",
-        "transformer",
-        _encode_flux,
-        _predict_flux,
+        dits.encode_flux,
+        dits.predict_flux,
         target_modules=_JOINT_TARGETS,
         guidance_scale=3.5,
+        packs=2,
+    ),
+    Family(
+        "FLUX.2 klein",
+        "Flux2KleinPipeline",
+        dits.encode_flux2,
+        dits.predict_flux2,
+        posterior=flux2_posterior,
+        # Its single blocks have attention and feed-forward layers in one: `to_qkv_mlp_proj` and a `to_out` of its own.
+        target_modules=(*_JOINT_TARGETS, "to_qkv_mlp_proj", r"single_transformer_blocks\.\d+\.attn\.to_out"),
+        feed_forward=("ff.linear_in", "ff.linear_out"),
+        text_encoders=(),
+        guidance_scale=4.0,
+        packs=2,
+    ),
+    Family(
+        "Qwen-Image",
+        "QwenImagePipeline",
+        dits.encode_qwen,
+        dits.predict_qwen,
+        posterior=qwen_posterior,
+        target_modules=_JOINT_TARGETS,
+        feed_forward=("img_mlp.net.0.proj", "img_mlp.net.2"),
+        text_encoders=(),
+        guidance_scale=4.0,
+    ),
+    Family(
+        "Z-Image",
+        "ZImagePipeline",
+        dits.encode_z_image,
+        dits.predict_z_image,
+        feed_forward=("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+        text_encoders=(),
+        guidance_scale=4.0,
         packs=2,
     ),
 )

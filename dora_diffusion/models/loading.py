@@ -76,8 +76,8 @@ class Base:
     @property
     def size(self) -> int:
         """The side in pixels of the square pictures this base was made for."""
-        sample_size = self.denoiser.config.get("sample_size") or self.pipe.default_sample_size  # type: ignore[operator, union-attr]
-        return int(sample_size) * self.vae_scale
+        latents = self.denoiser.config.get("sample_size") or getattr(self.pipe, "default_sample_size", 128)  # type: ignore[operator, union-attr]
+        return int(latents) * self.vae_scale
 
     @property
     def multiple(self) -> int:

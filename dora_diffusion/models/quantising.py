@@ -23,10 +23,13 @@ def quantise(denoiser: nn.Module, packing: Packing, device: torch.device) -> int
     """
     if packing not in get_args(Packing):
         raise ConfigError(f"quantise is {packing!r}; there is nf4 and int8.")
+    stacks = tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList))
     layers = {
         name: layer
         for name, layer in denoiser.named_modules()
-        if type(layer) is nn.Linear and "block" in name and (packing == "int8" or layer.in_features % NF4_BLOCK == 0)
+        if type(layer) is nn.Linear
+        and name.startswith(stacks)
+        and (packing == "int8" or layer.in_features % NF4_BLOCK == 0)
     }
     if not layers:
         raise ConfigError(f"quantise = {packing!r}: this base has no linear layer that can be packed.")

@@ -12,7 +12,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dora_diffusion.errors import ConfigError, nearest
-from dora_diffusion.injection import FEED_FORWARD_TARGETS, AdapterConfig, Kind
+from dora_diffusion.injection import AdapterConfig, Kind
+from dora_diffusion.models.families import Family
 from dora_diffusion.models.quantising import Packing
 
 if sys.version_info >= (3, 11):
@@ -83,14 +84,14 @@ class TrainConfig(BaseModel):
     def kinds(self) -> tuple[Kind, ...]:
         return ("lora", "dora") if self.kind == "both" else (self.kind,)
 
-    def adapter_config(self, kind: Kind, default_targets: tuple[str, ...]) -> AdapterConfig:
-        targets = tuple(self.target_modules or default_targets)
+    def adapter_config(self, kind: Kind, family: Family) -> AdapterConfig:
+        targets = tuple(self.target_modules or family.target_modules)
         return AdapterConfig(
             kind=kind,
             rank=self.rank,
             alpha=self.alpha,
             dropout=self.dropout,
-            target_modules=targets + FEED_FORWARD_TARGETS * self.train_feed_forward,
+            target_modules=targets + family.feed_forward * self.train_feed_forward,
             use_rslora=self.use_rslora,
         )
 

@@ -25,7 +25,7 @@ from dora_diffusion.data.cache import EncodedImages, encode_images
 from dora_diffusion.data.folder import TrainingImage, read_folder
 from dora_diffusion.errors import ConfigError, DataError, TrainingError
 from dora_diffusion.injection import Adapter, Kind, inject_adapter
-from dora_diffusion.models.families import Conditioning
+from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.objectives import Objective, objective_of
@@ -162,7 +162,7 @@ def new_adapter(training: Training, kind: Kind) -> tuple[Adapter, Optimizer]:
     encoders = training.base.text_encoders if config.train_text_encoder else {}
     adapter = inject_adapter(
         denoiser,
-        config.adapter_config(kind, training.base.family.target_modules),
+        config.adapter_config(kind, training.base.family),
         name=kind,
         seed=_seed(config.seed, "adapter"),
         text_encoders=encoders,

@@ -262,10 +262,10 @@ def _summary(training: Training, base_loss: float | None, loss: float | None) ->
 
 def _sizes(training: Training) -> str:
     """How many pictures are trained in which size."""
-    scale = training.base.vae_scale
-    shapes = [(len(images), *(side * scale for side in images.mean.shape[-1:-3:-1])) for images in training.instances]
-    most_first = sorted(shapes, key=lambda shape: -shape[0])
-    return "pictures by shape: " + ", ".join(f"{count} of {width} x {height}" for count, width, height in most_first)
+    most_first = sorted(training.instances, key=lambda images: -len(images))
+    return "pictures by shape: " + ", ".join(
+        f"{len(images)} of {' x '.join(map(str, images.size))}" for images in most_first
+    )
 
 
 def _resolve(config: TrainConfig, base: Base) -> TrainConfig:

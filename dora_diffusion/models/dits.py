@@ -1,0 +1,113 @@
+"""How prompts are encoded for the diffusion transformers, and how these are called.
+
+x [batch, channels, height, width] are noisy latents, t [batch] timesteps from 0 to 1000; every function here returns
+what flow matching asks for, noise less picture, in x's shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
+from torch import Tensor, nn
+
+from dora_diffusion.models.conditioning import Conditioning
+
+__all__ = [
+    "encode_flux",
+    "encode_flux2",
+    "encode_qwen",
+    "encode_sd3",
+    "encode_z_image",
+    "predict_flux",
+    "predict_flux2",
+    "predict_qwen",
+    "predict_sd3",
+    "predict_z_image",
+]
+
+
+def encode_sd3(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
+    embeds, _, pooled, _ = pipe.encode_prompt(
+        prompts, None, None, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+
+def predict_sd3(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    return transformer(hidden_states=x, timestep=t, **conditioning.tensors).sample
+
+
+def encode_flux(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
+    embeds, pooled, _ = pipe.encode_prompt(prompts, None, device=pipe.device, num_images_per_prompt=1)
+    return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+
+def predict_flux(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    # Squares of 2 x 2 latents are one token, whose place is said beside it; those of the text have none.
+    n, channels, height, width = x.shape
+    places = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x.device, x.dtype)
+    tokens = conditioning.tensors["encoder_hidden_states"].shape[1]
+    # FLUX.1 dev is told a guidance scale, which was distilled into it; 1 is what plain flow matching asks for.
+    guidance = torch.ones(n, device=x.device) if transformer.config.guidance_embeds else None  # type: ignore[union-attr]
+    packed = transformer(
+        hidden_states=FluxPipeline._pack_latents(x, n, channels, height, width),
+        timestep=t / 1000,
+        guidance=guidance,
+        img_ids=places,
+        txt_ids=torch.zeros(tokens, 3, device=x.device, dtype=x.dtype),
+        **conditioning.tensors,
+    ).sample
+    return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
+
+
+def encode_flux2(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
+    embeds, _ = pipe.encode_prompt(prompts, device=pipe.device)
+    return Conditioning({"encoder_hidden_states": embeds})
+
+
+def predict_flux2(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    # The latents come with squares of 2 x 2 as channels already: each place is one token.
+    embeds = conditioning.tensors["encoder_hidden_states"]
+    packed = transformer(
+        hidden_states=Flux2KleinPipeline._pack_latents(x),
+        timestep=t / 1000,
+        guidance=None,
+        encoder_hidden_states=embeds,
+        txt_ids=Flux2KleinPipeline._prepare_text_ids(embeds).to(x.device),
+        img_ids=Flux2KleinPipeline._prepare_latent_ids(x).to(x.device),
+    ).sample
+    return packed.transpose(1, 2).reshape(x.shape)
+
+
+def encode_qwen(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
+    embeds, mask = pipe.encode_prompt(prompts, device=pipe.device)
+    mask = embeds.new_ones(embeds.shape[:2]) if mask is None else mask
+    return Conditioning({"encoder_hidden_states": embeds, "mask": mask})
+
+
+def predict_qwen(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    n, channels, height, width = x.shape
+    packed = transformer(
+        hidden_states=QwenImagePipeline._pack_latents(x, n, channels, height, width),
+        timestep=t / 1000,
+        guidance=None,
+        encoder_hidden_states=conditioning.tensors["encoder_hidden_states"],
+        encoder_hidden_states_mask=conditioning.tensors["mask"].bool(),
+        img_shapes=[[(1, height // 2, width // 2)]] * n,
+    ).sample
+    return QwenImagePipeline._unpack_latents(packed, height, width, vae_scale_factor=1).squeeze(2)
+
+
+def encode_z_image(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
+    # A list of its own: the pipeline writes its chat template into the one it is given.
+    embeds, _ = pipe.encode_prompt(list(prompts), pipe.device, do_classifier_free_guidance=False)
+    rows = [{"encoder_hidden_states": row[None], "mask": row.new_ones(1, len(row))} for row in embeds]
+    return Conditioning.stack([Conditioning(row) for row in rows])
+
+
+def predict_z_image(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    # It takes lists, its time runs from noise (0) to picture (1), and it predicts picture less noise.
+    embeds, mask = conditioning.tensors["encoder_hidden_states"], conditioning.tensors["mask"].bool()
+    texts = [row[kept] for row, kept in zip(embeds, mask, strict=True)]
+    found = transformer(list(x.unsqueeze(2).unbind(0)), 1 - t / 1000, texts).sample
+    return -torch.stack(list(found)).squeeze(2)
