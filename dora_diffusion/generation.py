@@ -88,16 +88,6 @@ def _template_tokens(pipe: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase
     return len(tokenizer(text).input_ids)
 
 
-def _check_size(base: Base, request: GenerationRequest) -> None:
-    for name, side in (("width", request.width), ("height", request.height)):
-        if side is None:
-            continue
-        base.check_side(name, side)
-        if side % base.multiple:
-            near = max(1, round(side / base.multiple)) * base.multiple
-            raise ConfigError(f"{name} is {side}; this base draws multiples of {base.multiple}, such as {near}.")
-
-
 def _guidance(base: Base, request: GenerationRequest) -> dict[str, float | str]:
     """Guidance scale and negative prompt by this pipeline's names for them. Raises PromptError."""
     scale = base.guidance_scale if request.guidance_scale is None else request.guidance_scale
@@ -124,7 +114,9 @@ def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = No
     """
     check_prompt(base.pipe, request.prompt)
     check_prompt(base.pipe, request.negative_prompt)
-    _check_size(base, request)
+    for name, side in (("width", request.width), ("height", request.height)):
+        if side is not None:
+            base.check_side(name, side)
     guidance = _guidance(base, request)
     parts = [part for part in base.pipe.components.values() if isinstance(part, nn.Module)]
     were_training = [part.training for part in parts]

@@ -198,7 +198,7 @@ def test_a_packed_base_trains_and_its_adapter_fits_the_whole_one(
 def test_a_resolution_that_does_not_fit_the_base_is_refused(tmp_path: Path, pictures: Path) -> None:
     bases.flux().save_pretrained(tmp_path / "base")
     settings = config(pictures, tmp_path / "out", tmp_path / "base", resolution=18)
-    with pytest.raises(ConfigError, match="18; this base wants a multiple of 4, such as 20"):
+    with pytest.raises(ConfigError, match="18; this base wants a multiple of 4, such as 16"):
         list(train(settings))
 
 

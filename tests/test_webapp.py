@@ -207,7 +207,7 @@ def test_an_adapter_for_other_weights_is_noted_on_its_cell(tabs, studio):
         ({"first": "../../etc/passwd"}, "no longer there"),
         ({"size": "large"}, "give width x height in pixels"),
         ({"size": "9999x64"}, "at most 2048 pixels a side"),
-        ({"size": "17x16"}, "width is 17; this base draws multiples of 2, such as 16"),
+        ({"size": "17x16"}, "width is 17; this base wants a multiple of 2, such as 16"),
     ],
 )
 def test_a_mistake_fills_the_panel_and_gives_the_button_back(tabs, pair, changes, said):
@@ -288,6 +288,12 @@ def test_the_newest_pair_is_preset_and_cards_name_the_kind(tabs, pair, studio):
     assert studio.shelf.pair(ME) == pair
     assert [update["value"] for update in tabs.compare.preset(PAGE)[:2]] == list(pair)
     assert "<b>DoRA</b> · rank 4" in tabs.compare.show_card(pair[1], PAGE)[0]
+
+
+def test_pickers_that_the_page_has_not_filled_yet_stand_for_the_pair(tabs, pair):
+    columns = [column.label for column in shown_in(draw(tabs, first=None, second=None)).request.columns]
+    assert columns == [column.label for column in shown_in(draw(tabs, first=pair[0], second=pair[1])).request.columns]
+    assert len(columns) == 3 and len(shown_in(draw(tabs)).request.columns) == 1
 
 
 def test_the_card_counts_from_the_file_itself(tabs, pair, studio):

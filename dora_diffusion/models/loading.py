@@ -92,9 +92,12 @@ class Base:
         return int(places) * int(patch) * self.vae_scale if places else None
 
     def check_side(self, name: str, side: int) -> None:
-        """Raise ConfigError when this side in pixels, called `name`, is longer than the denoiser has places for."""
+        """Raise ConfigError when a picture with this side in pixels, called `name`, cannot be made."""
         if self.largest and side > self.largest:
             raise ConfigError(f"{name} is {side}; this base draws at most {self.largest} pixels a side.")
+        if side % self.multiple:
+            near = max(1, round(side / self.multiple)) * self.multiple
+            raise ConfigError(f"{name} is {side}; this base wants a multiple of {self.multiple}, such as {near}.")
 
     @property
     def guidance_scale(self) -> float:

@@ -105,11 +105,6 @@ def prepare(
     objective = objective_of(base.pipe.scheduler)
     size = config.resolution or base.size
     base.check_side("resolution", size)
-    if size % base.multiple:
-        below = size // base.multiple * base.multiple
-        raise ConfigError(
-            f"resolution is {size}; this base wants a multiple of {base.multiple}, such as {below + base.multiple}."
-        )
     if config.train_text_encoder and not base.text_encoders:
         raise ConfigError(f"train_text_encoder: {base.name} has no text encoder that can be trained. Leave it out.")
     if config.text_encoder_learning_rate and not config.train_text_encoder:

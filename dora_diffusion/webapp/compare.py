@@ -86,8 +86,9 @@ class CompareTab:
         page: gr.Request,
     ) -> Iterator[Update]:
         """Yields what the grid, status line, error panel, buttons, page's memory, links and command show."""
-        chosen = [Chosen(key, at) for key, at in ((first, first_strength), (second, second_strength)) if key]
         visitor = visitor_of(page)
+        keys = self._filled((first, second), visitor)
+        chosen = [Chosen(key, at) for key, at in zip(keys, (first_strength, second_strength)) if key]
         yield from self._drawn(
             lambda: compare_request(
                 self.studio, visitor, prompt, seeds, chosen, steps, guidance, negative_prompt, size
@@ -114,12 +115,17 @@ class CompareTab:
         steps: int,
         page: gr.Request,
     ) -> Iterator[Update]:
-        keys = [key for key in (first, second) if key]
         visitor = visitor_of(page)
+        keys = [key for key in self._filled((first, second), visitor) if key]
         for update in self._drawn(
             lambda: sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, steps), GRID, "", page
         ):
             yield *update, GRID
+
+    def _filled(self, pickers: tuple[str | None, str | None], visitor: str) -> list[str | None]:
+        """What the pickers stand for: None is one that a page just opened has not filled yet, "" is no adapter."""
+        preset = self.studio.shelf.pair(visitor)
+        return [at_first if key is None else key for key, at_first in zip(pickers, preset)]
 
     def _drawn(self, make: object, view: str, pair: str, page: gr.Request) -> Iterator[Update]:
         yield gr.skip(), parts.status_line("starting", busy=True), parts.panel(None), *_buttons(True), *_skips(3)
@@ -264,9 +270,10 @@ class CompareTab:
         page: gr.Request,
     ) -> str:
         """How many pictures a sweep is, and how long it takes."""
-        keys = [key for key in (first, second) if key]
+        visitor = visitor_of(page)
+        keys = [key for key in self._filled((first, second), visitor) if key]
         try:
-            request, _ = sweep_of(self.studio, visitor_of(page), prompts, seeds, strengths, keys, steps)
+            request, _ = sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, steps)
         except DoraDiffusionError as error:
             return parts.status_line(str(error))
         return parts.status_line(f"{request.pictures} pictures, {self._time(request)}")

@@ -90,7 +90,7 @@ class CompareLayout:
     def _adapter(self, label: str, name: str, column: int) -> tuple[gr.Dropdown, gr.Slider, gr.UploadButton, gr.HTML]:
         at = self.example.request.columns[column].strength if self.example else 1
         with gr.Column(elem_classes="dd-adapter", min_width=290):
-            picker = gr.Dropdown([("none", "")], value="", label=label, elem_id=f"{name}-adapter")
+            picker = gr.Dropdown([("none", "")], value=None, label=label, elem_id=f"{name}-adapter")
             strength = gr.Slider(0, 1.5, value=at, step=0.05, label=f"{label} strength", elem_id=f"{name}-strength")
             with gr.Row(equal_height=True, elem_classes="dd-under"):
                 card = gr.HTML("<p class='dd-card'></p>", elem_id=f"{name}-card", scale=3, min_width=120)
