@@ -139,11 +139,19 @@ def test_every_bad_picture_is_listed_with_its_reason(folder: Path) -> None:
         (lambda folder: folder / "missing", "no folder at"),
         (lambda folder: folder / "0.png", "is a file; images must be a folder"),
         (lambda folder: _mkdir(folder / "new"), "has no pictures"),
+        (lambda folder: _within(folder, "10_sks dog"), r"its subfolders have \(10_sks dog\): give one of these"),
     ],
 )
 def test_a_folder_that_is_missing_a_file_or_empty_is_said_so(folder: Path, make, expected: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(DataError, match=expected):
         read_folder(make(folder), "x")
+
+
+def _within(folder: Path, name: str) -> Path:
+    """The folder's pictures in a subfolder, as sd-scripts wants them."""
+    (folder / "above" / name).mkdir(parents=True)
+    (folder / "0.png").rename(folder / "above" / name / "0.png")
+    return folder / "above"
 
 
 def _mkdir(path: Path) -> Path:

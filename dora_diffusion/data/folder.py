@@ -75,11 +75,20 @@ def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; images must be a folder of pictures.")
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-    pictures = [p for p in files if p.suffix.lower() in SUFFIXES]
+    pictures = [p for p in files if _is_picture(p)]
     if not pictures:
         found = f" It holds {len(files)} other files ({', '.join(p.name for p in files[:3])})." if files else ""
+        if within := [p for p in sorted(folder.iterdir()) if p.is_dir() and any(map(_is_picture, p.iterdir()))]:
+            raise DataError(
+                f"{folder} has no pictures itself, but its subfolders have ({', '.join(p.name for p in within[:3])}): "
+                f"give one of these, such as {within[0]}, or put the pictures into one folder."
+            )
         raise DataError(f"{folder} has no pictures.{found} Put in some of: {', '.join(sorted(SUFFIXES))}.")
     return pictures
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
 
 
 def open_image(path: Path) -> Image.Image:
