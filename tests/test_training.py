@@ -385,6 +385,36 @@ def test_pictures_of_all_shapes_train_equally_often_and_a_resumed_run_ends_with_
     assert len(set(seen)) == 1
 
 
+def test_what_only_encodes_waits_in_main_memory_while_the_denoiser_trains(
+    tmp_path: Path, pictures: Path, sd_base: Base
+) -> None:
+    settings = config(pictures, tmp_path / "plain", Path("base"), steps=4, kind="dora", preview_prompts=["disc"])
+    settings = settings.model_copy(update={"preview_every": 2})
+    list(train(settings, base=sd_base))
+    happened: list[str] = []
+    for name in ("vae", "text_encoder", "unet"):
+        part = getattr(sd_base.pipe, name)
+
+        def moved(*where: object, name: str = name, part: nn.Module = part, **options: object) -> nn.Module:
+            happened.append(f"{name} to {where[0]}")
+            return type(part).to(part, *where, **options)
+
+        part.to = moved
+    monitored = settings.model_copy(update={"out": str(tmp_path / "aside"), "offload": True})
+    for event in train(monitored, base=sd_base):
+        happened.append(type(event).__name__)
+    whole, parts = "vae to cpu", "text_encoder to cpu"  # there is no other device here: aside and back look alike
+    trained = happened[happened.index(whole) :]
+    assert trained[:2] == [whole, parts] and not any("unet" in each for each in happened)
+    assert trained.count(whole) == trained.count(parts) == 2 + 2 * 2  # aside, two previews, and back in the end
+    assert trained[-2:] == [whole, parts] and trained[trained.index("Previewed") - 4 :][:4] == [whole, parts] * 2
+    name = "dora.safetensors"
+    assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "aside" / name).read_bytes()
+    wrong = monitored.model_copy(update={"train_text_encoder": True, "out": str(tmp_path / "wrong")})
+    with pytest.raises(ConfigError, match="leave one out"):
+        list(train(wrong, base=sd_base))
+
+
 def test_same_seed_same_bits_and_another_seed_other_bits(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         list(train(config(pictures, tmp_path / name, sd_folder, kind="dora", steps=2, seed=seed)))

@@ -112,10 +112,10 @@ def _preview(base: Base, config: TrainConfig) -> float:
 def _watched_memory(base: Base) -> Iterator[list[int]]:
     """One number that grows to the most bytes in use while the block runs."""
     peak = [0]
-    if base.pipe.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(base.pipe.device)
+    if base.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(base.device)
         yield peak
-        peak[0] = torch.cuda.max_memory_allocated(base.pipe.device)
+        peak[0] = torch.cuda.max_memory_allocated(base.device)
         return
     done = threading.Event()
 

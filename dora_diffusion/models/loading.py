@@ -64,6 +64,24 @@ class Base:
         raise BaseModelError(f"{self.name} is a {type(self.pipe).__name__}, which has no unet and no transformer.")
 
     @property
+    def device(self) -> torch.device:
+        """Where the denoiser is; the other parts may wait elsewhere."""
+        return next(self.denoiser.parameters()).device
+
+    def put_aside(self) -> None:
+        """Move all but the denoiser to main memory: what only encodes and decodes is as large as the denoiser today."""
+        self._move_others(torch.device("cpu"))
+
+    def bring_back(self) -> None:
+        """Move what was put aside to the denoiser's device again."""
+        self._move_others(self.device)
+
+    def _move_others(self, device: torch.device) -> None:
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module) and part is not self.denoiser:
+                part.to(device)
+
+    @property
     def text_encoders(self) -> dict[str, nn.Module]:
         """The text encoders that can be trained beside the denoiser, by their names in the pipeline."""
         return {name: m for name, m in text_encoders_of(self.pipe).items() if name in self.family.text_encoders}

@@ -65,6 +65,7 @@ class TrainConfig(BaseModel):
     caption_dropout: float = Field(0.05, ge=0, le=1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
+    offload: bool = False
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 

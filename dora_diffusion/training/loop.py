@@ -109,6 +109,8 @@ def prepare(
         raise ConfigError(f"train_text_encoder: {base.name} has no text encoder that can be trained. Leave it out.")
     if config.text_encoder_learning_rate and not config.train_text_encoder:
         raise ConfigError("text_encoder_learning_rate is given, but train_text_encoder is false: set it to true.")
+    if config.offload and config.train_text_encoder:
+        raise ConfigError("offload puts the text encoders aside, and train_text_encoder trains them: leave one out.")
     folder = read_folder(config.images, config.instance_prompt, smallest=max(16, size // 4))
     kept, held_out = split_held_out(config, list(folder.images), smallest=max(16, size // 4))
     prior = [TrainingImage(path, config.class_prompt or "") for path in class_images or []]
@@ -254,7 +256,7 @@ def conditioning_for(
     different, places = rows.unique(return_inverse=True)
     with _autocast(training, next(iter(training.base.text_encoders.values()))):
         found = training.base.family.encode(training.base.pipe, [images.captions[row] for row in different])
-    return found[places.to(training.base.pipe.device)]
+    return found[places.to(training.base.device)]
 
 
 def _autocast(training: Training, model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -270,7 +272,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def squared_error(training: Training, x0: Tensor, eps: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """Mean squared error of the denoiser's prediction for each picture, [batch], float32."""
     denoiser, objective = training.base.denoiser, training.objective
-    dtype, device = _dtype(denoiser), training.base.pipe.device
+    dtype, device = _dtype(denoiser), training.base.device
     noisy = objective.noisy(x0, eps, t).to(device, dtype)
     with _autocast(training, denoiser):
         prediction = training.base.family.predict(denoiser, noisy, t.to(device), conditioning.to(device, dtype))

@@ -128,12 +128,17 @@ def train(
             _clear(out, config)
         write_text(out / "config.toml", config.to_toml())
     accelerator.wait_for_everyone()
-    for kind in config.kinds:
-        if resume and adapter_path(out, kind).exists():
-            yield Preparing(f"{adapter_path(out, kind)} is finished already")
-            continue
-        if (yield from _train_one(training, kind, out, resume, should_stop)) is not None:
-            return
+    if config.offload:
+        base.put_aside()
+    try:
+        for kind in config.kinds:
+            if resume and adapter_path(out, kind).exists():
+                yield Preparing(f"{adapter_path(out, kind)} is finished already")
+            elif (yield from _train_one(training, kind, out, resume, should_stop)) is not None:
+                return
+    finally:
+        if config.offload:
+            base.bring_back()
     accelerator.wait_for_everyone()
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
@@ -200,11 +205,15 @@ def _anywhere(training: Training, flag: bool) -> bool:
 def _preview(training: Training, kind: Kind, step: int, out: Path) -> Previewed:
     config = training.config
     paths = []
+    if config.offload:
+        training.base.bring_back()
     for i, prompt in enumerate(config.preview_prompts):
         for seed in config.preview_seeds:
             image = generate(training.base, GenerationRequest(prompt, seed))
             name = f"{kind}-{step:05d}-prompt{i + 1}-seed{seed}.png"
             paths.append(save_png(image, out / "previews" / name, {"prompt": prompt, "seed": str(seed)}))
+    if config.offload:
+        training.base.put_aside()
     return Previewed(kind, step, tuple(paths))
 
 
