@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -188,7 +189,7 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except BaseModelError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
             f"cannot load the base {name!r}: {reason} "
@@ -208,10 +209,16 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
         raise BaseModelError(f"{path}: only .safetensors checkpoints are loaded; others can run code when opened.")
     from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
-    from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
         keys = set(file.keys())
+    if any("lora_" in key for key in keys):
+        raise BaseModelError(f"{path} is an adapter, no base: give it as an adapter, and with --base what it is for.")
+    if not all(any(key.startswith(part) for key in keys) for part in ("model.diffusion_model.", "first_stage_model.")):
+        raise BaseModelError(
+            f"{path} is no whole checkpoint of Stable Diffusion 1, 2 or XL, the ones that are read from a single file. "
+            "For another family, give the folder that its diffusers pipeline was saved in, or its hub id."
+        )
     # SDXL's second text encoder is what tells the two checkpoint layouts apart.
     is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
     pipeline = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
