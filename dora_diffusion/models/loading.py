@@ -222,7 +222,12 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     # SDXL's second text encoder is what tells the two checkpoint layouts apart.
     is_xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
     pipeline = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
-    return pipeline.from_single_file(str(path), dtype=dtype)
+    pipe = pipeline.from_single_file(str(path), dtype=dtype)
+    if "v_pred" in keys:  # how SDXL checkpoints that predict v say so; diffusers would take them for epsilon
+        changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in keys}
+        changes |= {"timestep_spacing": "trailing"} if "ztsnr" in keys else {}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    return pipe
 
 
 def _quieten() -> None:
