@@ -21,7 +21,7 @@ from dora_diffusion.formats.description import Description, identify_base
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.formats.original import unet_original
 from dora_diffusion.formats.writing import save_adapter
-from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_into
+from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter, inject_into
 
 kinds = pytest.mark.parametrize("kind", ["dora", "lora"])
 TARGETS = ("to_q", "to_k", "to_out.0", "conv1", "proj_in", "add_q_proj", "proj_mlp", "q_proj", "out_proj", "fc1")
@@ -121,6 +121,37 @@ def test_foreign_header_entries_and_the_training_summary_stay(tmp_path, unet):
     convert_adapter(tmp_path / "f.safetensors", tmp_path / "g.safetensors", "diffusers")
     with safe_open(tmp_path / "g.safetensors", "pt") as file:
         assert file.metadata()["ss_output_name"] == "style"
+
+
+@pytest.mark.parametrize(
+    ("make_model", "objective", "architecture", "version"),
+    [
+        (lambda: bases.unet(cross_attention_dim=768), "epsilon", "stable-diffusion-v1/lora", "sd_v1"),
+        (lambda: bases.unet(cross_attention_dim=1024), "v_prediction", "stable-diffusion-v2-768-v/lora", "sd_v2_v"),
+        (lambda: bases.stable_diffusion_xl().unet, "epsilon", "stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
+        (bases.flux_transformer, "flow", "flux-1-dev/lora", "flux1"),
+        (bases.unet, "epsilon", None, None),
+        (bases.sd3_transformer, "flow", None, None),
+    ],
+)
+def test_a_kohya_file_says_in_other_programs_words_what_it_is_for(
+    tmp_path, make_model, objective, architecture, version
+):
+    """A1111 and Forge list it under models of its kind only: by `ss_base_model_version`, `modelspec.architecture`."""
+    adapter = perturb(inject_adapter(make_model(), AdapterConfig(rank=4, alpha=2.0)))
+    summary = {"objective": objective, "instance_prompt": "in sks style", "resolution": 512}
+    path = save_adapter(adapter, tmp_path / "a.safetensors", training=summary)
+    convert_adapter(path, tmp_path / "my style.safetensors", "kohya")
+    with safe_open(tmp_path / "my style.safetensors", "pt") as file:
+        header = file.metadata()
+    assert (header.get("modelspec.architecture"), header.get("ss_base_model_version")) == (architecture, version)
+    if architecture is None:
+        assert not any(key.startswith(("modelspec", "ss_")) for key in header)
+        return
+    assert (header["modelspec.title"], header["modelspec.trigger_phrase"]) == ("my style", "in sks style")
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "2.0")
+    assert header.get("ss_v2") == ("True" if "v2" in version else None)
+    assert header.get("modelspec.prediction_type") == {"epsilon": "epsilon", "v_prediction": "v"}.get(objective)
 
 
 # What LyCORIS's own loader computes.

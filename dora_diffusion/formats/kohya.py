@@ -17,7 +17,7 @@ from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.original import FLUX, FLUX2, SD3, Z_IMAGE, Transformer, unet_original
 
-__all__ = ["to_keys"]
+__all__ = ["is_xl", "to_keys"]
 
 ENDINGS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "difference": "diff"}
 ENCODER_PREFIX = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
@@ -67,7 +67,7 @@ def _named(file: AdapterFile, layer: str, held: Held, original: bool) -> tuple[s
             held = {p: torch.cat(t.chunk(2)[::-1]) if p in ("lora_B", "magnitude") else t for p, t in held.items()}
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
-    if _is_xl(file) and layer not in file.flat:
+    if is_xl(file) and layer not in file.flat:
         theirs = unet_original(layer, file.base.layers_per_block or 2, file.base.plain_up_blocks)
     return "lora_unet_" + (theirs or layer).replace(".", "_"), held
 
@@ -77,7 +77,7 @@ def _encoder_prefix(file: AdapterFile, component: str) -> str:
     if file.prefix == "transformer":
         is_flux = any(layer.startswith("single_transformer_blocks.") for layer in file.layers)
         return "lora_te3_" if component == "text_encoder_2" and is_flux else ENCODER_PREFIX[component]
-    return ENCODER_PREFIX[component] if component != "text_encoder" or _is_xl(file) else "lora_te_"
+    return ENCODER_PREFIX[component] if component != "text_encoder" or is_xl(file) else "lora_te_"
 
 
 def _transformer_prefix(file: AdapterFile) -> str:
@@ -98,7 +98,7 @@ def _transformer(file: AdapterFile) -> Transformer:
     return SD3 if is_sd3 else FLUX
 
 
-def _is_xl(file: AdapterFile) -> bool:
+def is_xl(file: AdapterFile) -> bool:
     """Whether the UNet is SDXL's: by the base's description, or by what only SDXL has."""
     if file.base.model_class != "unknown":
         return file.base.is_xl

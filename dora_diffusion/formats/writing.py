@@ -14,6 +14,7 @@ from torch import Tensor
 from dora_diffusion.formats import diffusers, kohya
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Description, identify_base
+from dora_diffusion.formats.modelspec import modelspec
 from dora_diffusion.formats.storage import write_safetensors
 from dora_diffusion.injection import Adapter
 
@@ -103,6 +104,8 @@ def write_adapter_file(
     )
     kept = {key: value for key, value in file.header.items() if key not in (HEADER_KEY, diffusers.METADATA_KEY)}
     metadata = {**kept, "format": "pt", HEADER_KEY: description.model_dump_json()}
+    if layout == "kohya":
+        metadata = {**modelspec(replace(file, path=path), description, is_xl=kohya.is_xl(file)), **metadata}
     if layout == "diffusers":
         tensors: dict[str, Tensor] = diffusers.to_keys(file)
         notes: list[str] = []
