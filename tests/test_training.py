@@ -107,6 +107,20 @@ def test_flow_noisy_latents_and_timesteps_agree_with_diffusers() -> None:
     torch.testing.assert_close(expected - sigma * objective.target(x0, eps, t), x0, atol=1e-4, rtol=1e-4)
 
 
+def test_noise_levels_are_drawn_as_asked() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for scheduler, own in (
+        (DDIMScheduler(), "uniform"),
+        (FlowMatchEulerDiscreteScheduler(shift=1.0), "logit_normal"),
+    ):
+        for sampling in (None, "uniform", "logit_normal"):
+            t = objective_of(scheduler, sampling).timesteps(20_000, draw) / 1000
+            assert t.mean() == pytest.approx(0.5, abs=0.02)
+            # A uniform variable's deviation, and that of the logistic function of a standard normal one.
+            deviation = 0.2887 if (sampling or own) == "uniform" else 0.2083
+            assert t.std() == pytest.approx(deviation, abs=0.01), (scheduler, sampling)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr_weights_follow_the_paper(prediction: str) -> None:
     scheduler = DDPMScheduler(prediction_type=prediction)

@@ -6,14 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dora_diffusion.errors import ConfigError, nearest
 from dora_diffusion.injection import AdapterConfig, Kind
-from dora_diffusion.models.families import Family
 from dora_diffusion.models.quantising import Packing
 
 if sys.version_info >= (3, 11):
@@ -21,7 +20,12 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover - the same library under its older name
     import tomli as tomllib
 
-__all__ = ["TrainConfig", "parse_assignments", "read_config", "resolve_config"]
+if TYPE_CHECKING:
+    from dora_diffusion.models.families import Family
+
+__all__ = ["TimestepSampling", "TrainConfig", "parse_assignments", "read_config", "resolve_config"]
+
+TimestepSampling = Literal["uniform", "logit_normal"]
 
 
 class TrainConfig(BaseModel):
@@ -61,6 +65,7 @@ class TrainConfig(BaseModel):
     warmup_steps: int = Field(10, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    timestep_sampling: TimestepSampling | None = None
     snr_gamma: float | None = Field(None, gt=0)
     caption_dropout: float = Field(0.05, ge=0, le=1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"

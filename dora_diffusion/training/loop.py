@@ -102,7 +102,7 @@ def prepare(
     config: TrainConfig, base: Base, accelerator: Accelerator, class_images: list[Path] | None = None
 ) -> Training:
     """Read, check and encode the pictures. Raises DataError, PromptError, ConfigError and BaseModelError."""
-    objective = objective_of(base.pipe.scheduler)
+    objective = objective_of(base.pipe.scheduler, config.timestep_sampling)
     size = config.resolution or base.size
     base.check_side("resolution", size)
     if config.train_text_encoder and not base.text_encoders:

@@ -15,6 +15,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch import Tensor
 
 from dora_diffusion.errors import BaseModelError
+from dora_diffusion.training.config import TimestepSampling
 
 __all__ = ["DiffusionObjective", "FlowObjective", "Objective", "objective_of"]
 
@@ -42,7 +43,8 @@ class Objective(Protocol):
 class DiffusionObjective:
     """Epsilon- or v-prediction with the base's noise schedule."""
 
-    def __init__(self, scheduler: SchedulerMixin) -> None:
+    def __init__(self, scheduler: SchedulerMixin, sampling: TimestepSampling = "uniform") -> None:
+        self.sampling = sampling
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
         self.name = str(self.scheduler.config.prediction_type)
         if self.name not in ("epsilon", "v_prediction"):
@@ -52,7 +54,9 @@ class DiffusionObjective:
         self.steps = int(self.scheduler.config.num_train_timesteps)
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(self.steps, (count,), generator=generator)
+        if self.sampling == "uniform":
+            return torch.randint(self.steps, (count,), generator=generator)
+        return (_fractions(self.sampling, count, generator) * self.steps).long().clamp_max(self.steps - 1)
 
     def even_timesteps(self, count: int) -> Tensor:
         return ((torch.arange(count) + 0.5) / count * self.steps).long()
@@ -72,16 +76,17 @@ class DiffusionObjective:
 
 
 class FlowObjective:
-    """Flow matching on straight lines, noise levels by the logit-normal density of Stable Diffusion 3."""
+    """Flow matching on straight lines, noise levels by the logit-normal density of Stable Diffusion 3, or evenly."""
 
     name = "flow"
 
-    def __init__(self, scheduler: SchedulerMixin) -> None:
+    def __init__(self, scheduler: SchedulerMixin, sampling: TimestepSampling = "logit_normal") -> None:
+        self.sampling = sampling
         # The sigmas the base was made for, shift included, as it was before any inference step count was set.
         self.sigmas = type(scheduler).from_config(scheduler.config).sigmas.float()
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        return self._at(compute_density_for_timestep_sampling("logit_normal", count, 0.0, 1.0, generator=generator))
+        return self._at(_fractions(self.sampling, count, generator))
 
     def even_timesteps(self, count: int) -> Tensor:
         return self._at((torch.arange(count) + 0.5) / count)
@@ -101,8 +106,17 @@ class FlowObjective:
         return torch.ones_like(t)
 
 
-def objective_of(scheduler: SchedulerMixin) -> Objective:
-    """The objective that this scheduler's base was trained with. Raises BaseModelError."""
-    if "FlowMatch" in type(scheduler).__name__:
-        return FlowObjective(scheduler)
-    return DiffusionObjective(scheduler)
+def _fractions(sampling: TimestepSampling, count: int, generator: torch.Generator) -> Tensor:
+    """Places between 0 and 1 on the base's schedule, [count]."""
+    if sampling == "uniform":
+        return torch.rand(count, generator=generator)
+    return compute_density_for_timestep_sampling("logit_normal", count, 0.0, 1.0, generator=generator)
+
+
+def objective_of(scheduler: SchedulerMixin, sampling: TimestepSampling | None = None) -> Objective:
+    """The objective that this scheduler's base was trained with; `sampling` other than its own, if given.
+
+    Raises BaseModelError.
+    """
+    kind = FlowObjective if "FlowMatch" in type(scheduler).__name__ else DiffusionObjective
+    return kind(scheduler, sampling) if sampling else kind(scheduler)
