@@ -8,7 +8,12 @@ from pathlib import Path
 import bases
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    Flux2Transformer2DModel,
+    QwenImageTransformer2DModel,
+    ZImageTransformer2DModel,
+)
 from oracles import perturb, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,13 +21,14 @@ from torch import Tensor, nn
 from dora_diffusion.errors import ConfigError, PromptError
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
+from dora_diffusion.formats.original import is_flux2
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
-from dora_diffusion.injection import AdapterConfig, adaptable_layers, inject_adapter
+from dora_diffusion.injection import AdapterConfig, adaptable_layers, inject_adapter, matching_layers
 from dora_diffusion.inspection.parity import compare_programs
 from dora_diffusion.inspection.programs import program_named
 from dora_diffusion.inspection.repair import repair
 from dora_diffusion.models.conditioning import Conditioning
-from dora_diffusion.models.families import family_of
+from dora_diffusion.models.families import FAMILIES, family_of
 from dora_diffusion.models.loading import Base
 from dora_diffusion.models.quantising import quantise
 
@@ -130,6 +136,35 @@ def saved(make: Callable[[], DiffusionPipeline], path: Path, kind: str) -> dict[
     )
     save_adapter(adapter, path)
     return {layer: update.delta_weight() for layer, update in adapter.updates().items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "pipeline", "layers"),
+    [
+        # klein 4B: five double blocks with eight projections, twenty single ones with two.
+        (
+            Flux2Transformer2DModel,
+            {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+            "Flux2KleinPipeline",
+            5 * 8 + 20 * 2,
+        ),
+        (QwenImageTransformer2DModel, {}, "QwenImagePipeline", 60 * 8),
+        (ZImageTransformer2DModel, {}, "ZImagePipeline", (30 + 2 + 2) * 4),
+    ],
+)
+def test_the_published_sizes_have_these_layers(
+    model: type[nn.Module], config: dict[str, int], pipeline: str, layers: int
+) -> None:
+    (family,) = (family for family in FAMILIES if family.pipeline == pipeline)
+    with torch.device("meta"):
+        transformer = model(**config)
+    found = matching_layers(transformer, family.target_modules)
+    assert len(found) == layers
+    if pipeline == "Flux2KleinPipeline":  # told from FLUX.1 by these
+        for original, path in (("linear1", "to_qkv_mlp_proj"), ("linear2", "to_out")):
+            layer = transformer.get_submodule(f"single_transformer_blocks.0.attn.{path}")
+            assert is_flux2({f"single_blocks.0.{original}": (layer.out_features, layer.in_features)})
+    assert matching_layers(transformer, family.feed_forward)
 
 
 def drawn(pipe: DiffusionPipeline) -> Tensor:
