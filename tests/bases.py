@@ -9,6 +9,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -187,6 +189,33 @@ def flux(guidance_embeds: bool = True) -> DiffusionPipeline:
     )
 
 
+def chroma_transformer(seed: int = 0) -> ChromaTransformer2DModel:
+    torch.manual_seed(seed)
+    return ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    ).eval()
+
+
+def chroma() -> DiffusionPipeline:
+    parts = flux()
+    return ChromaPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder_2,
+        tokenizer=parts.tokenizer_2,
+        transformer=chroma_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
@@ -334,4 +363,4 @@ def z_image() -> DiffusionPipeline:
     )
 
 
-TRANSFORMERS = (stable_diffusion_3, flux, flux2_klein, qwen_image, z_image)
+TRANSFORMERS = (stable_diffusion_3, flux, chroma, flux2_klein, qwen_image, z_image)

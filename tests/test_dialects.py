@@ -509,6 +509,7 @@ def test_onetrainers_flux_names_are_read(tmp_path):
 def test_every_layer_name_of_the_small_models_survives_flattening():
     transformers = (
         bases.flux_transformer(),
+        bases.chroma_transformer(),
         bases.sd3_transformer(),
         bases.flux2_transformer(),
         bases.qwen_transformer(),

@@ -32,7 +32,7 @@ from dora_diffusion.models.families import FAMILIES, family_of
 from dora_diffusion.models.loading import Base
 from dora_diffusion.models.quantising import quantise
 
-later = pytest.mark.parametrize("make", [bases.flux2_klein, bases.qwen_image, bases.z_image])
+later = pytest.mark.parametrize("make", [bases.chroma, bases.flux2_klein, bases.qwen_image, bases.z_image])
 
 
 def flux_dev() -> DiffusionPipeline:
@@ -65,6 +65,7 @@ def test_a_transformer_is_asked_as_its_pipeline_asks_it(make: Callable[[], Diffu
     ((expected, t, x),) = seen
     unpack = {
         "FluxPipeline": lambda z: pipe._unpack_latents(z, 16, 24, 1),
+        "ChromaPipeline": lambda z: pipe._unpack_latents(z, 16, 24, 1),
         "QwenImagePipeline": lambda z: pipe._unpack_latents(z, 16, 24, 1).squeeze(2),
         "Flux2KleinPipeline": lambda z: z.transpose(1, 2).reshape(2, 16, 8, 12),
     }.get(family.pipeline, lambda z: z)
@@ -89,6 +90,7 @@ def test_latents_of_pictures_are_what_the_pipeline_decodes(make: Callable[[], Di
         mean, std = family.posterior(pipe, pixels)
     pack = {
         "FluxPipeline": lambda z: pipe._pack_latents(z, *z.shape),
+        "ChromaPipeline": lambda z: pipe._pack_latents(z, *z.shape),
         "QwenImagePipeline": lambda z: pipe._pack_latents(z, *z.shape),
     }.get(family.pipeline, lambda z: z)
     pipe.scheduler.step = lambda _prediction, _t, x, **_values: (x,)
@@ -258,9 +260,10 @@ def test_parity_says_what_is_known_of_other_programs(make: Callable[[], Diffusio
     assert found["lycoris"].right
     assert found.keys() & {"forge", "a1111"} == set()
     repaired = tmp_path / "comfyui.safetensors"
-    if make is bases.flux2_klein:
+    if make in (bases.chroma, bases.flux2_klein):
         assert "comfyui" not in found
-        with pytest.raises(ConfigError, match="how ComfyUI names the layers of a Flux2Transformer2DModel is not known"):
+        name = type(base.denoiser).__name__
+        with pytest.raises(ConfigError, match=f"how ComfyUI names the layers of a {name} is not known"):
             repair(tmp_path / "a.safetensors", base, program_named("comfyui"), repaired)
         return
     comfyui = found["comfyui"]

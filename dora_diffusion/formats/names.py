@@ -43,7 +43,7 @@ COMPOUNDS: list[str] = re.findall(
     joint_blocks x_block context_block t_embedder y_embedder
     to_qkv_mlp_proj linear_in linear_out time_guidance_embed single_stream_modulation double_stream_modulation_img
     double_stream_modulation_txt noise_refiner context_refiner feed_forward cap_embedder all_x_embedder
-    all_final_layer
+    all_final_layer distilled_guidance_layer in_proj
     final_layer adaLN_modulation guidance_in img_in txt_in time_in vector_in in_layer out_layer
     """,
 )

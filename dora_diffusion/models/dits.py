@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from dora_diffusion.models.conditioning import Conditioning
 
 __all__ = [
+    "encode_chroma",
     "encode_flux",
     "encode_flux2",
     "encode_qwen",
     "encode_sd3",
     "encode_z_image",
+    "predict_chroma",
     "predict_flux",
     "predict_flux2",
     "predict_qwen",
@@ -43,19 +45,35 @@ def encode_flux(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
 
 
 def predict_flux(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-    # Squares of 2 x 2 latents are one token, whose place is said beside it; those of the text have none.
-    n, channels, height, width = x.shape
-    places = FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x.device, x.dtype)
-    tokens = conditioning.tensors["encoder_hidden_states"].shape[1]
     # FLUX.1 dev is told a guidance scale, which was distilled into it; 1 is what plain flow matching asks for.
-    guidance = torch.ones(n, device=x.device) if transformer.config.guidance_embeds else None  # type: ignore[union-attr]
+    guidance = torch.ones(len(x), device=x.device) if transformer.config.guidance_embeds else None  # type: ignore[union-attr]
+    return _packed(transformer, x, t, guidance=guidance, **conditioning.tensors)
+
+
+def encode_chroma(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
+    embeds, _, mask, *_ = pipe.encode_prompt(prompts, device=pipe.device, do_classifier_free_guidance=False)
+    return Conditioning({"encoder_hidden_states": embeds, "mask": mask})
+
+
+def predict_chroma(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    # The mask goes on over the picture's tokens, none of which is masked.
+    embeds, mask = conditioning.tensors["encoder_hidden_states"], conditioning.tensors["mask"]
+    mask = torch.cat([mask, mask.new_ones(len(x), x.shape[-2] // 2 * (x.shape[-1] // 2))], 1)
+    return _packed(transformer, x, t, encoder_hidden_states=embeds, attention_mask=mask)
+
+
+def _packed(
+    transformer: nn.Module, x: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, **more: Tensor | None
+) -> Tensor:
+    """Squares of 2 x 2 latents are one token, whose place is said beside it; those of the text have none."""
+    n, channels, height, width = x.shape
     packed = transformer(
         hidden_states=FluxPipeline._pack_latents(x, n, channels, height, width),
         timestep=t / 1000,
-        guidance=guidance,
-        img_ids=places,
-        txt_ids=torch.zeros(tokens, 3, device=x.device, dtype=x.dtype),
-        **conditioning.tensors,
+        img_ids=FluxPipeline._prepare_latent_image_ids(n, height // 2, width // 2, x.device, x.dtype),
+        txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, device=x.device, dtype=x.dtype),
+        encoder_hidden_states=encoder_hidden_states,
+        **more,
     ).sample
     return FluxPipeline._unpack_latents(packed, height, width, vae_scale_factor=1)
 

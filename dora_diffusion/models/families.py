@@ -80,6 +80,16 @@ FAMILIES = (
         packs=2,
     ),
     Family(
+        "Chroma",
+        "ChromaPipeline",
+        dits.encode_chroma,
+        dits.predict_chroma,
+        target_modules=_JOINT_TARGETS,
+        text_encoders=(),
+        guidance_scale=5.0,
+        packs=2,
+    ),
+    Family(
         "FLUX.2 klein",
         "Flux2KleinPipeline",
         dits.encode_flux2,
