@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -36,6 +36,9 @@ from dora_diffusion.outputs import save_png, whole_file, write_text
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import Training, held_out_loss, make_accelerator, prepare
 from dora_diffusion.training.run import Finished, train
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KINDS = ("lora", "dora")
 RANKS = (1, 4, 16)
@@ -194,38 +197,66 @@ def _table(setting: str, ranks: Mapping[int, Sequence[Pair]]) -> Table:
 
 
 def draw_plot(pairs: Mapping[str, Pair], path: Path) -> None:
-    """Both measures against the rank, a column for each style: a dot is an adapter, a line joins the means."""
+    """A column for each base and style: both measures against the rank, and against each other."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = by_setting(pairs)
-    size = (4.4 * len(settings), 3.2 * len(MEASURES))
-    figure, axes = pyplot.subplots(len(MEASURES), len(settings), figsize=size, squeeze=False, sharey="row")
-    for column, (setting, ranks) in enumerate(settings.items()):
-        for row, (measure, label) in enumerate(MEASURES.items()):
-            ax = axes[row][column]
-            for kind, aside in zip(KINDS, (0.94, 1.06), strict=True):
-                values = {rank: [getattr(pair, measure)[kind] for pair in some] for rank, some in ranks.items()}
-                dots = [(rank * aside, value) for rank, some in values.items() for value in some]
-                ax.scatter(*zip(*dots, strict=True), s=16, alpha=0.5, color=COLOURS[kind], lw=0)
-                means = [statistics.fmean(some) for some in values.values()]
-                ax.plot(list(ranks), means, color=COLOURS[kind], label=KIND_LABEL[kind])
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(list(ranks), [str(rank) for rank in ranks])
-            ax.grid(alpha=0.25)
-            if column == 0:
-                ax.set_ylabel(f"{label},\n% of the base's", fontsize=9)
-            if row == 0:
-                ax.set_title(setting, fontsize=10)
-                ax.legend(frameon=False)
-            if row == len(MEASURES) - 1:
-                ax.set_xlabel("rank")
+    columns: dict[str, list[Pair]] = {}
+    for pair in pairs.values():
+        columns.setdefault(f"{pair.style} on {pair.base}", []).append(pair)
+    size = (4.4 * len(columns), 3.2 * (len(MEASURES) + 1))
+    figure, axes = pyplot.subplots(len(MEASURES) + 1, len(columns), figsize=size, squeeze=False)
+    for (title, some), column in zip(columns.items(), axes.T, strict=True):
+        setting, ranks = max(by_setting({pair.key: pair for pair in some}).items(), key=lambda found: len(found[1]))
+        for ax, measure in zip(column, MEASURES, strict=False):
+            _against_rank(ax, ranks, measure)
+        _against_each_other(column[-1], some)
+        column[0].set_title(f"{title},\n{setting.partition(', ')[2]}", fontsize=10)
+        if len(some) > sum(map(len, ranks.values())):
+            column[-1].set_title("these, and trained shorter and longer", fontsize=10)
+        column[0].legend(frameon=False)
+    for ax, label in zip(axes[:, 0], (*MEASURES.values(), MEASURES["learned"]), strict=True):
+        ax.set_ylabel(f"{label},\n% of the base's", fontsize=9)
     figure.tight_layout()
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=PNG_DPI)
     pyplot.close(figure)
+
+
+def _against_rank(ax: Axes, ranks: Mapping[int, Sequence[Pair]], measure: str) -> None:
+    """A dot is an adapter, a line joins the means."""
+    for kind, aside in zip(KINDS, (0.94, 1.06), strict=True):
+        values = {rank: [getattr(pair, measure)[kind] for pair in some] for rank, some in ranks.items()}
+        dots = [(rank * aside, value) for rank, some in values.items() for value in some]
+        x, y = zip(*dots, strict=True)
+        ax.scatter(x, y, s=16, alpha=0.5, color=COLOURS[kind], lw=0)
+        ax.plot(list(ranks), [statistics.fmean(some) for some in values.values()], color=COLOURS[kind])
+        ax.lines[-1].set_label(KIND_LABEL[kind])
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(ranks), [str(rank) for rank in ranks])
+    ax.set_xlabel("rank")
+    ax.grid(alpha=0.25)
+
+
+def _against_each_other(ax: Axes, pairs: Sequence[Pair]) -> None:
+    """Learned against forgotten: lower and further left is better. A line joins the means from left to right."""
+    alike: dict[tuple[int, int], list[Pair]] = {}
+    for pair in pairs:
+        alike.setdefault((pair.rank, pair.steps), []).append(pair)
+    for kind in KINDS:
+        forgotten, learned = ([getattr(pair, measure)[kind] for pair in pairs] for measure in ("forgotten", "learned"))
+        ax.scatter(forgotten, learned, s=16, alpha=0.5, color=COLOURS[kind], lw=0)
+        means = [
+            tuple(
+                statistics.fmean(getattr(pair, measure)[kind] for pair in some) for measure in ("forgotten", "learned")
+            )
+            for some in alike.values()
+        ]
+        ax.plot(*zip(*sorted(means), strict=True), color=COLOURS[kind])
+    ax.set_xlabel(f"{MEASURES['forgotten']}, % of the base's")
+    ax.grid(alpha=0.25)
 
 
 def measure_all(

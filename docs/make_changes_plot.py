@@ -18,7 +18,7 @@ from dora_diffusion.inspection.plots import draw_analyses
 from dora_diffusion.models.loading import load_base
 from dora_diffusion.outputs import save_png
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.loop import make_accelerator, prepare, squared_error
+from dora_diffusion.training.loop import conditioning_for, make_accelerator, prepare, squared_error
 from dora_diffusion.training.run import train
 
 PLOT = Path(__file__).parent / "changes.png"
@@ -54,17 +54,17 @@ def fine_tune(config: TrainConfig, out: Path) -> None:
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, lr=FULL_LEARNING_RATE, weight_decay=0.0)
     draw = torch.Generator().manual_seed(config.seed)
-    images = training.instances
+    (images,) = training.instances
     for _ in range(config.steps):
         index = torch.randint(len(images), (config.batch_size,), generator=draw)
         x0 = images.latents(index, torch.randn(images.mean[0, index].shape, generator=draw))
         eps = torch.randn(x0.shape, generator=draw)
         t = training.objective.timesteps(len(index), draw)
-        loss = squared_error(training, x0, eps, t, images.conditioning_for(index)).mean()
+        loss = squared_error(training, x0, eps, t, conditioning_for(training, images, index)).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    base.denoiser.save_pretrained(out)
+    base.denoiser.save_pretrained(out)  # type: ignore[operator]
 
 
 if __name__ == "__main__":
