@@ -49,7 +49,7 @@ def fine_tune(config: TrainConfig, out: Path) -> None:
     training = prepare(config, base, make_accelerator(config))
     base.denoiser.requires_grad_(False)
     layers = [name for name in adaptable_layers(base.denoiser) if name.endswith(TARGETS)]
-    weights = [base.denoiser.get_submodule(name).weight for name in layers]
+    weights = [base.denoiser.get_parameter(f"{name}.weight") for name in layers]
     for weight in weights:
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, lr=FULL_LEARNING_RATE, weight_decay=0.0)
