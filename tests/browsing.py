@@ -38,7 +38,9 @@ def opened(browser, server: str, viewport: dict[str, int] = WIDE, scheme: str = 
     page.goto(server)
     page.wait_for_selector("#compare")
     page.wait_for_selector("#second-adapter input")
-    page.wait_for_function("() => document.querySelector('#second-adapter input').value !== 'none'")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('#first-adapter input, #second-adapter input')].every((i) => i.value)"
+    )
     yield page
     context.close()
     assert not wrong, wrong

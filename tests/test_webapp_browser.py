@@ -82,6 +82,13 @@ def test_the_page_opens_with_a_precomputed_example_and_the_pair_is_preset(page):
     assert page.input_value("#second-adapter input") == "pair/dora"
 
 
+def test_a_click_before_the_pickers_are_filled_draws_the_pair(page):
+    opening = page.context.new_page()
+    opening.goto(page.url, wait_until="commit")
+    compare(opening, 6)
+    assert [text.split("\n")[0] for text in opening.locator(".dd-head").all_inner_texts()] == ["Base", "LoRA", "DoRA"]
+
+
 def test_three_live_pictures_after_one_click(page):
     quick(page)
     compare(page, 3)
