@@ -391,6 +391,18 @@ def test_fused_layers_of_flux_are_cut_along_their_rows_exactly(tmp_path, kind):
     assert_means(load_quietly(model, made.save(tmp_path / "a.safetensors")), made.deltas)
 
 
+def test_a_module_that_is_not_whole_does_not_make_flux_1_another_model(tmp_path):
+    model = bases.flux_transformer()
+    made = fused_flux(model, "lora")
+    del made.tensors["lora_unet_single_blocks_0_linear1.lora_down.weight"]
+    path = made.save(tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match="single_blocks_0_linear1"):
+        load_adapter(model, path)
+    with pytest.warns(UserWarning):
+        adapter = load_adapter(model, path, partial=True)
+    assert "transformer_blocks.0.ff.net.0.proj" in adapter.layers
+
+
 def test_a_norm_by_input_of_a_fused_layer_is_refused_with_the_reason(tmp_path):
     model = bases.flux_transformer()
     path = fused_flux(model, "input").save(tmp_path / "a.safetensors")

@@ -191,7 +191,7 @@ def _place(modules: Mapping[str, dict[str, Tensor]], description: Description | 
     """Check each module and lead it to its layer, or to several where it was fused."""
     read = _Read()
     findings.total = len(modules)
-    flux, flux2 = names.is_flux(modules), is_flux2({module: _shape(held) for module, held in modules.items()})
+    flux, flux2 = names.is_flux(modules), is_flux2(_linear_shapes(modules))
     n = (description.base.layers_per_block if description else None) or 2
     for module, held in modules.items():
         missing, misshapen = check_module(held)
@@ -217,10 +217,14 @@ def _place(modules: Mapping[str, dict[str, Tensor]], description: Description | 
     return read
 
 
-def _shape(held: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Outputs and inputs of a linear module; (0, 0) for anything else."""
-    matrices = [held[p] for p in (("difference",) * 2 if "difference" in held else ("lora_B", "lora_A")) if p in held]
-    return (matrices[0].shape[0], matrices[-1].shape[1]) if [m.dim() for m in matrices] == [2, 2] else (0, 0)
+def _linear_shapes(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the modules that are linear and whole."""
+    shapes = {}
+    for module, held in modules.items():
+        first, last = (held.get(p, held.get("difference")) for p in ("lora_B", "lora_A"))
+        if first is not None and last is not None and first.dim() == last.dim() == 2:
+            shapes[module] = (first.shape[0], last.shape[1])
+    return shapes
 
 
 def _check_evenness(read: _Read, findings: Findings) -> None:
