@@ -210,7 +210,7 @@ def draw_plot(pairs: Mapping[str, Pair], path: Path) -> None:
     figure, axes = pyplot.subplots(len(MEASURES) + 1, len(columns), figsize=size, squeeze=False)
     for (title, some), column in zip(columns.items(), axes.T, strict=True):
         setting, ranks = max(by_setting({pair.key: pair for pair in some}).items(), key=lambda found: len(found[1]))
-        for ax, measure in zip(column, MEASURES, strict=False):
+        for ax, measure in zip(column[:-1], MEASURES, strict=True):
             _against_rank(ax, ranks, measure)
         _against_each_other(column[-1], some)
         column[0].set_title(f"{title},\n{setting.partition(', ')[2]}", fontsize=10)
@@ -232,8 +232,8 @@ def _against_rank(ax: Axes, ranks: Mapping[int, Sequence[Pair]], measure: str) -
         dots = [(rank * aside, value) for rank, some in values.items() for value in some]
         x, y = zip(*dots, strict=True)
         ax.scatter(x, y, s=16, alpha=0.5, color=COLOURS[kind], lw=0)
-        ax.plot(list(ranks), [statistics.fmean(some) for some in values.values()], color=COLOURS[kind])
-        ax.lines[-1].set_label(KIND_LABEL[kind])
+        means = [statistics.fmean(some) for some in values.values()]
+        ax.plot(list(ranks), means, color=COLOURS[kind], label=KIND_LABEL[kind])
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(ranks), [str(rank) for rank in ranks])
     ax.set_xlabel("rank")
@@ -245,13 +245,12 @@ def _against_each_other(ax: Axes, pairs: Sequence[Pair]) -> None:
     alike: dict[tuple[int, int], list[Pair]] = {}
     for pair in pairs:
         alike.setdefault((pair.rank, pair.steps), []).append(pair)
+    axes = ("forgotten", "learned")
     for kind in KINDS:
-        forgotten, learned = ([getattr(pair, measure)[kind] for pair in pairs] for measure in ("forgotten", "learned"))
+        forgotten, learned = ([getattr(pair, measure)[kind] for pair in pairs] for measure in axes)
         ax.scatter(forgotten, learned, s=16, alpha=0.5, color=COLOURS[kind], lw=0)
         means = [
-            tuple(
-                statistics.fmean(getattr(pair, measure)[kind] for pair in some) for measure in ("forgotten", "learned")
-            )
+            tuple(statistics.fmean(getattr(pair, measure)[kind] for pair in some) for measure in axes)
             for some in alike.values()
         ]
         ax.plot(*zip(*sorted(means), strict=True), color=COLOURS[kind])

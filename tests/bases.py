@@ -95,17 +95,19 @@ def flux_transformer(seed: int = 0, in_channels: int = 4, guidance_embeds: bool 
     ).eval()
 
 
+VAE = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 16,
+}
+
+
 def vae(shift_factor: float | None = None) -> AutoencoderKL:
     torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=16,
-        shift_factor=shift_factor,
-    ).eval()
+    return AutoencoderKL(**VAE, shift_factor=shift_factor).eval()
 
 
 def _text_config(projection: int = 32) -> CLIPTextConfig:
@@ -266,15 +268,7 @@ def flux2_transformer(seed: int = 0) -> Flux2Transformer2DModel:
 
 def flux2_klein() -> DiffusionPipeline:
     torch.manual_seed(6)
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=16,
-        patch_size=(2, 2),
-    ).eval()
+    vae = AutoencoderKLFlux2(**VAE, patch_size=(2, 2)).eval()
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
     return Flux2KleinPipeline(

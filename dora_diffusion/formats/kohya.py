@@ -28,13 +28,14 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by the keys of a file, and what is worth saying of them."""
     layers = by_layer(file.tensors)
     keys: dict[str, Tensor] = {}
-    groups = dict(_fused_groups(file, layers))
+    model = _transformer(file)
+    groups = dict(_fused_groups(file, layers, model))
     in_groups = {layer for _, members in groups.values() for layer in members}
     for name, (held, members) in groups.items():
         keys |= dict(_module(f"lora_unet_{name.replace('.', '_')}", held, file.scale_of(members[0])))
     for layer, held in layers.items():
         if layer not in in_groups:
-            name, held = _named(file, layer, held, original=bool(groups))
+            name, held = _named(file, layer, held, model, original=bool(groups))
             keys |= dict(_module(name, held, file.scale_of(layer)))
     return keys, _notes(file)
 
@@ -53,16 +54,15 @@ def _module(name: str, held: Held, scale: float) -> Iterator[tuple[str, Tensor]]
         yield f"{name}.alpha", torch.tensor(scale * held["lora_A"].shape[0])
 
 
-def _named(file: AdapterFile, layer: str, held: Held, original: bool) -> tuple[str, Held]:
+def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, original: bool) -> tuple[str, Held]:
     """The module's name, and its tensors with the rows in the order of the model that has that name."""
     component, _, path = layer.partition(".")
     if component in TEXT_ENCODERS:
         return _encoder_prefix(file, component) + path.replace(".", "_"), held
     if file.prefix == "transformer":
-        model = _transformer(file)
         theirs = model.original(layer) if original else None
         if theirs is None:
-            return _transformer_prefix(file) + layer.replace(".", "_"), held
+            return _transformer_prefix(file, model) + layer.replace(".", "_"), held
         if theirs in model.swapped:
             held = {p: torch.cat(t.chunk(2)[::-1]) if p in ("lora_B", "magnitude") else t for p, t in held.items()}
         return "lora_unet_" + theirs.replace(".", "_"), held
@@ -80,9 +80,9 @@ def _encoder_prefix(file: AdapterFile, component: str) -> str:
     return ENCODER_PREFIX[component] if component != "text_encoder" or is_xl(file) else "lora_te_"
 
 
-def _transformer_prefix(file: AdapterFile) -> str:
+def _transformer_prefix(file: AdapterFile, model: Transformer) -> str:
     if file.base.model_class == "unknown":
-        first = _transformer(file) in (SD3, FLUX)
+        first = model in (SD3, FLUX)
     else:
         first = file.base.model_class in ("SD3Transformer2DModel", "FluxTransformer2DModel")
     return "lora_transformer_" if first else "lycoris_"
@@ -90,9 +90,10 @@ def _transformer_prefix(file: AdapterFile) -> str:
 
 def _transformer(file: AdapterFile) -> Transformer:
     """Whose original names a transformer's layers have: SD3's and FLUX's are the same in diffusers."""
-    if any(layer.startswith(("layers.", "noise_refiner.", "context_refiner.")) for layer in file.layers):
+    layers = file.layers
+    if any(layer.startswith(("layers.", "noise_refiner.", "context_refiner.")) for layer in layers):
         return Z_IMAGE
-    if any(layer.endswith((".to_qkv_mlp_proj", ".linear_in", ".linear_out")) for layer in file.layers):
+    if any(layer.endswith((".to_qkv_mlp_proj", ".linear_in", ".linear_out")) for layer in layers):
         return FLUX2
     is_sd3 = file.base.model_class == "SD3Transformer2DModel" or any("joint_blocks" in n for n in file.written.values())
     return SD3 if is_sd3 else FLUX
@@ -110,9 +111,11 @@ def is_xl(file: AdapterFile) -> bool:
     return file.prefix == "unet" and any(layer.startswith(marks) for layer in file.layers)
 
 
-def _fused_groups(file: AdapterFile, layers: Mapping[str, Held]) -> Iterator[tuple[str, tuple[Held, list[str]]]]:
+def _fused_groups(
+    file: AdapterFile, layers: Mapping[str, Held], model: Transformer
+) -> Iterator[tuple[str, tuple[Held, list[str]]]]:
     """The fused layers whose parts are all there with one A and one scale, as they are when they come from one file."""
-    for (their_block, our_block), table in _transformer(file).fused.items():
+    for (their_block, our_block), table in model.fused.items():
         numbers = {layer.split(".")[1] for layer in layers if layer.startswith(our_block + ".")}
         for number in sorted(numbers):
             for theirs, (ours, _rows) in table.items():

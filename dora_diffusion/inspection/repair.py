@@ -66,8 +66,8 @@ def repair(
 ) -> Repaired:
     """Write `path`'s adapter to `out` so that it is right in the program, at strength 1 and at `strength`.
 
-    `form` asks for one of FORMS. Raises Unrepairable, ConfigError,
-    AdapterFileError, AdapterMismatchError and OutputError.
+    `form` asks for one of FORMS. Raises Unrepairable, ConfigError, AdapterFileError,
+    AdapterMismatchError and OutputError.
     """
     strength = check_strength(strength)
     if not knows(program, base):
