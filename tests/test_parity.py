@@ -1,6 +1,7 @@
 """What other programs make of a file: by the rules in programs.py, and by the programs' own code where it runs here.
 
-PEFT, diffusers and LyCORIS are run. ComfyUI, Forge and A1111 are transcribed in float64 from the sources named at each.
+PEFT, diffusers and LyCORIS are run. ComfyUI, Forge, A1111, InvokeAI and stable-diffusion.cpp are transcribed in float64
+from the sources named at each; the last two are run as well by whoever has them (docs/parity.md says how).
 """
 
 from __future__ import annotations
@@ -220,7 +221,10 @@ def in_comfyui(path: Path, base: Base, strength: float) -> Deltas:
 
 
 def in_a1111(path: Path, base: Base, strength: float) -> Deltas:
-    """finalize_updown and apply_weight_decompose of extensions-builtin/Lora/network.py in A1111 1.10 (with #16151)."""
+    """finalize_updown and apply_weight_decompose of extensions-builtin/Lora/network.py in A1111 1.10 (with #16151).
+
+    DoRALayer and FullLayer of InvokeAI 6.14.2 have the same arithmetic.
+    """
     deltas = {}
     for module, parts in modules_of(path).items():
         layer = layer_named(module, base)
@@ -235,6 +239,22 @@ def in_a1111(path: Path, base: Base, strength: float) -> Deltas:
             norm = merged.square().sum([a for a in range(weight.dim()) if a != 1], keepdim=True).sqrt()
             updown = merged * (parts["dora_scale"].double() / norm) - weight
         deltas[layer] = strength * updown
+    return deltas
+
+
+def in_sdcpp(path: Path, base: Base, strength: float) -> Deltas:
+    """get_lora_weight_diff and get_raw_weight_diff of src/lora.hpp in stable-diffusion.cpp: `.dora_scale` is a TODO."""
+    deltas = {}
+    for module, parts in modules_of(path).items():
+        layer = layer_named(module, base)
+        if "diff" in parts:
+            deltas[layer] = strength * parts["diff"].double()
+            continue
+        down = parts.get("lora_down.weight", parts.get("lora_A.weight"))
+        up = parts.get("lora_up.weight", parts.get("lora_B.weight"))
+        scale = parts["alpha"].item() / down.shape[0] if "alpha" in parts else 1.0
+        updown = (up.double().flatten(1) @ down.double().flatten(1)).reshape(weights_of(base.denoiser)[layer].shape)
+        deltas[layer] = strength * scale * updown
     return deltas
 
 
@@ -371,7 +391,10 @@ def test_tucker_cores_are_read_as_lycoris_reads_them(base, kohya_file):
 
 
 @pytest.mark.parametrize("axis", ["output", "input"])
-@pytest.mark.parametrize("program, transcribed", [("comfyui", in_comfyui), ("forge", in_comfyui), ("a1111", in_a1111)])
+@pytest.mark.parametrize(
+    "program, transcribed",
+    [("comfyui", in_comfyui), ("forge", in_comfyui), ("a1111", in_a1111), ("invokeai", in_a1111)],
+)
 def test_kohya_doras_in_the_user_interfaces_are_as_their_sources_say(base, kohya_file, axis, program, transcribed):
     path = kohya_file() if axis == "output" else input_axis(kohya_file(), base)
     parity = by_rules(path, base, program, 0.5)
@@ -437,6 +460,23 @@ def test_a_magnitude_with_one_axis_is_skipped_or_silently_wrong_in_comfyui(base,
     skipped = [layer for layer in parity.layers if layer.note]
     assert skipped and all(layer.error == 1 for layer in skipped)
     assert f"leaves out {len(skipped)} layers whose shapes it cannot compute" in parity.reasons
+
+
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+@pytest.mark.parametrize("file", ["peft", "kohya"])
+def test_stable_diffusion_cpp_takes_every_file_for_a_lora_as_its_source_says(base, peft_file, kohya_file, file, kind):
+    path = peft_file(kind) if file == "peft" else kohya_file(kind)
+    parity = by_rules(path, base, "stable-diffusion.cpp", 0.5)
+    assert_same(parity, {w: in_sdcpp(path, base, w) for w in (1.0, 0.5)}, true_deltas(path, base))
+    assert parity.right == parity.right_at_strength == (file == "kohya" and kind == "lora")
+    assert ("drops the magnitudes, which leaves a plain LoRA" in parity.reasons) == (kind == "dora")
+    assert ("does not read alpha from the header" in parity.reasons) == (file == "peft")
+
+
+def test_invokeai_refuses_peft_keys_of_a_unet(base, peft_file):
+    """_group_state cuts keys at the first dot, so that all of them are one module, `unet`, of no known kind."""
+    parity = by_rules(peft_file(), base, "invokeai")
+    assert parity.stopped.startswith("refuses the file: it does not know the key 'unet.") and not parity.read
 
 
 def test_the_interfaces_read_no_peft_keys_of_a_unet(base, peft_file):
@@ -559,7 +599,25 @@ def pipeline_of_flux(model: nn.Module) -> object:
 
 
 RUN = {"diffusers": in_diffusers, "peft": in_peft, "lycoris": in_lycoris}
-TRANSCRIBED = {"comfyui": in_comfyui, "forge": in_comfyui, "a1111": in_a1111}
+TRANSCRIBED = {
+    "comfyui": in_comfyui,
+    "forge": in_comfyui,
+    "a1111": in_a1111,
+    "invokeai": in_a1111,
+    "stable-diffusion.cpp": in_sdcpp,
+}
+# The form that a repaired file has, by the axis of the norm; ComfyUI's and Forge's otherwise.
+REPAIRED = {
+    "output": {
+        "diffusers": "diffusers",
+        "peft": "diffusers",
+        "lycoris": "kohya",
+        "a1111": "diff",
+        "invokeai": "diff",
+        "stable-diffusion.cpp": "diff",
+    },
+    "input": {"diffusers": "full-rank", "peft": "full-rank", "lycoris": "diff", "stable-diffusion.cpp": "diff"},
+}
 
 
 @pytest.mark.parametrize("axis", ["output", "input"])
@@ -571,11 +629,7 @@ def test_a_repaired_file_is_right_in_the_program(base, peft_file, kohya_file, tm
     made = repair(path, base, program_named(program), tmp_path / "repaired.safetensors")
     found = RUN[program](made.path, 1.0) if program in RUN else TRANSCRIBED[program](made.path, base, 1.0)
     assert max(errors_of(found, true, 1.0).values()) < RIGHT
-    expected = {
-        "output": {"diffusers": "diffusers", "peft": "diffusers", "lycoris": "kohya", "a1111": "diff"},
-        "input": {"diffusers": "full-rank", "peft": "full-rank", "lycoris": "diff", "a1111": "kohya"},
-    }[axis]
-    assert made.form.name == expected.get(program, "compensated" if axis == "output" else "kohya")
+    assert made.form.name == REPAIRED[axis].get(program, "compensated" if axis == "output" else "kohya")
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(base.denoiser).items())
 
 

@@ -218,6 +218,47 @@ PROGRAMS = (
         on_error="skip",
     ),
     Program(
+        name="invokeai",
+        label="InvokeAI",
+        version="6.14.2",
+        sources=(
+            "https://github.com/invoke-ai/InvokeAI/blob/v6.14.2/invokeai/backend/patches/layers/dora_layer.py",
+            "https://github.com/invoke-ai/InvokeAI/blob/v6.14.2/invokeai/backend/patches/lora_conversions/sd_lora_conversion_utils.py",
+            "https://github.com/invoke-ai/InvokeAI/blob/v6.14.2/invokeai/backend/model_manager/load/model_loaders/lora.py",
+        ),
+        read_on="2026-11-25",
+        spellings=(
+            Spelling("lora_unet_.+", ("unet",)),
+            Spelling(f"lora_te[12]?_{CLIP}", ("unet",)),
+            Spelling("lora_unet_(?:double|single)_blocks_.+", ("flux",)),
+            Spelling("lora_transformer_(?:single_)?transformer_blocks_.+", ("flux",)),
+            Spelling(r"(?:transformer|base_model\.model)\..+", ("flux",)),
+            Spelling(f"lora_te1_{CLIP}", ("flux",)),
+        ),
+        knows=("unet", "flux"),
+        parts={**_KOHYA, "lora_A.weight": "down", "lora_B.weight": "up"},
+        axis="input",
+        # A UNet's keys are grouped by what comes before their first dot; FLUX's in PEFT's names must be A and B alone.
+        strict="(?!lora_).+",
+    ),
+    Program(
+        name="stable-diffusion.cpp",
+        label="stable-diffusion.cpp",
+        version="stable-diffusion-cpp-python 0.4.7",
+        sources=(
+            "https://github.com/leejet/stable-diffusion.cpp/blob/master/src/lora.hpp",
+            "https://github.com/leejet/stable-diffusion.cpp/blob/master/src/name_conversion.cpp",
+        ),
+        read_on="2026-11-25",
+        spellings=(
+            Spelling("(?:lora_unet|lycoris)_.+", ("unet",)),
+            Spelling(r"(?:unet|diffusion_model)\..+", ("unet",)),
+            Spelling(f"lora_te[12]?_{CLIP}", ("unet",)),
+        ),
+        knows=("unet",),
+        parts={key: part for key, part in _COMFY_KEYS.items() if part != "magnitude"},
+    ),
+    Program(
         name="lycoris",
         label="LyCORIS",
         version="4.1.3",
