@@ -40,6 +40,11 @@ class KindOption(str, Enum):
     both = "both"
 
 
+class NormAxisOption(str, Enum):
+    output = "output"
+    input = "input"
+
+
 BaseOption = Annotated[
     str, typer.Option("--base", help="emoji or emoji-dit (embedded), a folder, a .safetensors file or a hub id.")
 ]
@@ -88,6 +93,10 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Pictures in a step.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank update.")] = None,
     alpha: Annotated[float | None, typer.Option(help="The update is scaled by alpha / rank.")] = None,
+    norm_axis: Annotated[
+        NormAxisOption | None,
+        typer.Option(help="DoRA's norm: output for diffusers and PEFT, input for ComfyUI, Forge, A1111 and InvokeAI."),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: what suits the base.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side in pixels. Default: the base's.")] = None,
     train_text_encoder: Annotated[bool | None, typer.Option(help="Adapt the text encoder's attention too.")] = None,
@@ -123,6 +132,7 @@ def train(
         "batch_size": batch_size,
         "rank": rank,
         "alpha": alpha,
+        "norm_axis": norm_axis.value if norm_axis else None,
         "learning_rate": learning_rate,
         "resolution": resolution,
         "train_text_encoder": train_text_encoder,

@@ -38,8 +38,11 @@ class FrozenLayer(Protocol):
     def unbiased(self, x: Tensor) -> Tensor: ...
     def without_bias(self, y: Tensor) -> Tensor: ...
     def per_output(self, v: Tensor) -> Tensor: ...
+    def per_input(self, v: Tensor) -> Tensor: ...
     def times_weight(self, A: Tensor) -> Tensor: ...
-    def squared_norms(self) -> Tensor: ...
+    def transposed(self, dy: Tensor) -> Tensor: ...
+    def squared_norms(self, by_input: bool = False) -> Tensor: ...
+    def dense_weight(self) -> Tensor: ...
 
 
 class FrozenLinear:
@@ -125,6 +128,9 @@ class FrozenLinear:
     def per_output(self, v: Tensor) -> Tensor:
         return v  # [out], the last axis of y
 
+    def per_input(self, v: Tensor) -> Tensor:
+        return v  # [in], the last axis of x
+
     def times_weight(self, A: Tensor) -> Tensor:
         """W0 A^T [out, r], float32, from A [r, in]: exact rows, or A's rows as r extra tokens."""
         rows = self.rows
@@ -141,13 +147,25 @@ class FrozenLinear:
             first += len(part)
         return dx
 
-    def squared_norms(self) -> Tensor:
-        """||W0||^2 of every output row, [out], float32. Raises TargetError for a layer that is no linear map."""
+    def squared_norms(self, by_input: bool = False) -> Tensor:
+        """||W0||^2 of every output row [out], or of every input column [in], float32.
+
+        Raises TargetError for a layer that is no linear map.
+        """
         rows = self.rows
         if rows is not None:
-            return torch.cat([part.square().sum(1) for part in rows()])
+            squares = [part.square().sum(0 if by_input else 1) for part in rows()]
+            return torch.stack(squares).sum(0) if by_input else torch.cat(squares)
         self.products.check_linear()
-        return torch.stack([part.square().sum(0) for part in self.products.columns()]).sum(0)
+        squares = [part.square().sum(1 if by_input else 0) for part in self.products.columns()]
+        return torch.cat(squares) if by_input else torch.stack(squares).sum(0)
+
+    def dense_weight(self) -> Tensor:
+        """W0 [out, in] in float32, also of a layer that keeps it packed."""
+        if self.is_dense:
+            return self.weight.detach().float()
+        rows = self.rows
+        return torch.cat(list(self.products.columns())).T if rows is None else torch.cat(list(rows()))
 
 
 class FrozenConv1D(FrozenLinear):
@@ -222,11 +240,22 @@ class FrozenConv2d:
     def per_output(self, v: Tensor) -> Tensor:
         return v[:, None, None]  # [out, 1, 1]
 
+    def per_input(self, v: Tensor) -> Tensor:
+        return v.repeat(self.module.groups)[:, None, None]  # every group has its own channels for the kernel's
+
     def times_weight(self, A: Tensor) -> Tensor:
         return self.weight.flatten(1).float() @ A.T
 
-    def squared_norms(self) -> Tensor:
-        return self.weight.flatten(1).float().square().sum(1)
+    def transposed(self, dy: Tensor) -> Tensor:
+        """dy W0 for dy [..., out] and W0 as a matrix: [..., in kh kw]."""
+        return dy @ self.weight.flatten(1).to(dy.dtype)
+
+    def squared_norms(self, by_input: bool = False) -> Tensor:
+        W0 = self.weight.transpose(0, 1) if by_input else self.weight
+        return W0.flatten(1).float().square().sum(1)
+
+    def dense_weight(self) -> Tensor:
+        return self.weight.detach().float()
 
 
 def freeze_view(module: nn.Module) -> FrozenLayer | None:

@@ -26,11 +26,13 @@ __all__ = [
     "ATTENTION_TARGETS",
     "FEED_FORWARD_TARGETS",
     "KIND_LABEL",
+    "NORM_AXES",
     "TEXT_ENCODER_TARGETS",
     "Adapter",
     "AdapterConfig",
     "AnyKind",
     "Kind",
+    "NormAxis",
     "adaptable_layers",
     "check_strength",
     "inject_adapter",
@@ -40,15 +42,12 @@ __all__ = [
 
 Kind = Literal["dora", "lora"]  # what can be trained
 AnyKind = Literal["dora", "lora", "full"]  # what files hold
+NormAxis = Literal["output", "input"]
 KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA", "full": "full difference"}  # as people write them
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD_TARGETS = ("ff.net.0.proj", "ff.net.2")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the same, as CLIP's text model names them
-PARAMETERS: dict[str, tuple[str, ...]] = {
-    "dora": (*LOW_RANK, "magnitude"),
-    "lora": LOW_RANK,
-    "full": ("difference",),
-}
+NORM_AXES: dict[str, str] = {"output": "magnitude", "input": "input_magnitude"}  # and DoRA's parameter for it
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,9 @@ class AdapterConfig:
 
     target_modules are suffixes of module names ("to_q" matches "...attn1.to_q") or regular expressions that match the
     whole name. The low-rank product is scaled by alpha / rank, with use_rslora by alpha / sqrt(rank) (Kalajdzievski
-    2023). The patterns override rank and alpha for single modules by their full name. Raises ConfigError.
+    2023). The patterns override rank and alpha for single modules by their full name. norm_axis says whether DoRA's
+    magnitudes belong to the outputs, as in the authors' code, PEFT and diffusers, or to the inputs, as ComfyUI, Forge,
+    A1111 and InvokeAI compute it. Raises ConfigError.
     """
 
     kind: AnyKind = "dora"
@@ -68,12 +69,15 @@ class AdapterConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    norm_axis: NormAxis = "output"
 
     def __post_init__(self) -> None:
         targets = self.target_modules
         object.__setattr__(self, "target_modules", (targets,) if isinstance(targets, str) else tuple(targets))
-        if self.kind not in PARAMETERS:
+        if self.kind not in KIND_LABEL:
             raise ConfigError(f"kind is {self.kind!r}; it must be 'dora' or 'lora'.")
+        if self.norm_axis not in NORM_AXES:
+            raise ConfigError(f"norm_axis is {self.norm_axis!r}; it must be 'output' or 'input'.")
         for rank in (self.rank, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1 (4 to 64 is usual).")
@@ -84,6 +88,13 @@ class AdapterConfig:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
         if not self.target_modules or not all(isinstance(t, str) and t for t in self.target_modules):
             raise TargetError(f"target_modules is {self.target_modules!r}; name at least one layer, such as 'to_q'.")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What an update of a layer has."""
+        if self.kind == "full":
+            return ("difference",)
+        return LOW_RANK if self.kind == "lora" else (*LOW_RANK, NORM_AXES[self.norm_axis])
 
     @property
     def kind_label(self) -> str:
@@ -142,7 +153,7 @@ class Adapter:
             yield from update.parameters()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """`<layer>.lora_A`, `.lora_B` and, for DoRA, `.magnitude`."""
+        """`<layer>.lora_A`, `.lora_B` and, for DoRA, `.magnitude` or `.input_magnitude`."""
         return {f"{path}.{leaf}": p for path, update in self.updates().items() for leaf, p in update.named_parameters()}
 
     def num_parameters(self) -> int:
@@ -251,14 +262,14 @@ def inject_into(
 ) -> Adapter:
     """`inject_adapter` at exactly these layers, whatever config.target_modules says.
 
-    `text_encoders` by their names in the pipeline; `parameters` by layer, where they are not those of config.kind.
+    `text_encoders` by their names in the pipeline; `parameters` by layer, where they are not those of the config.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     roots = Roots(model, text_encoders or {})
     name = _check_name(name, roots.adapter_names())
     updates = {}
     for path, frozen in views.items():  # all are made before the first is put in: a layer may refuse
-        make = update_class(PARAMETERS[config.kind] if parameters is None else parameters[path])
+        make = update_class(config.parameters if parameters is None else parameters[path])
         updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator)
     roots.freeze(views)
     layers = {}

@@ -23,7 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["adapted_linear", "linear_without_gradients", "norm_ratio", "pays_to_merge", "row_norms"]
+__all__ = [
+    "adapted_linear",
+    "column_norms",
+    "linear_without_gradients",
+    "norm_ratio",
+    "pays_to_merge",
+    "row_norms",
+]
 
 # Below this a row counts as zero; it keeps m / n finite where a row of W0 is zero and B still is.
 NORM_FLOOR = 1e-12
@@ -41,8 +48,20 @@ def row_norms(base_squared: Tensor, W0_At: Tensor, A: Tensor, B: Tensor, s: floa
     return (base_squared + (growth * B).sum(1)).clamp_min_(0).sqrt_()
 
 
+def column_norms(base_squared: Tensor, Bt_W0: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """||W0 + s B A|| of every input column without building B A.
+
+    base_squared [in] is ||W0||^2 per column, Bt_W0 [r, in] is B^T W0, A [r, in], B [out, r]; of a convolution A
+    [r, in, kh, kw], Bt_W0 [r, in kh kw], and the norm runs over the kernel too. All float32. Returns [in].
+    """
+    flat = A.flatten(1)
+    growth = torch.addmm(Bt_W0, B.T @ B, flat, beta=2 * s, alpha=s * s)
+    grown = (growth * flat).sum(0).reshape(A.shape[1], -1).sum(1)
+    return (base_squared + grown).clamp_min_(0).sqrt_()
+
+
 def norm_ratio(m: Tensor, n: Tensor) -> Tensor:
-    """g = m / n, [out], float32; 0 for a row that is zero, never NaN."""
+    """g = m / n, float32; 0 for a row or column that is zero, never NaN."""
     return torch.where(n > NORM_FLOOR, m.float() / n.clamp_min(NORM_FLOOR), 0.0)
 
 

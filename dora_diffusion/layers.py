@@ -7,10 +7,11 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, sections 3
     W' = (m / n) V           row-wise
     y  = x W'^T + b          the bias is added last and never scaled
 
-and LoRA: W' = W0 + s B A. An adapter at strength w adds w (W' - W0), so several adapters add up in any order and
+and LoRA: W' = W0 + s B A. Other programs take the norm of each input's column instead, W' = V (m / n) column-wise;
+`InputAxisDoRAUpdate` is that. An adapter at strength w adds w (W' - W0), so several adapters add up in any order and
 strength 0 is the base. The file goes from the formula to the modules: one adapter's update of one layer
 (`LoRAUpdate`, `DoRAUpdate`), then the layer that carries them (`AdaptedLayer`). What they ask of the base is in
-frozen.py; kernels.py has the norm, and the same numbers quicker for the case that counts most: a dense linear layer.
+frozen.py; kernels.py has the norms, and the same numbers quicker for the case that counts most: a dense linear layer.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.frozen import FrozenLayer, FrozenLinear, device_of
-from dora_diffusion.kernels import adapted_linear, linear_without_gradients, norm_ratio, row_norms
+from dora_diffusion.kernels import adapted_linear, column_norms, linear_without_gradients, norm_ratio, row_norms
 
-__all__ = ["AdaptedLayer", "DoRAUpdate", "LoRAUpdate"]
+__all__ = ["AdaptedLayer", "DoRAUpdate", "InputAxisDoRAUpdate", "LoRAUpdate"]
 
 
 class LoRAUpdate(nn.Module):
@@ -103,6 +104,10 @@ class DoRAUpdate(LoRAUpdate):
     Beside lora_A and lora_B the magnitude m [out], which starts at ||W0||.
     """
 
+    magnitude: nn.Parameter
+    magnitude_name = "magnitude"  # of the parameter, as adapters and their files have it
+    by_input = False
+
     def __init__(
         self,
         frozen: FrozenLayer,
@@ -114,8 +119,8 @@ class DoRAUpdate(LoRAUpdate):
         super().__init__(frozen, rank, scale, dropout, generator)
         # No buffer: model.half() would round a buffer, and the norm is float32 whatever the weights are.
         with torch.no_grad():
-            self._base_squared = frozen.squared_norms()
-        self.magnitude = nn.Parameter(self._base_squared.sqrt())
+            self._base_squared = frozen.squared_norms(self.by_input)
+        self.register_parameter(self.magnitude_name, nn.Parameter(self._base_squared.sqrt()))
         self._norm_of: tuple[object, ...] | None = None
         self._norm: Tensor | None = None
 
@@ -139,8 +144,8 @@ class DoRAUpdate(LoRAUpdate):
             return row_norms(self._base_squared.to(A.device), self.frozen.times_weight(A), A, B, self.scale)
 
     def ratio(self) -> Tensor:
-        """g = m / n, [out]; 0 for a row that is zero, never NaN."""
-        return norm_ratio(self.magnitude, self.norm())
+        """g = m / n; 0 for a row that is zero, never NaN."""
+        return norm_ratio(self.get_parameter(self.magnitude_name), self.norm())
 
     def forward(self, x: Tensor, y0: Tensor) -> Tensor:
         """x (W' - W0)^T = g x V^T - y0, given y0 = x W0^T; written so that it is exactly zero at the start."""
@@ -168,6 +173,51 @@ class DoRAUpdate(LoRAUpdate):
     def delta_weight(self) -> Tensor:
         W0 = self.frozen.weight.detach().float()
         g = self.ratio().reshape(-1, *(1,) * (W0.dim() - 1))
+        return g * (W0 + self.direction()) - W0
+
+
+class InputAxisDoRAUpdate(DoRAUpdate):
+    """DoRA with the norm of every input's column: W' = V (m / n), V = W0 + s B A, n = ||V|| per input.
+
+    Beside lora_A and lora_B input_magnitude [in], which starts at ||W0||. A convolution's norm runs over outputs and
+    kernel; every group sees the whole magnitude. What OneTrainer and older LyCORIS train, and what ComfyUI, Forge,
+    A1111 and InvokeAI compute.
+    """
+
+    magnitude_name = "input_magnitude"
+    by_input = True
+
+    def _fresh_norm(self) -> Tensor:
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            A, B = self.lora_A.detach().float(), self.lora_B.detach().float().flatten(1)
+            Bt_W0 = self.frozen.transposed(B.T)
+            return column_norms(self._base_squared.to(A.device), Bt_W0, A, B, self.scale)
+
+    def _stretched(self, x: Tensor, excess: Tensor) -> Tensor:
+        """x (1 + excess), excess [in]; x's own bits where it is 0."""
+        return torch.addcmul(x, x, self.frozen.per_input(excess).to(x.dtype))
+
+    def forward(self, x: Tensor, y0: Tensor) -> Tensor:
+        """x (W' - W0)^T = ((g - 1) x) W0^T + s (g x) A^T B^T: the columns' factors go to the input."""
+        x = self.dropout(x)
+        excess = self.ratio() - 1
+        change = self.frozen.unbiased(self.frozen.per_input(excess).to(x.dtype) * x)
+        return change + self.low_rank(self._stretched(x, excess))
+
+    def alone(self, x: Tensor) -> Tensor:
+        """y = x W0^T + w x (W' - W0)^T + b with one base product: that of the stretched input."""
+        excess = self.ratio() - 1
+        change = self.low_rank(self._stretched(x, excess))
+        change = change if self.strength == 1 else self.strength * change
+        return self.frozen.output(self._stretched(x, self.strength * excess)) + change
+
+    def linear(self, x: Tensor, W0: Tensor, bias: Tensor | None) -> Tensor:
+        return adapted_linear(self._stretched(x, self.ratio() - 1), W0, bias, self.lora_A, self.lora_B, self.scale)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        W0 = self.frozen.dense_weight()
+        g = self.ratio().reshape(1, -1, *(1,) * (W0.dim() - 2))
         return g * (W0 + self.direction()) - W0
 
 
@@ -203,10 +253,14 @@ class AdaptedLayer(nn.Module):
             return self.base(x)
         if self._has_quick_way(x, active):
             W0, bias = self.base.weight, self.base.bias
-            if not torch.is_grad_enabled():
+            by_input = any(isinstance(update, InputAxisDoRAUpdate) for update in active)
+            if not torch.is_grad_enabled() and not by_input:
                 return linear_without_gradients(x, W0, bias, [update.parts() for update in active])  # type: ignore[arg-type]
             if len(active) == 1 and active[0].strength == 1:
                 return active[0].linear(x, W0, bias)  # type: ignore[arg-type]
+        first = active[0]
+        if isinstance(first, InputAxisDoRAUpdate) and len(active) == 1 and not (self.fused or first.drops):
+            return first.alone(x)
         y = self.frozen.output(x)
         y0 = self._unbiased(x, y)
         for update in active:
@@ -240,7 +294,7 @@ class AdaptedLayer(nn.Module):
             and not self.fused
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and "forward" not in base.__dict__  # accelerate's offloading puts its own there
-            and all(type(update) in (LoRAUpdate, DoRAUpdate) and not update.drops for update in active)
+            and all(type(update) in QUICK and not update.drops for update in active)
         )
 
     @torch.no_grad()
@@ -267,3 +321,6 @@ class AdaptedLayer(nn.Module):
         self.fused = names
         if not names:
             self.frozen.original = None
+
+
+QUICK = (LoRAUpdate, DoRAUpdate, InputAxisDoRAUpdate)  # whose formulas kernels.py has

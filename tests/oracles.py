@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.injection import Adapter
+from dora_diffusion.injection import Adapter, AdapterConfig
 from dora_diffusion.layers import LoRAUpdate
+
+BY_INPUT = "dora by input"
+KINDS = ("dora", BY_INPUT, "lora")  # what can be trained
+
+
+def config_of(kind: str, **options: object) -> AdapterConfig:
+    """The configuration of one of KINDS."""
+    axis = {"kind": "dora", "norm_axis": "input"} if kind == BY_INPUT else {"kind": kind}
+    return AdapterConfig(**axis, **options)  # type: ignore[arg-type]
 
 
 def lora_weight(W0: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -21,20 +32,35 @@ def dora_weight(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, s: float) -> Tensor
     return V * (m.double() / n).reshape(-1, *(1,) * (V.dim() - 1))
 
 
+def input_axis_dora_weight(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, s: float) -> Tensor:
+    """The same with the norm of every input's column, over outputs and a convolution's kernel."""
+    V = lora_weight(W0, A, B, s)
+    n = torch.linalg.vector_norm(V.detach().transpose(0, 1).flatten(1), dim=1)
+    return V * (m.double() / n).reshape(1, -1, *(1,) * (V.dim() - 2))
+
+
+def formula_weight(W0: Tensor, parameters: Mapping[str, Tensor], s: float) -> Tensor:
+    """W' of an update with these parameters, by their names, in float64; differentiable."""
+    A, B = parameters["lora_A"], parameters["lora_B"]
+    if "input_magnitude" in parameters:
+        return input_axis_dora_weight(W0, A, B, parameters["input_magnitude"], s)
+    if "magnitude" in parameters:
+        return dora_weight(W0, A, B, parameters["magnitude"], s)
+    return lora_weight(W0, A, B, s)
+
+
 def adapted_weight(W0: Tensor, update: LoRAUpdate) -> Tensor:
     """W' of this update by the formula, in float64."""
-    A, B = update.lora_A.detach(), update.lora_B.detach()
-    if hasattr(update, "magnitude"):
-        return dora_weight(W0, A, B, update.magnitude.detach(), update.scale)
-    return lora_weight(W0, A, B, update.scale)
+    return formula_weight(W0, {name: p.detach() for name, p in update.named_parameters()}, update.scale)
 
 
 @torch.no_grad()
 def perturb_update(update: LoRAUpdate, generator: torch.Generator, size: float = 0.1) -> None:
     """As if trained: B away from zero, magnitudes up to 30 % away from the norms."""
     update.lora_B.copy_(size * torch.randn(update.lora_B.shape, generator=generator))
-    if hasattr(update, "magnitude"):
-        update.magnitude.mul_(0.7 + 0.6 * torch.rand(update.magnitude.shape, generator=generator))
+    for m in (getattr(update, "magnitude", None), getattr(update, "input_magnitude", None)):
+        if m is not None:
+            m.mul_(0.7 + 0.6 * torch.rand(m.shape, generator=generator))
 
 
 def perturb(adapter: Adapter, seed: int = 0, size: float = 0.1) -> Adapter:

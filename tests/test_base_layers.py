@@ -15,18 +15,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
-from oracles import adapted_weight, dora_weight, lora_weight, perturb, perturb_update, relative_error
+from oracles import BY_INPUT, adapted_weight, config_of, formula_weight, perturb, perturb_update, relative_error
+from test_layers import UPDATES, kinds
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from dora_diffusion import AdapterConfig, inject_adapter
 from dora_diffusion.errors import AdapterStateError, TargetError
 from dora_diffusion.frozen import FrozenLinear, freeze_view
-from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, LoRAUpdate
+from dora_diffusion.layers import AdaptedLayer, LoRAUpdate
 
 IN, OUT, RANK, ALPHA = 128, 96, 4, 6.0  # 128 x 96 values: no other tensor of these tests has so many
-UPDATES = {"dora": DoRAUpdate, "lora": LoRAUpdate}
-kinds = pytest.mark.parametrize("kind", ["dora", "lora"])
 
 # Dettmers et al., "QLoRA", 2023, appendix E.
 NF4 = torch.tensor(
@@ -161,8 +160,7 @@ def example(dtype: torch.dtype = torch.float32) -> Tensor:
 def formula(W0: Tensor, update: LoRAUpdate) -> tuple[Tensor, dict[str, Tensor]]:
     """W' by the plain formula in float64, and the leaves to take gradients of."""
     leaves = {name: p.detach().double().requires_grad_() for name, p in update.named_parameters()}
-    weight = dora_weight if "magnitude" in leaves else lora_weight
-    return weight(W0, *leaves.values(), update.scale), leaves
+    return formula_weight(W0, leaves, update.scale), leaves
 
 
 # Known kinds: numbers.
@@ -174,12 +172,15 @@ def test_norms_and_products_are_those_of_the_unpacked_weight(name, training):
     """In eval mode too, where LLM.int8 rounds its input."""
     base = BASES[name]
     module = base.make().train(training)
-    W0, view, A = base.weight(module), freeze_view(module), torch.randn(RANK, IN)
+    W0, view, A, B = base.weight(module), freeze_view(module), torch.randn(RANK, IN), torch.randn(RANK, OUT)
     # torchao's own dequantised weight is in the dtype of the weight it was made of.
     rounding = 2e-3 if "torchao int8 of" in name else 1e-6
     assert relative_error(view.squared_norms(), W0.square().sum(1)) < rounding
+    assert relative_error(view.squared_norms(by_input=True), W0.square().sum(0)) < 2 * rounding
     assert relative_error(view.times_weight(A), W0 @ A.double().T) < 2 * rounding
-    assert view.squared_norms().dtype == view.times_weight(A).dtype == torch.float32
+    assert relative_error(view.transposed(B), B.double() @ W0) < 2 * rounding
+    assert relative_error(view.dense_weight(), W0) < 2 * rounding
+    assert view.squared_norms().dtype == view.times_weight(A).dtype == view.dense_weight().dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", [(48, 192), (33, 100), (64, 4096)], ids=str)
@@ -283,7 +284,7 @@ def test_no_dense_copy_is_kept(name, kind, tensors_of_weight_size):
     assert weights_kept_for_backward(layer, x) <= kept_alone
     layer(x.requires_grad_()).sum().backward()
     assert tensors_of_weight_size() <= before
-    adapter = 4 * (RANK * (IN + OUT) + (OUT if kind == "dora" else 0))
+    adapter = 4 * (RANK * (IN + OUT) + {"dora": OUT, BY_INPUT: IN, "lora": 0}[kind])
     assert sum(p.nbytes for p in update.parameters()) == adapter
     assert sum(t.nbytes for t in (*layer.parameters(), *layer.buffers())) == size + adapter
 
@@ -305,7 +306,7 @@ def test_ejecting_gives_back_the_same_module_and_bits(name, kind):
     model = nn.Sequential(base.make(), nn.ReLU()).train()
     module, W0, x = model[0], base.weight(model[0]), example(base.x_dtype)
     y = model(x)
-    adapter = perturb(inject_adapter(model, AdapterConfig(kind=kind, rank=RANK, target_modules=("0",))))
+    adapter = perturb(inject_adapter(model, config_of(kind, rank=RANK, target_modules=("0",))))
     assert not torch.equal(model(x), y)
     adapter.eject()
     assert model[0] is module

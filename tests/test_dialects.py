@@ -22,7 +22,8 @@ from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.formats.names import locate, unflatten
 from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter
-from dora_diffusion.variants import DifferenceUpdate, InputAxisDoRAUpdate, UnscaledNormDoRAUpdate
+from dora_diffusion.layers import InputAxisDoRAUpdate
+from dora_diffusion.variants import DifferenceUpdate, UnscaledNormDoRAUpdate
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 PATHS = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn1.to_out.0", f"{BLOCK}.ff.net.0.proj"]

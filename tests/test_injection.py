@@ -10,7 +10,7 @@ import re
 import bases
 import pytest
 import torch
-from oracles import adapted_weight, inputs_of, output_of, perturb, relative_error
+from oracles import BY_INPUT, KINDS, adapted_weight, config_of, inputs_of, output_of, perturb, relative_error
 from peft import LoraConfig
 from torch import nn
 
@@ -29,11 +29,11 @@ MODELS = {
     "flux joint": (bases.flux_transformer, JOINT, None),
 }
 all_models = pytest.mark.parametrize("make, targets", [row[:2] for row in MODELS.values()], ids=MODELS.keys())
-kinds = pytest.mark.parametrize("kind", ["dora", "lora"])
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def inject(model: nn.Module, kind: str = "dora", **options: object) -> Adapter:
-    return inject_adapter(model, AdapterConfig(kind=kind, **{"rank": 4, "alpha": 6.0, **options}), seed=1)
+    return inject_adapter(model, config_of(kind, **{"rank": 4, "alpha": 6.0, **options}), seed=1)
 
 
 def trained(model: nn.Module, kind: str = "dora", seed: int = 0, **options: object) -> Adapter:
@@ -106,7 +106,7 @@ def test_parameters_are_exactly_the_trainable_ones(unet, kind):
     assert ours == {id(p) for p in adapter.named_parameters().values()}
     assert adapter.num_parameters() == sum(p.numel() for p in unet.parameters() if p.requires_grad)
     leaves = {name.rpartition(".")[2] for name in adapter.named_parameters()}
-    assert leaves == {"lora_A", "lora_B"} | ({"magnitude"} if kind == "dora" else set())
+    assert leaves == {"lora_A", "lora_B"} | {"dora": {"magnitude"}, BY_INPUT: {"input_magnitude"}, "lora": set()}[kind]
 
 
 @kinds

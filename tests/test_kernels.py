@@ -8,16 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
-from oracles import dora_weight, lora_weight, perturb, relative_error
-from test_layers import adapt, linear, update_of
+from oracles import adapted_weight, config_of, formula_weight, perturb, relative_error
+from test_layers import adapt, kinds, linear, update_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_diffusion import kernels
-from dora_diffusion.injection import AdapterConfig, inject_adapter
+from dora_diffusion.injection import inject_adapter
 from dora_diffusion.layers import AdaptedLayer
 
-kinds = pytest.mark.parametrize("kind", ["dora", "lora"])
 # (tokens, in, out): the first three are merged in float32, the others are not.
 SHAPES = [(200, 24, 40), (300, 64, 16), (600, 320, 320), (5, 24, 40), (1, 3, 9), (77, 320, 640)]
 # Half precision: one unit in the last place, root mean square over the tensor.
@@ -36,11 +35,7 @@ def exact(layer: AdaptedLayer, x: Tensor, upstream: Tensor) -> dict[str, Tensor]
     x = x.detach().double().requires_grad_()
     p = {name: v.detach().double().requires_grad_() for name, v in update.named_parameters()}
     W0, bias = layer.base.weight.double(), layer.base.bias
-    if "magnitude" in p:
-        W = dora_weight(W0, p["lora_A"], p["lora_B"], p["magnitude"], update.scale)
-    else:
-        W = lora_weight(W0, p["lora_A"], p["lora_B"], update.scale)
-    y = F.linear(x, W, None if bias is None else bias.double())
+    y = F.linear(x, formula_weight(W0, p, update.scale), None if bias is None else bias.double())
     y.backward(upstream.double())
     return {"y": y.detach(), "x": x.grad, **{name: v.grad for name, v in p.items()}}
 
@@ -225,7 +220,7 @@ def run_block(call, model: nn.Module, adapter) -> list[Tensor]:
 def test_an_adapted_block_compiles_as_one_graph_with_the_same_numbers(kind, backend):
     torch._dynamo.reset()
     model = block()
-    adapter = perturb(inject_adapter(model, AdapterConfig(kind=kind, rank=4, alpha=6), seed=0))
+    adapter = perturb(inject_adapter(model, config_of(kind, rank=4, alpha=6), seed=0))
     model.train()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for eager, traced in zip(run_block(model, model, adapter), run_block(compiled, model, adapter)):
@@ -237,7 +232,7 @@ def test_another_strength_does_not_compile_again(kind):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     model = block()
-    adapter = perturb(inject_adapter(model, AdapterConfig(kind=kind, rank=4, alpha=6), seed=0))
+    adapter = perturb(inject_adapter(model, config_of(kind, rank=4, alpha=6), seed=0))
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     x, words = torch.randn(2, 50, 32), torch.randn(2, 7, 24)
     with torch.no_grad():
@@ -255,15 +250,11 @@ def test_another_strength_does_not_compile_again(kind):
 def test_a_fused_projection_is_adapted_as_one_layer(kind):
     model = block()
     model.attn1.fuse_projections()
-    adapter = perturb(inject_adapter(model, AdapterConfig(kind=kind, target_modules=("to_qkv",), rank=4), seed=0))
+    adapter = perturb(inject_adapter(model, config_of(kind, target_modules=("to_qkv",), rank=4), seed=0))
     layer = model.attn1.to_qkv
     assert isinstance(layer, AdaptedLayer)
     assert layer.base.weight.shape == (96, 32)
     (update,) = adapter.updates().values()
     x = torch.randn(2, 50, 32)
-    p = dict(update.named_parameters())
-    if kind == "dora":
-        W = dora_weight(layer.base.weight, p["lora_A"], p["lora_B"], p["magnitude"], update.scale)
-    else:
-        W = lora_weight(layer.base.weight, p["lora_A"], p["lora_B"], update.scale)
+    W = adapted_weight(layer.base.weight, update)
     assert relative_error(layer(x), F.linear(x.double(), W)) < 1e-5

@@ -7,7 +7,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import adapted_weight, dora_weight, largest_difference, lora_weight, perturb_update, relative_error
+from lycoris.modules.locon import LoConModule
+from oracles import (
+    BY_INPUT,
+    adapted_weight,
+    formula_weight,
+    largest_difference,
+    lora_weight,
+    perturb_update,
+    relative_error,
+)
 from peft.tuners.lora import Conv2d as PeftConv2d
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraConfig
@@ -17,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from dora_diffusion.errors import AdapterStateError
 from dora_diffusion.frozen import freeze_view
 from dora_diffusion.kernels import row_norms
-from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, LoRAUpdate
+from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, InputAxisDoRAUpdate, LoRAUpdate
 
-UPDATES = {"dora": DoRAUpdate, "lora": LoRAUpdate}
-kinds = pytest.mark.parametrize("kind", ["dora", "lora"])
+UPDATES = {"dora": DoRAUpdate, BY_INPUT: InputAxisDoRAUpdate, "lora": LoRAUpdate}
+kinds = pytest.mark.parametrize("kind", UPDATES)
 
 
 def linear(n_in: int = 24, n_out: int = 40, bias: bool = True) -> nn.Linear:
@@ -280,17 +289,14 @@ def test_gradients_are_the_plain_formulas_in_float64(kind, base, rank):
 
     exact_x = x.detach().double().requires_grad_()
     exact = {name: p.detach().double().requires_grad_() for name, p in update.named_parameters()}
-    weight = dora_weight if kind == "dora" else lora_weight
-    magnitude = (exact["magnitude"],) if kind == "dora" else ()
-    W = weight(module.weight, exact["lora_A"], exact["lora_B"], *magnitude, update.scale)
-    apply_weight(module, exact_x, W).backward(upstream.double())
+    apply_weight(module, exact_x, formula_weight(module.weight, exact, update.scale)).backward(upstream.double())
 
     assert relative_error(x.grad, exact_x.grad) < 1e-5
     for name, parameter in update.named_parameters():
         assert relative_error(parameter.grad, exact[name].grad) < 1e-5, name
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["dora", "lora"])
 @pytest.mark.parametrize("options", [{}, {"stride": 2}, None], ids=["conv 3x3", "conv of stride 2", "linear"])
 def test_output_and_gradients_are_those_of_pefts_layers(kind, options):
     base = linear() if options is None else conv(**options)
@@ -315,6 +321,24 @@ def test_output_and_gradients_are_those_of_pefts_layers(kind, options):
     assert relative_error(x.grad, peft_x.grad) < 1e-5
     for name, parameter in update.named_parameters():
         assert relative_error(parameter.grad.flatten(), theirs[name].grad.flatten()) < 1e-5, name
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, None], ids=["conv 3x3", "conv of stride 2", "linear"])
+def test_the_output_by_input_is_that_of_lycoris(options):
+    """LyCORIS differentiates the norm too, which the paper and this project hold constant: outputs alone are alike."""
+    base = linear() if options is None else conv(**options)
+    layer = adapt(base, BY_INPUT)
+    update = update_of(layer)
+    lycoris = LoConModule(
+        "x", copy.deepcopy(base), lora_dim=4, alpha=6, weight_decompose=True, wd_on_out=False, bypass_mode=False
+    )
+    with torch.no_grad():
+        lycoris.lora_down.weight.copy_(update.lora_A)
+        lycoris.lora_up.weight.copy_(update.lora_B)
+        lycoris.dora_scale.copy_(update.input_magnitude.reshape(lycoris.dora_scale.shape))
+    x = example(base)
+    assert relative_error(layer(x), lycoris(x)) < 1e-5
+    assert relative_error(layer(x), base(x)) > 0.05
 
 
 @kinds

@@ -127,6 +127,7 @@ def _attach(
     config = replace(
         file.config,
         dropout=0.0,
+        norm_axis="input" if file.norm_axis == "input" else "output",
         rank_pattern={places[layer]: r for layer, r in file.config.rank_pattern.items() if layer in places},
         alpha_pattern={places[layer]: a for layer, a in file.config.alpha_pattern.items() if layer in places},
     )

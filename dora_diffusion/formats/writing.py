@@ -33,12 +33,13 @@ def save_adapter(
 ) -> Path:
     """Write the adapter in PEFT/diffusers layout, which stock `pipe.load_lora_weights(path)` reads too.
 
-    The header carries the configuration, the base's identity and `training`, a summary of the run. The file appears
-    under its name only when it is whole. Raises OutputError, and AdapterFileError for an adapter that the layout cannot
-    hold (a norm by input, a whole difference).
+    One whose norm runs by input, which PEFT has no name for, is written in kohya's layout. The header carries the
+    configuration, the base's identity and `training`, a summary of the run. The file appears under its name only when
+    it is whole. Raises OutputError, and AdapterFileError for an adapter that the layout cannot hold (a whole
+    difference).
     """
     file = file_of(adapter, Path(path), training=training, base_name=base_name)
-    return write_adapter_file(file, Path(path), "diffusers")[0]
+    return write_adapter_file(file, Path(path), "kohya" if file.norm_axis == "input" else "diffusers")[0]
 
 
 def file_of(

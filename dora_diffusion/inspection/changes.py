@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.frozen import FrozenLayer
 from dora_diffusion.injection import adaptable_layers
 from dora_diffusion.inspection.parity import refuse_marked
 from dora_diffusion.layers import LoRAUpdate
 from dora_diffusion.models.loading import Base, load_base
-from dora_diffusion.variants import dense_weight
 
 __all__ = ["Change", "changes_of", "source_kind", "weight_files"]
 
@@ -73,18 +73,18 @@ def changes_of(path: Path, base: Base) -> Iterator[Iterator[Change]]:
             yield _stored(base.denoiser, _tensors(path, files), path)
 
 
-def _adapted(name: str, frozen: object, update: LoRAUpdate) -> Change:
+def _adapted(name: str, frozen: FrozenLayer, update: LoRAUpdate) -> Change:
     factors = None
     if type(update) is LoRAUpdate:
         factors = (update.scale * update.lora_B.detach(), update.lora_A.detach())
-    return Change(name, dense_weight(frozen), update.delta_weight, factors)  # type: ignore[arg-type]
+    return Change(name, frozen.dense_weight(), update.delta_weight, factors)
 
 
 def _between(base: nn.Module, tuned: nn.Module) -> Iterator[Change]:
     theirs = adaptable_layers(tuned)
     for name, frozen in adaptable_layers(base).items():
         if name in theirs:
-            yield _difference(name, dense_weight(frozen), dense_weight(theirs[name]))
+            yield _difference(name, frozen.dense_weight(), theirs[name].dense_weight())
 
 
 def _stored(base: nn.Module, tensors: dict[str, Callable[[], Tensor]], path: Path) -> Iterator[Change]:
@@ -96,7 +96,7 @@ def _stored(base: nn.Module, tensors: dict[str, Callable[[], Tensor]], path: Pat
             f"are not in it, among them {missing[0]}. Give the base that it was trained from with --base."
         )
     for name, frozen in views.items():
-        yield _difference(name, dense_weight(frozen), tensors[f"{name}.weight"]().float())
+        yield _difference(name, frozen.dense_weight(), tensors[f"{name}.weight"]().float())
 
 
 def _difference(name: str, weight: Tensor, tuned: Tensor) -> Change:

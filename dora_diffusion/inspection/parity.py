@@ -23,9 +23,9 @@ from dora_diffusion.injection import Adapter, check_strength
 from dora_diffusion.inspection.formula import DoesNotFit, program_update
 from dora_diffusion.inspection.programs import PROGRAMS, Program
 from dora_diffusion.inspection.reading import FileModule, Reading, model_of, read_as, split_key
-from dora_diffusion.layers import DoRAUpdate
+from dora_diffusion.layers import DoRAUpdate, InputAxisDoRAUpdate
 from dora_diffusion.models.loading import Base
-from dora_diffusion.variants import InputAxisDoRAUpdate, UnscaledNormDoRAUpdate, dense_weight
+from dora_diffusion.variants import UnscaledNormDoRAUpdate
 
 __all__ = [
     "RIGHT",
@@ -269,7 +269,7 @@ def _in_model(layer: str, adapter: Adapter) -> str:
 def true_update(pieces: tuple[Piece, ...], adapter: Adapter) -> TrueUpdate:
     """The true update of a file's module, its layers put together again in the file's rows."""
     updates = [adapter.updates()[piece.layer] for piece in pieces]
-    weights = [dense_weight(update.frozen).double() for update in updates]
+    weights = [update.frozen.dense_weight().double() for update in updates]
     deltas = [update.delta_weight().double() for update in updates]
     if pieces[0].rows.swapped:  # changing places twice changes nothing
         return TrueUpdate(pieces[0].rows.cut(weights[0]), pieces[0].rows.cut(deltas[0]))

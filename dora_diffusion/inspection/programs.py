@@ -243,7 +243,7 @@ PROGRAMS = (
     ),
     Program(
         name="stable-diffusion.cpp",
-        label="stable-diffusion.cpp",
+        label="sd.cpp",
         version="stable-diffusion-cpp-python 0.4.7",
         sources=(
             "https://github.com/leejet/stable-diffusion.cpp/blob/master/src/lora.hpp",

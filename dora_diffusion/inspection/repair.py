@@ -27,7 +27,6 @@ from dora_diffusion.inspection.parity import RIGHT, Parity, attached, evaluate, 
 from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
 from dora_diffusion.layers import DoRAUpdate
 from dora_diffusion.models.loading import Base
-from dora_diffusion.variants import dense_weight
 
 __all__ = ["FORMS", "Form", "Repaired", "Unrepairable", "repair"]
 
@@ -137,7 +136,7 @@ def _compensated(file: AdapterFile, adapter: Adapter) -> AdapterFile | None:
         return None
     tensors = dict(file.tensors)
     for path, update in updates.items():
-        W0 = dense_weight(update.frozen).double()
+        W0 = update.frozen.dense_weight().double()
         V = W0 + update.direction().double()
         n0, n = W0.flatten(1).norm(dim=1), V.flatten(1).norm(dim=1)
         factor = torch.where(n > 0, (n0 + FLOAT32_EPSILON) / n.clamp_min(1e-300), 0.0)

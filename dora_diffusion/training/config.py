@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dora_diffusion.errors import ConfigError, nearest
-from dora_diffusion.injection import AdapterConfig, Kind
+from dora_diffusion.injection import AdapterConfig, Kind, NormAxis
 from dora_diffusion.models.quantising import Packing
 
 if sys.version_info >= (3, 11):
@@ -52,6 +52,7 @@ class TrainConfig(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | None = None
     use_rslora: bool = False
+    norm_axis: NormAxis = "output"
     train_feed_forward: bool = False
     train_text_encoder: bool = False
 
@@ -99,6 +100,7 @@ class TrainConfig(BaseModel):
             dropout=self.dropout,
             target_modules=targets + family.feed_forward * self.train_feed_forward,
             use_rslora=self.use_rslora,
+            norm_axis=self.norm_axis if kind == "dora" else "output",
         )
 
     def to_toml(self) -> str:

@@ -117,6 +117,7 @@ def add_endpoints(studio: Studio) -> None:
         random_flip: bool = False,
         train_feed_forward: bool = False,
         train_text_encoder: bool = False,
+        norm_axis: str = "output",
         page: gr.Request = None,  # type: ignore[assignment]
     ) -> Iterator[dict]:
         """Train a LoRA, a DoRA, or both alike on pictures; ends when the training has ended.
@@ -132,6 +133,7 @@ def add_endpoints(studio: Studio) -> None:
             random_flip: every picture half the time as its mirror image
             train_feed_forward: adapt the feed-forward layers beside the attention, for new shapes
             train_text_encoder: adapt the text encoder too
+            norm_axis: DoRA's norm by output (diffusers, PEFT), or by input (ComfyUI, Forge, A1111, InvokeAI)
 
         Returns:
             How the training stands, and at its end the adapters with the keys that compare takes.
@@ -142,7 +144,7 @@ def add_endpoints(studio: Studio) -> None:
             "train_text_encoder": train_text_encoder,
         }
         more = [key for key, wanted in chosen.items() if wanted]
-        form = TrainForm(instance_prompt, kind, steps, rank, batch_size, more=more)
+        form = TrainForm(instance_prompt, kind, steps, rank, batch_size, more=more, norm_axis=norm_axis)
         with _Told():
             for state in _train(studio, page, images, captions, form):
                 yield state.model_dump()

@@ -67,7 +67,7 @@ class TrainTab:
         page.preset.input(self.choose, page.preset, [page.steps, page.rank, page.batch, page.more], **parts.QUIET)
         plain = [field.change for field in (page.table, page.prompt, page.steps)]
         gr.on(plain, self.check, state, start, **parts.LATEST)
-        costly = [field.change for field in (page.kind, page.rank, page.batch, page.more)]
+        costly = [field.change for field in (page.kind, page.rank, page.batch, page.more, page.norm_axis)]
         changed = gr.on(costly, self.check, state, start, **parts.LATEST)
         measured = changed.then(self.measure, [page.uploads, *state], None, **parts.QUIET)
         measured.then(self.check, state, start, **parts.QUIET)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.webapp.studio import Studio
 
-__all__ = ["DEFAULT", "MORE", "MOST_STEPS", "PRESETS", "Costing", "Pictures", "TrainForm", "checks"]
+__all__ = ["DEFAULT", "MORE", "MOST_STEPS", "NORM_AXES", "PRESETS", "Costing", "Pictures", "TrainForm", "checks"]
 
 MOST_STEPS = 4000
 MOST_RANK = 128
@@ -42,6 +42,10 @@ MORE = {
     "random_flip": "Mirror pictures at random",
     "train_feed_forward": "Feed-forward layers too",
     "train_text_encoder": "Text encoder too",
+}
+NORM_AXES = {
+    "output": "by output: diffusers, PEFT",
+    "input": "by input: ComfyUI, Forge, A1111, InvokeAI",
 }
 PRESETS = {
     "Quick": Preset(160, 8, 16, "a first look in a minute or two"),
@@ -72,6 +76,7 @@ class TrainForm:
     preview: str = ""
     seed: float = 0
     more: Sequence[str] = PRESETS[DEFAULT].more
+    norm_axis: str = "output"
 
     def config(self, images: Path, out: Path, base_name: str, captions: Sequence[str] = ()) -> TrainConfig:
         """Raises ConfigError."""
@@ -92,6 +97,7 @@ class TrainForm:
             "steps": int(self.steps),
             "rank": int(self.rank),
             "alpha": float(self.rank),
+            "norm_axis": self.norm_axis,
             "batch_size": int(self.batch_size),
             "learning_rate": _rate(self.rate),
             "seed": int(self.seed or 0),
@@ -112,7 +118,7 @@ def _rate(text: str) -> float | None:
         raise ConfigError(f"learning rate is {text[:40]!r}; give a number such as 0.001, or nothing.") from error
 
 
-Costs = tuple[str, int, int, frozenset[str]]  # kind, rank, batch size and what else: all that a step's time hangs on
+Costs = tuple[object, ...]  # all that a step's time hangs on
 
 
 @dataclass
@@ -147,7 +153,7 @@ class Costing:
 
     @staticmethod
     def _key(form: TrainForm) -> Costs:
-        return form.kind, int(form.rank or 0), int(form.batch_size or 0), frozenset(form.more)
+        return form.kind, int(form.rank or 0), int(form.batch_size or 0), form.norm_axis, frozenset(form.more)
 
 
 def checks(

@@ -11,6 +11,7 @@ from dora_diffusion.webapp.train_form import (
     MOST_BATCH,
     MOST_RANK,
     MOST_STEPS,
+    NORM_AXES,
     PRESETS,
     Pictures,
     TrainForm,
@@ -37,7 +38,7 @@ class TrainLayout:
                 self._build_start()
                 self._build_job()
         adapter = [self.prompt, self.kind, self.steps, self.rank, self.batch]
-        self.settings = [*adapter, self.rate, self.preview, self.seed, self.more]
+        self.settings = [*adapter, self.rate, self.preview, self.seed, self.more, self.norm_axis]
 
     def _build_pictures(self) -> None:
         self.files = gr.File(
@@ -100,6 +101,12 @@ class TrainLayout:
                 self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="train-seed")
             self.more = gr.CheckboxGroup(
                 [(says, key) for key, says in MORE.items()], value=list(preset.more), label="And", elem_id="more"
+            )
+            self.norm_axis = gr.Radio(
+                [(says, axis) for axis, says in NORM_AXES.items()],
+                value="output",
+                label="DoRA's norm, and the programs that compute it so",
+                elem_id="norm-axis",
             )
             self.preview = gr.Textbox(
                 "", label="Preview prompt", placeholder="the first picture's caption", elem_id="preview-prompt"
