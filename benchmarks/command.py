@@ -24,7 +24,7 @@ __all__ = ["Benchmark", "command_of", "new_console", "rank_list"]
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANKS = (16, 64)
-OPTIONAL_VARIANTS = ("lycoris-bypass",)
+OPTIONAL_VARIANTS = ("lycoris-bypass", "lycoris-dora-in", "dora-in")
 T = TypeVar("T")
 
 

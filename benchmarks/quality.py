@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,7 +30,7 @@ from dora_diffusion.demo import PROMPTS, sample_folder
 from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.formats.files import load_adapter
 from dora_diffusion.generation import GenerationRequest, generate
-from dora_diffusion.injection import KIND_LABEL
+from dora_diffusion.injection import KIND_LABEL, NormAxis
 from dora_diffusion.models.loading import load_base
 from dora_diffusion.outputs import save_png, whole_file, write_text
 from dora_diffusion.training.config import TrainConfig
@@ -49,7 +49,7 @@ PNG_DPI = 110
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair of twins; losses as changes in percent of the base's, by kind."""
+    """One pair of twins; losses as changes in percent of the base's, by kind; empty before they are measured."""
 
     base: str
     style: str
@@ -57,21 +57,30 @@ class Pair:
     seed: int
     steps: int
     learning_rate: float
-    learned: Mapping[str, float]
-    forgotten: Mapping[str, float]
+    norm_axis: NormAxis = "output"
+    learned: Mapping[str, float] = field(default_factory=dict)
+    forgotten: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        return key_of(self.base, self.style, self.rank, self.seed, self.steps, self.learning_rate)
+        return (
+            f"{self.base}, {self.style}, {self.steps} steps at {self.learning_rate:g}, rank {self.rank}, "
+            f"seed {self.seed}{self._axis}"
+        )
+
+    @property
+    def column(self) -> str:
+        """What the pairs of one column of the plot have in common."""
+        return f"{self.style} on {self.base}{self._axis}"
 
     @property
     def setting(self) -> str:
         """What the pairs of one table have in common: all but rank and seed."""
-        return f"{self.style} on {self.base}, {self.steps} steps at {self.learning_rate:g}"
+        return f"{self.column}, {self.steps} steps at {self.learning_rate:g}"
 
-
-def key_of(base: str, style: str, rank: int, seed: int, steps: int, learning_rate: float) -> str:
-    return f"{base}, {style}, {steps} steps at {learning_rate:g}, rank {rank}, seed {seed}"
+    @property
+    def _axis(self) -> str:
+        return " (norm by input)" if self.norm_axis == "input" else ""
 
 
 class Bench:
@@ -93,23 +102,24 @@ class Bench:
         own = prepare(config, self.base, make_accelerator(config))
         return own, _loss(own)
 
-    def measure(self, style: str, rank: int, seed: int, steps: int, learning_rate: float) -> Pair:
-        """Trains a LoRA and a DoRA, and measures both."""
+    def measured(self, pair: Pair) -> Pair:
+        """Trains the pair, a LoRA and a DoRA, and measures both."""
         own, own_loss = self._own
-        images = sample_folder(style)
+        images = sample_folder(pair.style)
         config = TrainConfig(
             images=str(images),
             validation_images=str(images / "held-out"),
             out=str(self._work / "twins"),
             base=self.base.name,
             kind="both",
-            rank=rank,
-            alpha=rank,
-            steps=steps,
+            rank=pair.rank,
+            alpha=pair.rank,
+            norm_axis=pair.norm_axis,
+            steps=pair.steps,
             batch_size=8,
-            learning_rate=learning_rate,
-            seed=seed,
-            validate_every=steps,
+            learning_rate=pair.learning_rate,
+            seed=pair.seed,
+            validate_every=pair.steps,
         )
         learned: dict[str, float] = {}
         forgotten: dict[str, float] = {}
@@ -121,7 +131,7 @@ class Bench:
             adapter = load_adapter(self.base.pipe, self._work / "twins" / f"{kind}.safetensors")
             forgotten[kind] = _percent(_loss(own), own_loss)
             adapter.eject()
-        return Pair(self.base.name, style, rank, seed, steps, learning_rate, learned, forgotten)
+        return dataclasses.replace(pair, learned=learned, forgotten=forgotten)
 
 
 def _loss(training: Training) -> float:
@@ -205,7 +215,7 @@ def draw_plot(pairs: Mapping[str, Pair], path: Path) -> None:
 
     columns: dict[str, list[Pair]] = {}
     for pair in pairs.values():
-        columns.setdefault(f"{pair.style} on {pair.base}", []).append(pair)
+        columns.setdefault(pair.column, []).append(pair)
     size = (4.4 * len(columns), 3.2 * (len(MEASURES) + 1))
     figure, axes = pyplot.subplots(len(MEASURES) + 1, len(columns), figsize=size, squeeze=False)
     for (title, some), column in zip(columns.items(), axes.T, strict=True):
@@ -259,18 +269,17 @@ def _against_each_other(ax: Axes, pairs: Sequence[Pair]) -> None:
 
 
 def measure_all(
-    wanted: Sequence[tuple[str, int, int, int, float]],
+    wanted: Sequence[Pair],
     bench: Bench,
     pairs: dict[str, Pair],
     path: Path,
     reporter: Reporter,
 ) -> None:
     """Adds to `pairs` what they lack, one after another, and saves them after each."""
-    missing = [w for w in wanted if key_of(bench.base.name, *w) not in pairs]
+    missing = [pair for pair in wanted if pair.key not in pairs]
     with reporter.steps(f"{len(missing)} pairs of twins", len(missing)) as advance:
-        for style, rank, seed, steps, rate in missing:
-            pair = bench.measure(style, rank, seed, steps, rate)
-            pairs[pair.key] = pair
+        for pair in missing:
+            pairs[pair.key] = bench.measured(pair)
             save(path, pairs)
             advance()
 
@@ -282,6 +291,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Pairs of twins for each style and rank.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Training steps, of 8 pictures each.", min=1)] = 200,
     learning_rate: Annotated[float, typer.Option(help="0: the base's own.", min=0.0)] = 0.0,
+    by_input: Annotated[bool, typer.Option("--by-input", help="DoRA's norm by input.")] = False,
     threads: Annotated[int, typer.Option(help="Processor threads; 0 for PyTorch's own choice.", min=0)] = 0,
     show: Annotated[bool, typer.Option("--show", help="Print and plot the saved results, and stop.")] = False,
     json: Annotated[Path | None, typer.Option(help="Results; pairs that are in it are not trained again.")] = None,
@@ -299,7 +309,7 @@ def main(
             bench = Bench(base, work)
             rate = learning_rate or bench.base.learning_rate
             wanted = [
-                (style, rank, seed, steps, rate)
+                Pair(base, style, rank, seed, steps, rate, "input" if by_input else "output")
                 for seed in range(seeds)
                 for style in styles.split(",")
                 for rank in rank_list(ranks, RANKS)

@@ -32,6 +32,7 @@ __all__ = [
     "shared_copy",
 ]
 
+BY_INPUT = "dora by input"  # the kind whose norm runs over each input's column
 ALPHA_PER_RANK = 2  # s = alpha / rank = 2, so that no one can leave the scale out
 
 
@@ -111,7 +112,8 @@ def _lycoris(kind: str, **options: object) -> Inject:
             alpha=alpha,
             conv_alpha=alpha,
             network_module="locon",
-            weight_decompose=kind == "dora",
+            weight_decompose=kind != "lora",
+            wd_on_out=kind != BY_INPUT,
             warn_on_unmatched=False,
             **options,
         )
@@ -119,7 +121,7 @@ def _lycoris(kind: str, **options: object) -> Inject:
         network.to(next(model.parameters()).device)
         found = {paths[id(part.org_module[0])]: part for part in network.loras}
         factors = {
-            path: Factors(part.lora_down.weight, part.lora_up.weight, part.dora_scale if kind == "dora" else None)
+            path: Factors(part.lora_down.weight, part.lora_up.weight, part.dora_scale if kind != "lora" else None)
             for path, part in found.items()
         }
         return Injected(factors, network=network)
@@ -129,13 +131,15 @@ def _lycoris(kind: str, **options: object) -> Inject:
 
 def _own(kind: str) -> Inject:
     def inject(model: nn.Module, targets: tuple[str, ...], layers: tuple[str, ...], rank: int) -> Injected:
-        config = AdapterConfig(kind=kind, rank=rank, alpha=ALPHA_PER_RANK * rank, target_modules=targets)  # type: ignore[arg-type]
+        config = AdapterConfig(
+            kind="lora" if kind == "lora" else "dora",
+            rank=rank,
+            alpha=ALPHA_PER_RANK * rank,
+            target_modules=targets,
+            norm_axis="input" if kind == BY_INPUT else "output",
+        )
         adapter = inject_adapter(model, config, seed=0)
-        named = adapter.named_parameters()
-        factors = {
-            path: Factors(named[f"{path}.lora_A"], named[f"{path}.lora_B"], named.get(f"{path}.magnitude"))
-            for path in adapter.layers
-        }
+        factors = {path: Factors(*update.parameters()) for path, update in adapter.updates().items()}
         return Injected(factors, adapter=adapter)
 
     return inject
@@ -167,8 +171,18 @@ VARIANTS: dict[str, Variant] = {
             "constant in the backward pass, so the gradients of A and B are others than the paper's; at strengths "
             "other than 1 it interpolates m/n and keeps s B A whole.",
         ),
+        Variant(
+            "lycoris-dora-in",
+            "LyCORIS LoCon dora_wd by input",
+            BY_INPUT,
+            _lycoris(BY_INPUT),
+            "lycoris",
+            other_gradients=True,
+            note="wd_on_out=False; as dora_wd, the norm is not a constant in the backward pass.",
+        ),
         Variant("lora", "LoRA here", "lora", _own("lora")),
         Variant("dora", "DoRA here", "dora", _own("dora")),
+        Variant("dora-in", "DoRA here, by input", BY_INPUT, _own(BY_INPUT)),
         Variant("dora-fused", "DoRA here, fused", "dora", _own("dora"), fused=True),
     )
 }
@@ -241,12 +255,12 @@ def adapt(variant: Variant, base: nn.Module, targets: tuple[str, ...], layers: t
         raise AssertionError(f"{variant.label} adapts {len(injected.factors)} layers and not these {len(layers)}")
     adapted = Adapted(variant, model, injected)
     adapted.cast(torch.float32)
-    set_factors(injected.factors, base)
+    set_factors(injected.factors, base, by_input=variant.kind == BY_INPUT)
     return adapted
 
 
 @torch.no_grad()
-def set_factors(factors: Mapping[str, Factors], base: nn.Module) -> None:
+def set_factors(factors: Mapping[str, Factors], base: nn.Module, by_input: bool = False) -> None:
     """The same numbers for every library: the usual A, a B with which s B A is about as large as W0, and m up to
     30 % away from the norms. So what the adapter changes stands well above the rounding of half precision."""
     generator = torch.Generator().manual_seed(0)
@@ -260,5 +274,9 @@ def set_factors(factors: Mapping[str, Factors], base: nn.Module) -> None:
         size = norms.mean() / (ALPHA_PER_RANK * (rank / 3) ** 0.5)
         B = size * torch.randn(len(weight), rank, generator=generator)
         m = norms * (0.7 + 0.6 * torch.rand(len(weight), generator=generator))  # drawn for LoRA too: the same A next
+        if by_input:
+            columns = base.get_submodule(path).weight.detach().float().transpose(0, 1).flatten(1).norm(dim=1)  # type: ignore[union-attr, operator]
+            own = torch.Generator().manual_seed(len(columns))
+            m = columns * (0.7 + 0.6 * torch.rand(len(columns), generator=own)).to(columns.device)
         for parameter, value in zip(layer, (A, B, m), strict=False):
             parameter.copy_(value.reshape(parameter.shape))

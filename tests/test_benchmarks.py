@@ -135,7 +135,16 @@ def test_quality_trains_twins_and_goes_on_where_it_stopped(tmp_path: Path) -> No
 def test_differences_are_taken_within_the_pairs() -> None:
     losses = np.array([[-3.0, -3.5], [-1.0, -1.2], [-2.0, -1.9]])
     pairs = [
-        Pair("emoji", "openmoji", 4, seed, 200, 3e-4, {"lora": lora, "dora": dora}, {"lora": 0.0, "dora": 0.0})
+        Pair(
+            "emoji",
+            "openmoji",
+            4,
+            seed,
+            200,
+            3e-4,
+            learned={"lora": lora, "dora": dora},
+            forgotten={"lora": 0.0, "dora": 0.0},
+        )
         for seed, (lora, dora) in enumerate(losses.tolist())
     ]
     found, each = difference(pairs, "learned"), losses[:, 1] - losses[:, 0]

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from dora_diffusion.data.cache import encode_images
 from dora_diffusion.data.folder import read_folder
 from dora_diffusion.errors import ConfigError, DataError, OutputError, TrainingError
-from dora_diffusion.formats.files import load_adapter
+from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.generation import GenerationRequest, generate
+from dora_diffusion.inspection.parity import compare_programs
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import (
@@ -351,6 +352,33 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, pictures: Path, s
     assert any(isinstance(event, Resumed) for event in events)
     for name in ("lora.safetensors", "dora.safetensors", "log.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_a_norm_by_input_trains_resumes_and_is_right_in_the_programs_that_compute_it(
+    tmp_path: Path, pictures: Path, sd_folder: Path
+) -> None:
+    values = {"norm_axis": "input", "train_text_encoder": True, "steps": 12}
+    whole = config(pictures, tmp_path / "whole", sd_folder, **values)
+    events = list(train(whole))
+    (finished,) = [e for e in events if isinstance(e, Finished) and e.kind == "dora"]
+    assert finished.held_out_loss < finished.base_loss
+    assert losses(events, "lora")[0] == losses(events, "dora")[0]
+
+    parts = whole.model_copy(update={"out": str(tmp_path / "parts"), "kind": "dora"})
+    list(train(parts, should_stop=stop_after(5)))
+    list(train(parts, resume=True))
+    assert finished.path.read_bytes() == (tmp_path / "parts" / "dora.safetensors").read_bytes()
+
+    stored = load_file(finished.path)
+    scales = {key: tensor for key, tensor in stored.items() if key.endswith(".dora_scale")}
+    assert scales and all(tensor.shape[0] == 1 for tensor in scales.values())
+    assert {key.split("_")[1] for key in stored} == {"unet", "te"}
+    base = load_base(str(sd_folder), device="cpu")
+    right = {p.program.name for p in compare_programs(finished.path, base) if p.right and p.right_at_strength}
+    assert right == {"comfyui", "forge", "a1111", "invokeai"}
+    adapter = load_adapter(base.pipe, finished.path)
+    assert adapter.config.norm_axis == "input"
+    assert read_adapter_file(tmp_path / "whole" / "lora.safetensors").dialect == "diffusers"
 
 
 @pytest.fixture

@@ -622,7 +622,7 @@ def test_train_stays_disabled_with_its_reasons(tabs):
 def test_a_preset_chooses_what_suits_its_purpose_and_the_checklist_says_so(tabs, tmp_path):
     for name, preset in PRESETS.items():
         steps, rank, batch, more = tabs.train.choose(name)
-        form = TrainForm("x", "dora", steps, rank, batch, more=more)
+        form = TrainForm("x", "dora", steps, rank, batch, more=more, norm_axis="input")
         config = form.config(tmp_path, tmp_path, "emoji-dit")
         assert {key for key in MORE if getattr(config, key)} == set(preset.more)
         checks, _ = tabs.train.check(

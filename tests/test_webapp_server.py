@@ -75,9 +75,8 @@ def test_another_clients_adapters_are_out_of_reach(server: str, tmp_path: Path) 
 
     picture = str(ROOT / "samples" / "openmoji" / "pizza.png")
     owner, other = client_of(server, tmp_path), client_of(server, tmp_path)
-    trained = owner.predict(
-        [handle_file(picture)], ["pizza"], kind="lora", steps=1, rank=2, train_text_encoder=True, api_name="/train"
-    )
+    settings = {"kind": "dora", "norm_axis": "input", "steps": 1, "rank": 2, "train_text_encoder": True}
+    trained = owner.predict([handle_file(picture)], ["pizza"], **settings, api_name="/train")
     key = trained["adapters"][0]["key"]
     owner.predict("pizza", [1], key, 1.0, "", steps=1, api_name="/compare")
     with pytest.raises(AppError, match="no longer there"):
