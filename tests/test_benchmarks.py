@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import dora_weight, lora_weight
+from oracles import BY_INPUT, formula_weight
 from typer.testing import CliRunner, Result
 
 from benchmarks.cases import FLUX, LAYER_CASES, STEP_CASES
-from benchmarks.command import command_of
+from benchmarks.command import OPTIONAL_VARIANTS, command_of
 from benchmarks.measure import in_turns, ratios, repeats_for, spread
 from benchmarks.memory import peak_in_own_process
 from benchmarks.quality import Pair, difference
@@ -65,7 +65,7 @@ def test_step_measures_compares_and_writes_json(tmp_path: Path) -> None:
     stored = json.loads(path.read_text())
     assert list(stored) == [f"tiny-8, rank 4, float32, {mode}" for mode in ("handling", "inference", "training")]
     training = stored["tiny-8, rank 4, float32, training"]
-    assert set(training["rows"]) == set(INSTALLED) - {"dora-fused", "lycoris-bypass"}
+    assert set(training["rows"]) == set(INSTALLED) - {"dora-fused", *OPTIONAL_VARIANTS}
     assert training["reference"] == "peft-lora" and training["machine"]["versions"]["torch"] == torch.__version__
     for name, row in training["rows"].items():
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
@@ -169,9 +169,11 @@ def test_every_variant_computes_the_formula(layer: Workload) -> None:
             W = W0.double()
         else:
             (factors,) = variant.injected.factors.values()
-            A, B = factors.A.detach(), factors.B.detach()
-            m = None if factors.m is None else factors.m.detach().flatten()
-            W = lora_weight(W0, A, B, 2.0) if m is None else dora_weight(W0, A, B, m, 2.0)
+            parameters = {"lora_A": factors.A.detach(), "lora_B": factors.B.detach()}
+            if factors.m is not None:
+                name_of_m = "input_magnitude" if variant.variant.kind == BY_INPUT else "magnitude"
+                parameters[name_of_m] = factors.m.detach().flatten()
+            W = formula_weight(W0, parameters, 2.0)
         torch.testing.assert_close(
             found, x @ W.T + b, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
