@@ -161,30 +161,40 @@ def stable_diffusion_xl() -> DiffusionPipeline:
     )
 
 
-def stable_diffusion_3() -> DiffusionPipeline:
+def t5(width: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(CLIPTokenizer.from_pretrained(TOKENIZER)),
+        d_model=width,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+    )
+    return T5EncoderModel(config).eval()
+
+
+def stable_diffusion_3(with_t5: bool = False) -> DiffusionPipeline:
     torch.manual_seed(4)
     return StableDiffusion3Pipeline(
         vae=vae(shift_factor=0.06),
         text_encoder=CLIPTextModelWithProjection(_text_config()).eval(),
         text_encoder_2=CLIPTextModelWithProjection(_text_config()).eval(),
-        text_encoder_3=None,
+        text_encoder_3=t5(64) if with_t5 else None,
         tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
         tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
-        tokenizer_3=None,
-        transformer=sd3_transformer(joint_attention_dim=64),  # with no T5, the two CLIP embeddings side by side
+        tokenizer_3=CLIPTokenizer.from_pretrained(TOKENIZER) if with_t5 else None,
+        transformer=sd3_transformer(joint_attention_dim=64),  # the two CLIP embeddings side by side
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
 
 def flux(guidance_embeds: bool = True) -> DiffusionPipeline:
     torch.manual_seed(5)
-    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     return FluxPipeline(
         vae=vae(shift_factor=0.1),
         text_encoder=CLIPTextModel(_text_config()).eval(),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5).eval(),
+        tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER),
+        text_encoder_2=t5(32),
         tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER),
         transformer=flux_transformer(in_channels=16, guidance_embeds=guidance_embeds),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),

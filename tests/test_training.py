@@ -263,9 +263,38 @@ def test_every_family_and_objective_trains(make, tmp_path: Path, pictures: Path)
     assert stored and all(key.startswith(prefix) for key in stored)
 
 
+def sd3_with_t5() -> DiffusionPipeline:
+    return bases.stable_diffusion_3(with_t5=True)
+
+
+@pytest.mark.parametrize(("make", "name"), [(sd3_with_t5, "text_encoder_3"), (bases.flux, "text_encoder_2")])
+def test_a_t5_reads_each_caption_once_while_clip_is_trained(
+    make: Callable[[], DiffusionPipeline], name: str, tmp_path: Path, pictures: Path
+) -> None:
+    base = Base("base", make())
+    settings = config(pictures, tmp_path, Path("base"), kind="dora", train_text_encoder=True, resolution=16)
+    read: list[int] = []
+    handle = getattr(base.pipe, name).register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
+    list(train(settings, base=base))
+    assert sum(read) == 4, "one caption and the empty prompt, of the pictures and of those held out"
+    handle.remove()
+    training = prepare(settings, base, make_accelerator(settings))
+    (images,) = training.instances
+    whole = base.family.encode(base.pipe, list(images.captions))
+    again = base.family.encode_trained(base.pipe, list(images.captions), images.conditioning)
+    for key, tensor in whole.tensors.items():
+        torch.testing.assert_close(again.tensors[key], tensor, atol=1e-4, rtol=1e-3)  # batches of one and of two
+
+
 @pytest.mark.parametrize(
     ("make", "encoders"),
-    [(bases.stable_diffusion, 1), (bases.stable_diffusion_xl, 2), (bases.stable_diffusion_3, 2), (bases.flux, 1)],
+    [
+        (bases.stable_diffusion, 1),
+        (bases.stable_diffusion_xl, 2),
+        (bases.stable_diffusion_3, 2),
+        (sd3_with_t5, 2),
+        (bases.flux, 1),
+    ],
 )
 def test_trained_text_encoders_have_pefts_gradients_and_their_files_draw_the_same_in_diffusers(
     make: Callable[[], DiffusionPipeline], encoders: int, tmp_path: Path, pictures: Path

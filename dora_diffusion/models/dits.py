@@ -7,6 +7,7 @@ what flow matching asks for, noise less picture, in x's shape.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
 from torch import Tensor, nn
 
@@ -14,6 +15,8 @@ from dora_diffusion.models.conditioning import Conditioning
 
 __all__ = [
     "encode_chroma",
+    "encode_clip_of_flux",
+    "encode_clip_of_sd3",
     "encode_flux",
     "encode_flux2",
     "encode_qwen",
@@ -35,12 +38,31 @@ def encode_sd3(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
     return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
 
+def encode_clip_of_sd3(pipe: DiffusionPipeline, prompts: list[str], before: Conditioning) -> Conditioning:
+    """CLIP's tokens anew, T5's, which come after them, as they were."""
+    if pipe.text_encoder_3 is None:
+        return encode_sd3(pipe, prompts)
+    found = [pipe._get_clip_prompt_embeds(prompts, device=pipe.device, clip_model_index=i) for i in (0, 1)]
+    clip, pooled = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    whole = before.tensors["encoder_hidden_states"].to(clip)
+    clip = F.pad(clip, (0, whole.shape[-1] - clip.shape[-1]))
+    embeds = torch.cat([clip, whole[:, clip.shape[1] :]], 1)
+    return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+
 def predict_sd3(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     return transformer(hidden_states=x, timestep=t, **conditioning.tensors).sample
 
 
 def encode_flux(pipe: DiffusionPipeline, prompts: list[str]) -> Conditioning:
     embeds, pooled, _ = pipe.encode_prompt(prompts, None, device=pipe.device, num_images_per_prompt=1)
+    return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
+
+
+def encode_clip_of_flux(pipe: DiffusionPipeline, prompts: list[str], before: Conditioning) -> Conditioning:
+    """What CLIP says of the whole text anew, T5's tokens as they were."""
+    pooled = pipe._get_clip_prompt_embeds(prompts, device=pipe.device)
+    embeds = before.tensors["encoder_hidden_states"].to(pooled)
     return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
 

@@ -21,6 +21,7 @@ from dora_diffusion.models.latents import flux2_posterior, kl_posterior, qwen_po
 __all__ = ["FAMILIES", "Family", "family_of"]
 
 Encode = Callable[[DiffusionPipeline, list[str]], Conditioning]
+EncodeAgain = Callable[[DiffusionPipeline, list[str], Conditioning], Conditioning]
 Posterior = Callable[[DiffusionPipeline, Tensor], tuple[Tensor, Tensor]]
 Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 
@@ -32,8 +33,9 @@ class Family:
     `encode(pipe, prompts)` gives the conditioning of a batch of prompts; `posterior(pipe, pixels)` mean and standard
     deviation of the latents of pictures; `predict(denoiser, x, t, conditioning)` the denoiser's output for noisy
     latents x [batch, channels, height, width] at timesteps t [batch]. `text_encoders` are those that can be trained
-    too: CLIP's, not T5 or a language model. `packs` is the side of the square of latents that the pipeline makes one
-    token.
+    too: CLIP's, not T5 or a language model; where others are beside them, `encode_trained(pipe, prompts, before)` runs
+    these alone and takes the others' part from the conditioning as it was. `packs` is the side of the square of
+    latents that the pipeline makes one token.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Family:
     target_modules: tuple[str, ...] = ATTENTION_TARGETS
     feed_forward: tuple[str, ...] = FEED_FORWARD_TARGETS
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    encode_trained: EncodeAgain | None = None
     guidance_scale: float = 7.5
     learning_rate: float = 1e-4
     packs: int = 1
@@ -68,6 +71,7 @@ FAMILIES = (
         dits.predict_sd3,
         target_modules=_JOINT_TARGETS,
         text_encoders=("text_encoder", "text_encoder_2"),
+        encode_trained=dits.encode_clip_of_sd3,
         guidance_scale=4.5,
     ),
     Family(
@@ -76,6 +80,7 @@ FAMILIES = (
         dits.encode_flux,
         dits.predict_flux,
         target_modules=_JOINT_TARGETS,
+        encode_trained=dits.encode_clip_of_flux,
         guidance_scale=3.5,
         packs=2,
     ),

@@ -254,8 +254,12 @@ def conditioning_for(
     if not training.config.train_text_encoder:
         return images.conditioning[rows]
     different, places = rows.unique(return_inverse=True)
+    captions, family, pipe = [images.captions[row] for row in different], training.base.family, training.base.pipe
     with _autocast(training, next(iter(training.base.text_encoders.values()))):
-        found = training.base.family.encode(training.base.pipe, [images.captions[row] for row in different])
+        if family.encode_trained is not None:
+            found = family.encode_trained(pipe, captions, images.conditioning[different])
+        else:
+            found = family.encode(pipe, captions)
     return found[places.to(training.base.device)]
 
 
