@@ -124,12 +124,16 @@ class DoRAUpdate(LoRAUpdate):
         self._norm_of: tuple[object, ...] | None = None
         self._norm: Tensor | None = None
 
+    def train(self, mode: bool = True) -> DoRAUpdate:
+        if mode != self.training:
+            self._norm = None  # optimizers that write through .data (Prodigy, 8-bit Adam) change no version
+        return super().train(mode)
+
     @torch.no_grad()
     def norm(self) -> Tensor:
         """n = ||W0 + s B A|| per output, [out], float32 under autocast too; in eval mode kept until A or B change."""
         A, B = self.lora_A, self.lora_B
-        # Versions are not visible to the tracer, inference tensors have none, and optimizers that write through .data
-        # (Prodigy, 8-bit Adam) leave them as they are.
+        # Versions are not visible to the tracer, inference tensors have none, and not every optimizer changes them.
         if self.training or torch.compiler.is_compiling() or A.is_inference() or B.is_inference():
             return self._fresh_norm()
         state = (A._version, B._version, A.data_ptr(), B.data_ptr(), A.device, A.dtype)

@@ -240,6 +240,20 @@ def test_the_norm_follows_an_optimizer_that_autograd_does_not_see():
     assert relative_error(layer(x).detach(), expected) < 2e-6
 
 
+def test_a_norm_kept_while_drawing_is_made_anew_after_such_an_optimizers_steps():
+    base = linear()
+    layer = adapt(base, "dora").eval()
+    x = example(base)
+    layer(x)
+    layer.train()
+    optimizer = WritesThroughData(update_of(layer).parameters(), lr=0.05)
+    layer(x).square().mean().backward()
+    optimizer.step()
+    layer.eval()
+    expected = apply_weight(base, x, adapted_weight(base.weight, update_of(layer)))
+    assert relative_error(layer(x).detach(), expected) < 2e-6
+
+
 def test_with_the_norm_kept_there_is_one_base_product_and_never_two():
     base = Packed(linear())
     layer = adapt(base, "dora").eval()

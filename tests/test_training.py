@@ -20,13 +20,14 @@ from bitsandbytes import functional as bnb
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from PIL import Image
+from prodigyopt import Prodigy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dora_diffusion.data.cache import encode_images
 from dora_diffusion.data.folder import read_folder
 from dora_diffusion.errors import ConfigError, DataError, OutputError, TrainingError
-from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
 from dora_diffusion.generation import GenerationRequest, generate
 from dora_diffusion.inspection.parity import compare_programs
 from dora_diffusion.models.loading import Base, load_base
@@ -36,8 +37,10 @@ from dora_diffusion.training.loop import (
     conditioning_for,
     held_out_loss,
     make_accelerator,
+    new_adapter,
     prepare,
     squared_error,
+    steps,
 )
 from dora_diffusion.training.objectives import objective_of
 from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Previewed, Resumed, Stopped, train
@@ -381,6 +384,46 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, pictures: Path, s
     assert any(isinstance(event, Resumed) for event in events)
     for name in ("lora.safetensors", "dora.safetensors", "log.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_prodigy_finds_its_steps_and_a_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, pictures: Path, sd_folder: Path
+) -> None:
+    whole = config(pictures, tmp_path / "whole", sd_folder, optimizer="prodigy", learning_rate=None, steps=120)
+    whole = whole.model_copy(update={"kind": "dora", "batch_size": 8, "validate_every": 5, "lr_scheduler": "constant"})
+    events = list(train(whole))
+    sizes = [event.learning_rate for event in events if isinstance(event, Step)]
+    assert sizes[-1] > 100 * sizes[5]
+    (finished,) = [event for event in events if isinstance(event, Finished)]
+    assert finished.held_out_loss < finished.base_loss
+    assert "learning_rate = 1.0" in (tmp_path / "whole" / "config.toml").read_text()
+
+    parts = whole.model_copy(update={"out": str(tmp_path / "parts")})
+    list(train(parts, should_stop=stop_after(87)))  # the norms were kept for the held-out loss just before
+    list(train(parts, resume=True))
+    for name in ("dora.safetensors", "log.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+    # Its authors' own, with what they advise for diffusion models.
+    training = prepare(whole, load_base(str(sd_folder), device="cpu"), make_accelerator(whole))
+    adapter, _ = new_adapter(training, "dora")
+    stock = Prodigy([{"params": list(adapter.parameters()), "initial_lr": 1.0}], use_bias_correction=True)
+    for _ in steps(training, "dora", adapter, stock):
+        pass
+    path = save_adapter(adapter, tmp_path / "stock.safetensors")
+    trained = load_file(finished.path)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in load_file(path).items())
+
+
+def test_what_prodigy_cannot_do_or_lacks_is_said(
+    tmp_path: Path, pictures: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {"optimizer": "prodigy", "train_text_encoder": True, "text_encoder_learning_rate": 0.5}
+    with pytest.raises(ConfigError, match="Prodigy has one rate for all"):
+        list(train(config(pictures, tmp_path, sd_folder, **rates)))
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(ConfigError, match=r"needs prodigyopt: pip install 'dora-diffusion\[prodigy\]'"):
+        list(train(config(pictures, tmp_path, sd_folder, optimizer="prodigy")))
 
 
 def test_a_norm_by_input_trains_resumes_and_is_right_in_the_programs_that_compute_it(

@@ -17,6 +17,7 @@ from dora_diffusion.errors import AdapterFileError, TrainingError
 from dora_diffusion.formats.storage import read_safetensors, write_safetensors
 from dora_diffusion.injection import Adapter
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.optimizers import Numbers, group_numbers, set_group_numbers
 
 __all__ = ["Checkpoint", "checkpoint_path", "read_checkpoint", "write_checkpoint"]
 
@@ -37,11 +38,12 @@ FREE_KEYS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """After `step` steps: the adapter's parameters and the optimizer's moments, by name."""
+    """After `step` steps: the adapter's parameters and the optimizer's moments, by name, and its other numbers."""
 
     step: int
     adapter: dict[str, Tensor]
     moments: dict[str, Tensor]
+    groups: list[Numbers]
 
     def restore(self, adapter: Adapter, optimizer: Optimizer) -> None:
         adapter.load(self.adapter)
@@ -54,6 +56,7 @@ class Checkpoint:
             for index, name in enumerate(names)
         }
         optimizer.load_state_dict(state)
+        set_group_numbers(optimizer, self.groups)
 
 
 def checkpoint_path(out: Path, kind: str) -> Path:
@@ -70,6 +73,7 @@ def write_checkpoint(
         for key, value in states.get(index, {}).items():
             tensors[f"moments/{name}/{key}"] = torch.as_tensor(value).cpu()
     header = {"format": "pt", "step": str(step), "config": config.model_dump_json(), "data": data}
+    header["optimizer"] = json.dumps(group_numbers(optimizer))
     return write_safetensors(tensors, path, header)
 
 
@@ -78,7 +82,7 @@ def read_checkpoint(path: Path, config: TrainConfig, data: str) -> Checkpoint:
     try:
         tensors, header = read_safetensors(path, "checkpoint")
         step = int(header["step"])
-        before = json.loads(header["config"])
+        before, groups = json.loads(header["config"]), json.loads(header["optimizer"])
     except (AdapterFileError, KeyError, ValueError) as error:
         raise TrainingError(f"cannot resume from {path}: {error}. Start the run anew with --overwrite.") from error
     now = json.loads(config.model_dump_json())
@@ -100,4 +104,4 @@ def read_checkpoint(path: Path, config: TrainConfig, data: str) -> Checkpoint:
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
         parts[part][name] = tensor
-    return Checkpoint(step, parts["adapter"], parts["moments"])
+    return Checkpoint(step, parts["adapter"], parts["moments"], groups)

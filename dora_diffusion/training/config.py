@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dora_diffusion.errors import ConfigError, nearest
 from dora_diffusion.injection import AdapterConfig, Kind, NormAxis
 from dora_diffusion.models.quantising import Packing
+from dora_diffusion.training.optimizers import OptimizerName
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,6 +61,7 @@ class TrainConfig(BaseModel):
     steps: int = Field(500, ge=1)
     batch_size: int = Field(4, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
+    optimizer: OptimizerName = "adamw"
     learning_rate: float | None = Field(None, gt=0)
     text_encoder_learning_rate: float | None = Field(None, gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from dora_diffusion.data.buckets import bucket_sizes
 from dora_diffusion.data.cache import EncodedImages, encode_images
@@ -29,6 +29,7 @@ from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.objectives import Objective, objective_of
+from dora_diffusion.training.optimizers import make_optimizer, step_size
 
 __all__ = [
     "Step",
@@ -41,6 +42,7 @@ __all__ = [
     "prepare",
     "squared_error",
     "steps",
+    "usual_learning_rate",
 ]
 
 HELD_OUT_TIMESTEPS = 8
@@ -84,7 +86,12 @@ class Training:
 
     @property
     def learning_rate(self) -> float:
-        return self.config.learning_rate or self.base.learning_rate
+        return self.config.learning_rate or usual_learning_rate(self.config, self.base)
+
+
+def usual_learning_rate(config: TrainConfig, base: Base) -> float:
+    """What suits the base; Prodigy's is a factor to the size of step that it finds."""
+    return 1.0 if config.optimizer == "prodigy" else base.learning_rate
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -107,6 +114,8 @@ def prepare(
     base.check_side("resolution", size)
     if config.train_text_encoder and not base.text_encoders:
         raise ConfigError(f"train_text_encoder: {base.name} has no text encoder that can be trained. Leave it out.")
+    if config.text_encoder_learning_rate and config.optimizer == "prodigy":
+        raise ConfigError("text_encoder_learning_rate is given, but Prodigy has one rate for all: leave it out.")
     if config.text_encoder_learning_rate and not config.train_text_encoder:
         raise ConfigError("text_encoder_learning_rate is given, but train_text_encoder is false: set it to true.")
     if config.offload and config.train_text_encoder:
@@ -171,11 +180,11 @@ def new_adapter(training: Training, kind: Kind) -> tuple[Adapter, Optimizer]:
         in_encoder = path.partition(".")[0] in encoders
         rate = (config.text_encoder_learning_rate if in_encoder else None) or training.learning_rate
         groups.setdefault(rate, []).extend(update.parameters())
-    optimizer = AdamW(
-        [{"params": parameters, "lr": rate, "initial_lr": rate} for rate, parameters in groups.items()],
-        weight_decay=config.weight_decay,
-    )
-    return adapter, optimizer
+    try:
+        return adapter, make_optimizer(config.optimizer, groups, config.weight_decay, config.warmup_steps > 0)
+    except ConfigError:
+        adapter.eject()
+        raise
 
 
 def steps(training: Training, kind: Kind, adapter: Adapter, optimizer: Optimizer, start: int = 0) -> Iterator[Step]:
@@ -215,7 +224,7 @@ def steps(training: Training, kind: Kind, adapter: Adapter, optimizer: Optimizer
         loss = accelerator.reduce(loss.to(accelerator.device), reduction="mean").cpu()
         done = step + 1
         left = (time.monotonic() - began) / (done - start) * (config.steps - done)
-        yield Step(kind, done, config.steps, loss.item(), training.learning_rate * schedule(step), left)
+        yield Step(kind, done, config.steps, loss.item(), step_size(optimizer), left)
 
 
 def _batch_loss(training: Training, batch: int) -> Tensor:

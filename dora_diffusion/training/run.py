@@ -29,7 +29,16 @@ from dora_diffusion.models.loading import Base, load_base, pick_device
 from dora_diffusion.outputs import make_folder, save_png, write_text
 from dora_diffusion.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.loop import Step, Training, held_out_loss, make_accelerator, new_adapter, prepare, steps
+from dora_diffusion.training.loop import (
+    Step,
+    Training,
+    held_out_loss,
+    make_accelerator,
+    new_adapter,
+    prepare,
+    steps,
+    usual_learning_rate,
+)
 
 __all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Stopped", "train"]
 
@@ -260,6 +269,7 @@ def _summary(training: Training, base_loss: float | None, loss: float | None) ->
         "images": training.pictures,
         "steps": config.steps,
         "batch_size": config.batch_size * config.gradient_accumulation_steps,
+        "optimizer": config.optimizer,
         "learning_rate": training.learning_rate,
         "seed": config.seed,
         "resolution": config.resolution,
@@ -281,7 +291,7 @@ def _resolve(config: TrainConfig, base: Base) -> TrainConfig:
     """Fill in what was left to the base, so that config.toml says all of it."""
     return config.model_copy(
         update={
-            "learning_rate": config.learning_rate or base.learning_rate,
+            "learning_rate": config.learning_rate or usual_learning_rate(config, base),
             "resolution": config.resolution or base.size,
             "target_modules": config.target_modules or list(base.family.target_modules),
             "quantise": base.packing,
