@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from dora_diffusion.errors import ConfigError, DoraDiffusionError
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.config import TrainConfig
 
 # torch and diffusers are imported inside the commands, so that --help and mistyped options answer at once.
 
@@ -70,9 +74,13 @@ def demo(
     console.print("\n[bold]Look at[/bold]")
     for path in reversed(made):
         console.print(f"  {path}")
+    _say_next(next_commands(out, base))
+
+
+def _say_next(commands: Iterable[str]) -> None:
     console.print("\n[bold]Try next[/bold]")
-    for command in next_commands(out, base):
-        console.print(f"  {command}", soft_wrap=True)
+    for command in commands:
+        console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -119,7 +127,7 @@ def train(
     """Train an adapter on a folder of pictures."""
     from dora_diffusion.console import show_training
     from dora_diffusion.training.config import parse_assignments, resolve_config
-    from dora_diffusion.training.run import Stopped
+    from dora_diffusion.training.run import Finished, Stopped
     from dora_diffusion.training.run import train as run_training
 
     options: dict[str, object] = {
@@ -150,6 +158,20 @@ def train(
     if any(isinstance(event, Stopped) for event in events):
         raise typer.Exit(130)
     console.print(f"The whole configuration is in {Path(resolved.out) / 'config.toml'}.")
+    made = [str(event.path) for event in events if isinstance(event, Finished)]
+    if made:
+        _say_next(_after_training(resolved, made))
+
+
+def _after_training(config: TrainConfig, made: list[str]) -> Iterator[str]:
+    """The adapters side by side with the base, and what ComfyUI and the others make of the last one."""
+    prompt = next(iter(config.preview_prompts), None) or config.instance_prompt or "YOUR PROMPT"
+    base = ["--base", config.base]
+    out = ["--out", str(Path(config.out) / "compare")]
+    yield shlex.join(
+        ["dora-diffusion", "compare", "--prompt", prompt, "--seeds", "1,2,3", *base, "--adapters", *made, *out]
+    )
+    yield shlex.join(["dora-diffusion", "parity", made[-1], *base])
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -62,6 +63,10 @@ def test_train_generate_and_compare_work_from_the_command_line(run, tmp_path, pi
     trained = run("train", "--images", pictures, "--instance-prompt", "disc", "--kind", "both", "--out", out, *options)
     assert trained.status == 0, trained.err
     assert "DoRA 2/2" in trained.out and "left" in trained.out and "held-out loss" in trained.out
+    for command in (shlex.split(line) for line in trained.out.partition("Try next")[2].splitlines() if line):
+        tried = run(*command[1:], *(["--steps", 2] if command[1] == "compare" else []))
+        assert tried.status == 0, (command, tried.err)
+    assert (out / "compare" / "comparison.png").exists() and "ComfyUI" in tried.out
     repeated = run("train", out / "config.toml", "--out", tmp_path / "again")
     assert repeated.status == 0, repeated.err
     for name in ("lora.safetensors", "dora.safetensors"):
