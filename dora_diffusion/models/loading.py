@@ -38,7 +38,7 @@ class Embedded:
 
 
 EMBEDDED = {
-    "emoji": Embedded("emoji", guidance_scale=5.0, learning_rate=3e-4),
+    "emoji": Embedded("emoji", guidance_scale=5.0, learning_rate=2e-4),
     "emoji-dit": Embedded("emoji-dit", guidance_scale=5.0, learning_rate=3e-4),
 }
 

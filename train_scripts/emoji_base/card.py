@@ -35,8 +35,8 @@ pipeline("red apple, noto style", num_inference_steps={steps}, guidance_scale={g
 ## Prompts
 
 Say a thing and a style: `NAME, STYLE style`. It saw 641 animals, plants, foods, places, vehicles
-and objects by their emoji names, but learned the hundred of the sheet above far better than the
-rest, in four styles:
+and objects by their emoji names, and learned the hundred of the sheet above better than the rest, in
+four styles:
 
 | style word | icon set | licence |
 |---|---|---|
@@ -54,6 +54,8 @@ and scenes of several things are beyond it.
 | nearest training picture (of the autoencoder's latents) bears the prompt's name | {name:.0%} | 50 % |
 | ... and the prompt's style | {style:.0%} | 80 % |
 | ... both | {both:.0%} | |
+| the prompt's name, of a hundred other things that it saw | {others_name:.0%} | |
+| ... and the prompt's style | {others_style:.0%} | |
 | seconds per picture, {threads} CPU threads, float32 | {seconds} | 4 |
 | size on disk | {megabytes} MB | 24 MB |
 
@@ -76,8 +78,8 @@ nor by the denoiser: they are the styles that adapters are taught.
 
 The autoencoder learned from all pictures of the four sets, moved, recoloured, shaded and
 outlined; the denoiser from the named things alone. A hundred common ones
-(`train_scripts/emoji_base/common.py`, the same that the evaluation asks for) came far more often
-than the rest. Sources and licences of the pictures: NOTICE.
+(`train_scripts/emoji_base/common.py`, the same that the evaluation asks for) came more often than
+the rest. Sources and licences of the pictures: NOTICE.
 """
 
 _TAUGHT = """\
@@ -114,6 +116,7 @@ def write_card(base: str, result: Evaluation, trained: str, path: Path) -> None:
         base=base, summary=kind.summary, sampler=kind.sampler, absent="".join(f", {part}=None" for part in kind.absent),
         megabytes=result.megabytes, steps=result.steps, guidance=result.guidance_scale,
         styles=styles, name=result.right_name, style=result.right_style, both=result.right_both,
+        others_name=result.others_right_name, others_style=result.others_right_style,
         threads=result.threads, seconds=result.seconds_per_picture, autoencoder=autoencoder,
         trained=trained.rstrip("."), taught=_taught(base, result),
     )  # fmt: skip

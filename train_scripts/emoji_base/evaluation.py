@@ -21,7 +21,7 @@ from dora_diffusion.models.loading import load_base
 from .files import write_atomically
 from .icons import BASE_SETS, HELD_OUT_SETS, load_sets, select_icons
 from .metrics import LatentIndex, Reconstruction, held_out_icons, reconstruction_of
-from .prompts import GUIDANCE, STEPS, Prompt, evaluation_prompts
+from .prompts import GUIDANCE, STEPS, Prompt, evaluation_prompts, other_prompts
 from .rendering import render_all
 from .sheets import save_sheet
 from .taught import Taught, measure_taught
@@ -62,6 +62,8 @@ class Evaluation:
     right_name: float
     right_style: float
     right_both: float
+    others_right_name: float
+    others_right_style: float
     megabytes: float
     finite: bool
     seconds_per_picture: float
@@ -137,9 +139,10 @@ def evaluate(base: Path, icons_root: Path, samples: Path, adapters: dict[str, Pa
     pictures = draw(pipeline, prompts)
     labels = [p.text.removesuffix(" style").replace(", ", " · ") for p in prompts]
     save_sheet(pictures, labels, base / "contact_sheet.png")
-    matches = LatentIndex.from_icons(pipeline.vae, icons_root).nearest(pictures)
-    name = [m.name == p.name for m, p in zip(matches, prompts, strict=True)]
-    style = [m.style == p.style for m, p in zip(matches, prompts, strict=True)]
+    index = LatentIndex.from_icons(pipeline.vae, icons_root)
+    name, style = _right(index, prompts, pictures)
+    others = other_prompts(icons)
+    others_name, others_style = _right(index, others, draw(pipeline, others))
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     size = sum(f.stat().st_size for f in base.rglob("*") if f.is_file())
     return Evaluation(
@@ -147,6 +150,8 @@ def evaluate(base: Path, icons_root: Path, samples: Path, adapters: dict[str, Pa
         right_name=statistics.mean(name),
         right_style=statistics.mean(style),
         right_both=statistics.mean(n and s for n, s in zip(name, style, strict=True)),
+        others_right_name=statistics.mean(others_name),
+        others_right_style=statistics.mean(others_style),
         megabytes=round(size / 1e6, 2),
         finite=all(bool(torch.isfinite(p).all()) for m in parts for p in m.parameters()),
         seconds_per_picture=_seconds_per_picture(pipeline),
@@ -156,6 +161,15 @@ def evaluate(base: Path, icons_root: Path, samples: Path, adapters: dict[str, Pa
         taught=measure_taught(pipeline, icons_root, samples, adapters) if adapters else {},
         held_out={label: _held_out(path) for label, path in adapters.items()},
     )
+
+
+def _right(
+    index: LatentIndex, prompts: Sequence[Prompt], pictures: Sequence[Image.Image]
+) -> tuple[list[bool], list[bool]]:
+    """Whether the nearest training picture of each bears the prompt's name, and its style."""
+    matches = index.nearest(pictures)
+    pairs = list(zip(matches, prompts, strict=True))
+    return [m.name == p.name for m, p in pairs], [m.style == p.style for m, p in pairs]
 
 
 def _held_out(adapter: Path) -> HeldOut:

@@ -173,7 +173,7 @@ def select_icons(sets: list[IconSet], most_words: int = 3, stroke: float = 0.0) 
         if len(chief.split("-")) > most_words:
             continue
         variants = tuple(spoken(n) for n in group if n != chief and len(n.split("-")) <= 4)
-        weight = 5.0 if spoken(chief) in COMMON_THINGS else 1.5 if living.intersection(group) else 0.5
+        weight = 3.0 if spoken(chief) in COMMON_THINGS else 1.5 if living.intersection(group) else 1.0
         icons += [Icon(spoken(chief), variants, s.info.style, s.svg(name, stroke), weight) for s, name in found if name]
     return icons
 

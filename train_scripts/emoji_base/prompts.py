@@ -1,8 +1,8 @@
-"""The hundred prompts of the evaluation: common things, each style in turn."""
+"""The prompts of the evaluation: a hundred common things and a hundred others, each style in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .common import COMMON_THINGS
@@ -10,6 +10,7 @@ from .icons import BASE_SETS, Icon
 
 # How every picture is drawn that is looked at or measured.
 STEPS, GUIDANCE = 25, 5.0
+OTHERS = 100  # how many of the things that are not common are asked for as well
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,20 @@ class Prompt:
 
 def evaluation_prompts(icons: Iterable[Icon]) -> list[Prompt]:
     """All hundred, in styles in which the thing was seen."""
+    return _prompts(COMMON_THINGS, icons)
+
+
+def other_prompts(icons: Sequence[Icon]) -> list[Prompt]:
+    """A hundred of the other things that the base saw, from all over the alphabet."""
+    others = sorted({icon.name for icon in icons} - set(COMMON_THINGS))
+    return _prompts(others[:: len(others) // OTHERS][:OTHERS], icons)
+
+
+def _prompts(names: Sequence[str], icons: Iterable[Icon]) -> list[Prompt]:
     seen = {(icon.name, icon.style) for icon in icons}
     styles = [info.style for info in BASE_SETS]
     prompts = []
-    for k, name in enumerate(COMMON_THINGS):
+    for k, name in enumerate(names):
         turn = [styles[(k + j) % len(styles)] for j in range(len(styles))]
         style = next((s for s in turn if (name, s) in seen), None)
         if style is None:
