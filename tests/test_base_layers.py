@@ -325,6 +325,7 @@ def test_a_4bit_layer_that_was_never_moved_is_refused_with_the_way_out():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["NF4", "LLM.int8", "torchao int8"])
 def test_a_packed_layer_compiles_to_the_same_numbers(name, kind):
+    torch._dynamo.reset()
     layer, update = adapt(BASES[name].make(), kind)
 
     def numbers(call: nn.Module) -> list[Tensor]:
