@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dora_diffusion.injection import Adapter, AdapterConfig, inject_adapter
 
 __all__ = [
+    "BY_INPUT",
     "VARIANTS",
     "Adapted",
     "Factors",

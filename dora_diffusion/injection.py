@@ -26,7 +26,6 @@ __all__ = [
     "ATTENTION_TARGETS",
     "FEED_FORWARD_TARGETS",
     "KIND_LABEL",
-    "NORM_AXES",
     "TEXT_ENCODER_TARGETS",
     "Adapter",
     "AdapterConfig",

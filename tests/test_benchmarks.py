@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import BY_INPUT, formula_weight
+from oracles import formula_weight
 from typer.testing import CliRunner, Result
 
 from benchmarks.cases import FLUX, LAYER_CASES, STEP_CASES
@@ -24,7 +24,7 @@ from benchmarks.quality import Pair, difference
 from benchmarks.results import load
 from benchmarks.step import STEP
 from benchmarks.targets import outcomes
-from benchmarks.variants import VARIANTS, Adapted, adapt, available, shared_copy
+from benchmarks.variants import BY_INPUT, VARIANTS, Adapted, adapt, available, shared_copy
 from benchmarks.workload import Workload, adapted_layers, drop_gradients, prepare
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FlowMatch
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from prodigyopt import Prodigy
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dora_diffusion.data.cache import encode_images
@@ -451,6 +452,21 @@ def test_a_norm_by_input_trains_resumes_and_is_right_in_the_programs_that_comput
     adapter = load_adapter(base.pipe, finished.path)
     assert adapter.config.norm_axis == "input"
     assert read_adapter_file(tmp_path / "whole" / "lora.safetensors").dialect == "diffusers"
+
+
+def test_a_checkpoint_from_before_prodigy_goes_on_with_the_same_bits(
+    tmp_path: Path, pictures: Path, sd_folder: Path
+) -> None:
+    whole = config(pictures, tmp_path / "whole", sd_folder, kind="dora")
+    list(train(whole))
+    parts = whole.model_copy(update={"out": str(tmp_path / "parts")})
+    (*_, stopped) = train(parts, should_stop=stop_after(3))
+    with safe_open(stopped.checkpoint, framework="pt") as file:
+        header = {key: value for key, value in file.metadata().items() if key != "optimizer"}
+    save_file(load_file(stopped.checkpoint), stopped.checkpoint, header)
+    list(train(parts, resume=True))
+    adapters = [(tmp_path / name / "dora.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert adapters[0] == adapters[1]
 
 
 @pytest.fixture

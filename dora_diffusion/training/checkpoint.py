@@ -82,7 +82,7 @@ def read_checkpoint(path: Path, config: TrainConfig, data: str) -> Checkpoint:
     try:
         tensors, header = read_safetensors(path, "checkpoint")
         step = int(header["step"])
-        before, groups = json.loads(header["config"]), json.loads(header["optimizer"])
+        before, groups = json.loads(header["config"]), json.loads(header.get("optimizer", "[]"))
     except (AdapterFileError, KeyError, ValueError) as error:
         raise TrainingError(f"cannot resume from {path}: {error}. Start the run anew with --overwrite.") from error
     now = json.loads(config.model_dump_json())

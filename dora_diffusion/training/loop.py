@@ -37,12 +37,12 @@ __all__ = [
     "conditioning_for",
     "held_out_count",
     "held_out_loss",
+    "learning_rate_of",
     "make_accelerator",
     "new_adapter",
     "prepare",
     "squared_error",
     "steps",
-    "usual_learning_rate",
 ]
 
 HELD_OUT_TIMESTEPS = 8
@@ -86,12 +86,12 @@ class Training:
 
     @property
     def learning_rate(self) -> float:
-        return self.config.learning_rate or usual_learning_rate(self.config, self.base)
+        return learning_rate_of(self.config, self.base)
 
 
-def usual_learning_rate(config: TrainConfig, base: Base) -> float:
-    """What suits the base; Prodigy's is a factor to the size of step that it finds."""
-    return 1.0 if config.optimizer == "prodigy" else base.learning_rate
+def learning_rate_of(config: TrainConfig, base: Base) -> float:
+    """The run's, or what suits the base; Prodigy's is a factor to the size of step that it finds."""
+    return config.learning_rate or (1.0 if config.optimizer == "prodigy" else base.learning_rate)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

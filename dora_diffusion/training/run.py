@@ -33,11 +33,11 @@ from dora_diffusion.training.loop import (
     Step,
     Training,
     held_out_loss,
+    learning_rate_of,
     make_accelerator,
     new_adapter,
     prepare,
     steps,
-    usual_learning_rate,
 )
 
 __all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Stopped", "train"]
@@ -291,7 +291,7 @@ def _resolve(config: TrainConfig, base: Base) -> TrainConfig:
     """Fill in what was left to the base, so that config.toml says all of it."""
     return config.model_copy(
         update={
-            "learning_rate": config.learning_rate or usual_learning_rate(config, base),
+            "learning_rate": learning_rate_of(config, base),
             "resolution": config.resolution or base.size,
             "target_modules": config.target_modules or list(base.family.target_modules),
             "quantise": base.packing,

@@ -118,7 +118,8 @@ def _rate(text: str) -> float | None:
         raise ConfigError(f"learning rate is {text[:40]!r}; give a number such as 0.001, or nothing.") from error
 
 
-Costs = tuple[object, ...]  # all that a step's time hangs on
+# Kind, rank, batch size, norm and what else: all that a step's time hangs on.
+Costs = tuple[str, int, int, str, frozenset[str]]
 
 
 @dataclass
