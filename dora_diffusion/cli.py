@@ -165,7 +165,9 @@ def train(
 
 def _after_training(config: TrainConfig, made: list[str]) -> Iterator[str]:
     """The adapters side by side with the base, and what ComfyUI and the others make of the last one."""
-    prompt = next(iter(config.preview_prompts), None) or config.instance_prompt or "YOUR PROMPT"
+    from dora_diffusion.data.folder import first_caption
+
+    prompt = next(iter(config.preview_prompts), None) or first_caption(config.images, config.instance_prompt)
     base = ["--base", config.base]
     out = ["--out", str(Path(config.out) / "compare")]
     yield shlex.join(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dora_diffusion.data.buckets import bucket_sizes, nearest_bucket
 from dora_diffusion.data.cache import encode_images
-from dora_diffusion.data.folder import open_image, read_folder
+from dora_diffusion.data.folder import first_caption, open_image, read_folder
 from dora_diffusion.errors import DataError
 from dora_diffusion.models.loading import Base
 
@@ -33,6 +33,11 @@ def test_captions_come_from_sidecars_then_metadata_then_the_instance_prompt(fold
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     captions = [image.caption for image in read_folder(folder, "the instance prompt").images]
     assert captions == ["from the sidecar", "from metadata", "the instance prompt"]
+    assert first_caption(folder) == "from the sidecar"
+    (folder / "0.txt").unlink()
+    assert first_caption(folder) == "not used"
+    (folder / "metadata.jsonl").unlink()
+    assert first_caption(folder, "the instance prompt") == "the instance prompt"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(folder: Path) -> None:

@@ -249,6 +249,8 @@ def test_the_frozen_base_can_be_packed(make: Callable[[], DiffusionPipeline]) ->
     attention = [path for path in adaptable_layers(transformer) if path.endswith("to_q")]
     quantise(transformer, "int8", torch.device("cpu"))
     assert attention and all(type(transformer.get_submodule(path).weight) is not nn.Parameter for path in attention)
+    modulations = getattr(transformer, "distilled_guidance_layer", nn.Module())  # Chroma's
+    assert all(type(parameter) is nn.Parameter for parameter in modulations.parameters())
 
 
 @later
@@ -259,13 +261,10 @@ def test_parity_says_what_is_known_of_other_programs(make: Callable[[], Diffusio
     found = {parity.program.name: parity for parity in compare_programs(tmp_path / "k.safetensors", base)}
     assert found["lycoris"].right
     assert found.keys() & {"forge", "a1111"} == set()
+    name = type(base.denoiser).__name__
+    with pytest.raises(ConfigError, match=f"how Forge names the layers of a {name} is not known"):
+        repair(tmp_path / "a.safetensors", base, program_named("forge"), tmp_path / "forge.safetensors")
     repaired = tmp_path / "comfyui.safetensors"
-    if make in (bases.chroma, bases.flux2_klein):
-        assert "comfyui" not in found
-        name = type(base.denoiser).__name__
-        with pytest.raises(ConfigError, match=f"how ComfyUI names the layers of a {name} is not known"):
-            repair(tmp_path / "a.safetensors", base, program_named("comfyui"), repaired)
-        return
     comfyui = found["comfyui"]
     assert comfyui.read == len(comfyui.layers) and comfyui.reasons == ("divides by ||W0||, not by ||W0 + s B A||",)
     repair(tmp_path / "a.safetensors", base, program_named("comfyui"), repaired)

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dora_diffusion.errors import DataError
 
-__all__ = ["ImageFolder", "TrainingImage", "list_pictures", "open_image", "read_folder"]
+__all__ = ["ImageFolder", "TrainingImage", "first_caption", "list_pictures", "open_image", "read_folder"]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_PIXELS = 100_000_000  # larger ones are refused before they are decoded: a small file can claim any size
@@ -65,6 +65,12 @@ def read_folder(path: str | os.PathLike[str], instance_prompt: str | None = None
     images = tuple(TrainingImage(p, captions.get(p, instance_prompt or "")) for p in pictures)
     passed_over = (p for p in sorted(folder.iterdir()) if p not in used and not p.name.startswith("."))
     return ImageFolder(folder, images, tuple(p.name + "/" * p.is_dir() for p in passed_over))
+
+
+def first_caption(path: str | os.PathLike[str], instance_prompt: str | None = None) -> str:
+    """What the folder's first picture is trained with; no picture is opened. Raises DataError."""
+    pictures = list_pictures(path)
+    return _captions(Path(path), pictures).get(pictures[0], instance_prompt or "")
 
 
 def list_pictures(path: str | os.PathLike[str]) -> list[Path]:

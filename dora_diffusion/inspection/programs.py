@@ -14,9 +14,9 @@ from dora_diffusion.errors import ConfigError, nearest
 
 __all__ = ["PROGRAMS", "Program", "Spelling", "program_named"]
 
-Model = Literal["unet", "sd3", "flux", "flux2", "qwen", "z-image", "other"]
+Model = Literal["unet", "sd3", "flux", "chroma", "flux2", "qwen", "z-image", "other"]
 Part = Literal["down", "up", "core", "alpha", "magnitude", "difference"]
-EVERY: tuple[Model, ...] = ("unet", "sd3", "flux", "flux2", "qwen", "z-image", "other")
+EVERY: tuple[Model, ...] = ("unet", "sd3", "flux", "chroma", "flux2", "qwen", "z-image", "other")
 FIRST: tuple[Model, ...] = ("unet", "sd3", "flux")
 FLOAT32_EPSILON = 2.0**-23
 
@@ -95,16 +95,18 @@ _PEFT: dict[str, Part] = {
 }
 _COMFY_SPELLINGS = (
     Spelling("lora_unet_.+", ("unet",)),
-    Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3")),
-    Spelling("lycoris_.+", ("unet", "sd3", "flux", "qwen", "z-image")),
+    Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3", "chroma", "flux2")),
+    Spelling("lycoris_.+", ("unet", "sd3", "flux", "chroma", "qwen", "z-image")),
+    # FLUX.2's modulation, which no block has of its own, is found by the checkpoint's name alone.
+    Spelling(r"(?:lycoris_|lora_transformer_|transformer\.)(?:single_)?transformer_blocks[._].+", ("flux2",)),
     # Behind this the checkpoint's own names are found: Qwen-Image's are diffusers', Z-Image has q, k and v in one.
     Spelling("lora_unet_.+", ("qwen",)),
     Spelling(r"lora_unet_.+_(?:attention_(?:qkv|out)|feed_forward_w[123])", ("z-image",)),
     Spelling(r"transformer\..+|(?:transformer_blocks|layers|noise_refiner|context_refiner)\..+", ("qwen", "z-image")),
     Spelling(r"(?:unet\.)?.+\.processor\..+", ("unet",)),
     Spelling(r"diffusion_model\..+"),
-    Spelling(r"transformer\..+", ("sd3", "flux")),
-    Spelling("lora_transformer_.+", ("sd3", "flux")),
+    Spelling(r"transformer\..+", ("sd3", "flux", "chroma")),
+    Spelling("lora_transformer_.+", ("sd3", "flux", "chroma")),
     Spelling(f"lora_te[12]?_{CLIP}"),
     Spelling(rf"text_encoder(?:_2)?\.{CLIP}"),
 )
@@ -166,7 +168,7 @@ PROGRAMS = (
         ),
         read_on="2026-11-23",
         spellings=_COMFY_SPELLINGS,
-        knows=(*FIRST, "qwen", "z-image"),
+        knows=(*FIRST, "chroma", "flux2", "qwen", "z-image"),
         parts={**_COMFY_KEYS, "lora_A": "down", "lora_B": "up"},
         axis="shape",
         output_norm="W0",

@@ -19,6 +19,7 @@ _MODELS: dict[str, Model] = {
     "UNet2DConditionModel": "unet",
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
+    "ChromaTransformer2DModel": "chroma",
     "Flux2Transformer2DModel": "flux2",
     "QwenImageTransformer2DModel": "qwen",
     "ZImageTransformer2DModel": "z-image",

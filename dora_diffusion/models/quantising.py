@@ -18,8 +18,9 @@ NF4_BLOCK = 64
 def quantise(denoiser: nn.Module, packing: Packing, device: torch.device) -> int:
     """Pack the linear layers of the denoiser's blocks in place and move it to `device`; returns how many.
 
-    The layers at both ends, embeddings and norms stay as they are: they are small, and their rounding is seen most.
-    NF4 leaves layers whose rows are no whole number of blocks of 64 too. Raises ConfigError.
+    The layers at both ends, embeddings, norms and the network that makes Chroma's modulations stay as they are: they
+    are small, and their rounding is seen most. NF4 leaves layers whose rows are no whole number of blocks of 64 too.
+    Raises ConfigError.
     """
     if packing not in get_args(Packing):
         raise ConfigError(f"quantise is {packing!r}; there is nf4 and int8.")
@@ -29,6 +30,7 @@ def quantise(denoiser: nn.Module, packing: Packing, device: torch.device) -> int
         for name, layer in denoiser.named_modules()
         if type(layer) is nn.Linear
         and name.startswith(stacks)
+        and not name.startswith("distilled_guidance_layer.")
         and (packing == "int8" or layer.in_features % NF4_BLOCK == 0)
     }
     if not layers:

