@@ -8,6 +8,7 @@ DoraDiffusionError
 │   └── AdapterMismatchError   a sound adapter file that does not fit this base model
 ├── BaseModelError       a base model that cannot be found, loaded or used
 ├── PromptError          a prompt that the text encoder would cut short
+├── NotEnoughMemoryError a machine or a GPU whose memory is too small for what was asked
 ├── OutputError          an output folder or file that cannot be written
 ├── AdapterStateError    a call that does not fit what was done to the adapter before (fused, ejected)
 └── TrainingError        a run that cannot start, go on or be resumed
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DoraDiffusionError",
+    "NotEnoughMemoryError",
     "OutputError",
     "PromptError",
     "TargetError",
@@ -67,6 +69,10 @@ class BaseModelError(DoraDiffusionError):
 
 class PromptError(DoraDiffusionError):
     """A prompt that the text encoder would cut short."""
+
+
+class NotEnoughMemoryError(DoraDiffusionError):
+    """A machine or a GPU whose memory is too small for what was asked."""
 
 
 class OutputError(DoraDiffusionError):

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "dora_diffusion"
 # The life of a picture, from the top down; a part is a module or a folder of the package.
 ORDER = (
     "errors",
+    "memory",
     "outputs",
     "packed",
     "products",

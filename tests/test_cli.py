@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import bases
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -85,6 +86,23 @@ def test_train_generate_and_compare_work_from_the_command_line(run, tmp_path, pi
     assert drawn.status == 0, drawn.err
     picture = Image.open(tmp_path / "g" / "seed-5.png")
     assert picture.text["prompt"] == "disc" and picture.size == (24, 16)
+
+
+def test_a_packed_base_draws_other_pictures_and_says_so(run, tmp_path, sd_folder, adapter_file) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("torchao")
+    pictures = {}
+    for name, packing in (("plain", ()), ("packed", ("--quantise", "int8"))):
+        options = ("--base", sd_folder, "--steps", 2, "--out", tmp_path / name, *packing)
+        drawn = run("generate", "--prompt", "disc", "--adapter", adapter_file, *options)
+        compared = run("compare", "--prompt", "disc", "--adapters", adapter_file, *options)
+        assert (drawn.status, compared.status) == (0, 0), (drawn.err, compared.err)
+        pictures[name] = Image.open(tmp_path / name / "seed-1.png")
+        side = next((tmp_path / name / "pictures").glob("1-*.png"))
+        assert Image.open(side).tobytes() == pictures[name].tobytes()
+        assert Image.open(side).text["base"] == pictures[name].text["base"]
+    assert pictures["packed"].text["base"] == f"{sd_folder} (int8)" and pictures["plain"].text["base"] == str(sd_folder)
+    off = np.abs(np.asarray(pictures["packed"], int) - np.asarray(pictures["plain"], int))
+    assert 0 < off.mean() < 8
 
 
 def bad_folder(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import bases
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from web_helpers import make_pair, page_of, sample_files
 
@@ -361,6 +362,21 @@ def test_a_picture_restores_the_request_it_was_made_by(tabs, pair, studio):
     for before, after in zip(shown_in(updates).cells, again):
         assert Image.open(before.path).tobytes() == Image.open(after.path).tobytes() and not after.cached
         assert Image.open(before.path).size == (24, 16)
+
+
+def test_a_packed_base_is_drawn_with_trained_on_and_said(tabs, sd_folder, tmp_path):
+    pytest.importorskip("torchao")
+    packed = Studio.open(tmp_path / "packed", str(sd_folder), "int8")
+    theirs = Tabs(packed)
+    updates = draw(theirs)
+    assert "--quantise int8" in last_html(updates, 7)
+    base = packed.painter.copy(lambda _: None)
+    layer = base.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert base.packing == "int8" and type(layer.weight) is not torch.nn.Parameter
+    picture = str(shown_in(updates).cells[0].path)
+    assert not theirs.compare.restore(picture, PAGE)[-1]["visible"]
+    note = tabs.compare.restore(picture, PAGE)[-2]
+    assert f"was drawn with the base {sd_folder} (int8), this server draws with {sd_folder}" in note
 
 
 def test_a_picture_from_elsewhere_cannot_restore_and_says_so(tabs, tmp_path):

@@ -72,7 +72,7 @@ def compare(
             ready.append(_attach(base, column, file, f"column_{i}", tolerant))
             if (adapter := ready[-1].adapter) is not None:
                 undo.callback(adapter.eject)
-        identity = (owner, base.name, identify_base(base.denoiser).fingerprint, str(base.pipe.device))
+        identity = (owner, base.name, base.packing, identify_base(base.denoiser).fingerprint, str(base.pipe.device))
         for row, (prompt, seed) in enumerate(request.rows):
             reference: Image.Image | None = None
             for i, each in enumerate(ready):

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dora_diffusion.comparison.cache import file_digest
 from dora_diffusion.comparison.request import Cell, CompareRequest, written_size
 from dora_diffusion.errors import DataError
+from dora_diffusion.models.quantising import Packing
 
 __all__ = ["AdapterRecord", "Record", "command_of", "metadata_of", "read_record", "record_of"]
 
@@ -37,6 +38,7 @@ class Record(BaseModel):
 
     version: int = 1
     base: str
+    quantise: Packing | None = None
     prompts: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     adapters: tuple[AdapterRecord, ...] = ()
@@ -47,7 +49,7 @@ class Record(BaseModel):
     height: int | None = None
 
 
-def record_of(request: CompareRequest, base_name: str) -> Record:
+def record_of(request: CompareRequest, base_name: str, packing: Packing | None = None) -> Record:
     adapters = tuple(
         AdapterRecord(
             label=column.label, name=column.path.stem, sha256=file_digest(column.path), strength=column.strength
@@ -57,6 +59,7 @@ def record_of(request: CompareRequest, base_name: str) -> Record:
     )
     return Record(
         base=base_name,
+        quantise=packing,
         prompts=request.prompts,
         seeds=request.seeds,
         adapters=adapters,
@@ -98,7 +101,9 @@ def read_record(path: Path, name: str | None = None) -> Record:
         raise DataError(f"{name} has damaged metadata. Drop in another picture of the comparison.") from error
 
 
-def command_of(request: CompareRequest, base_name: str, out: str = "outputs/compare") -> str:
+def command_of(
+    request: CompareRequest, base_name: str, packing: Packing | None = None, out: str = "outputs/compare"
+) -> str:
     """The command that makes the same comparison in a terminal."""
     words = ["dora-diffusion", "compare"]
     for prompt in request.prompts:
@@ -115,4 +120,6 @@ def command_of(request: CompareRequest, base_name: str, out: str = "outputs/comp
         words += ["--negative-prompt", request.negative_prompt]
     if base_name != "emoji":
         words += ["--base", base_name]
+    if packing is not None:
+        words += ["--quantise", packing]
     return shlex.join([*words, "--out", out])

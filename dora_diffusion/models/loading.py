@@ -19,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from dora_diffusion.errors import BaseModelError, ConfigError
 from dora_diffusion.formats.loading import text_encoders_of
+from dora_diffusion.memory import not_enough, ran_out
 from dora_diffusion.models.families import Family, family_of
 from dora_diffusion.models.quantising import Packing, quantise
 
-__all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "load_base", "pick_device"]
+__all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "load_base", "pick_device", "ways_to_load_less"]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -63,6 +64,11 @@ class Base:
             if isinstance(module, nn.Module):
                 return module
         raise BaseModelError(f"{self.name} is a {type(self.pipe).__name__}, which has no unet and no transformer.")
+
+    @property
+    def label(self) -> str:
+        """The base as people should read it."""
+        return f"{self.name} ({self.packing})" if self.packing else self.name
 
     @property
     def device(self) -> torch.device:
@@ -154,18 +160,36 @@ def load_base(
     """Load a base by "emoji" or "emoji-dit", a folder in diffusers layout, a .safetensors checkpoint or a hub id.
 
     dtype defaults to float32 on a CPU and bfloat16 elsewhere; `packing` quantises the denoiser's blocks. Weights are
-    read from safetensors only. Raises BaseModelError, and ConfigError for a packing that cannot be had.
+    read from safetensors only. Raises BaseModelError, NotEnoughMemoryError, and ConfigError for a packing that cannot
+    be had.
     """
     target = pick_device(device)
     dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
     _quieten()
-    pipe = _load_pipeline(name, dtype)
-    pipe.set_progress_bar_config(disable=True)
-    base = Base(name, pipe, packing)
+    try:
+        return _load_base(name, target, dtype, packing)
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    raise not_enough(f"to load the base {name!r}", target, ways_to_load_less(packing))
+
+
+def _load_base(name: str, device: torch.device, dtype: torch.dtype, packing: Packing | None) -> Base:
+    base = Base(name, _load_pipeline(name, dtype), packing)
+    base.pipe.set_progress_bar_config(disable=True)
     if packing is not None:
-        quantise(base.denoiser, packing, target)
-    pipe.to(target)
+        quantise(base.denoiser, packing, device)
+    base.pipe.to(device)
     return base
+
+
+def ways_to_load_less(packing: Packing | None) -> list[str]:
+    """What leaves more memory to a base that is loaded as `packing` says."""
+    packed = (
+        'the base packed (--quantise nf4 of generate, compare and app, quantise = "nf4" of a training, '
+        'packing="nf4" in Python)'
+    )
+    return [*([] if packing == "nf4" else [packed]), "other programs closed that hold some of it"]
 
 
 def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
@@ -190,6 +214,8 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     except BaseModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
+        if ran_out(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
             f"cannot load the base {name!r}: {reason} "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dora_diffusion.errors import ConfigError
+
+if TYPE_CHECKING:  # the web app, which starts before torch is loaded, knows Packing
+    import torch
+    from torch import nn
 
 __all__ = ["Packing", "quantise"]
 
@@ -22,6 +23,8 @@ def quantise(denoiser: nn.Module, packing: Packing, device: torch.device) -> int
     are small, and their rounding is seen most. NF4 leaves layers whose rows are no whole number of blocks of 64 too.
     Raises ConfigError.
     """
+    from torch import nn
+
     if packing not in get_args(Packing):
         raise ConfigError(f"quantise is {packing!r}; there is nf4 and int8.")
     stacks = tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList))

@@ -25,6 +25,7 @@ from dora_diffusion.errors import ConfigError, TrainingError
 from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.injection import Kind
+from dora_diffusion.memory import not_enough, ran_out
 from dora_diffusion.models.loading import Base, load_base, pick_device
 from dora_diffusion.outputs import make_folder, save_png, write_text
 from dora_diffusion.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
@@ -110,8 +111,36 @@ def train(
 
     `base` is one that is loaded already; config.base only names it then, and config.quantise must be how it was packed.
     `should_stop` is asked after every step; when it says yes a checkpoint is written and Stopped is the last event.
-    Raises the errors of each part; whatever was in the output folder is kept unless `overwrite` is given.
+    Raises the errors of each part, NotEnoughMemoryError among them; whatever was in the output folder is kept unless
+    `overwrite` is given.
     """
+    try:
+        yield from _train(config, resume, overwrite, base, should_stop)
+        return
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    device = pick_device(config.device) if base is None else base.device
+    raise not_enough("to train so", device, _ways_to_need_less(config, base))
+
+
+def _ways_to_need_less(config: TrainConfig, base: Base | None) -> list[str]:
+    """The keys that are left to set, those first that cost the least."""
+    ways = [] if config.gradient_checkpointing else ["gradient_checkpointing = true"]
+    if config.batch_size > 1:
+        same = config.batch_size * config.gradient_accumulation_steps
+        ways.append(f"batch_size = 1 with gradient_accumulation_steps = {same}")
+    if not (config.offload or config.train_text_encoder):
+        ways.append("offload = true")
+    if config.quantise is None and (base is None or base.packing is None):
+        ways.append('quantise = "nf4"')
+    ways.append(f"a resolution below {config.resolution}" if config.resolution else "a smaller resolution")
+    return [*ways[:-1], f"{ways[-1]} (keys of the configuration, or --set KEY=VALUE)"]
+
+
+def _train(
+    config: TrainConfig, resume: bool, overwrite: bool, base: Base | None, should_stop: Callable[[], bool]
+) -> Iterator[Event]:
     list_pictures(config.images)  # a mistyped folder is said before anything is loaded
     out = make_folder(config.out)
     _check_folder(out, config, resume, overwrite)

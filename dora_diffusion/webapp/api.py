@@ -180,7 +180,7 @@ def _compare(
     request, _ = compare_request(studio, visitor_of(page), prompt, seeds, chosen, steps, size=size)
     session = f"api {page.session_hash}"
     drawing = studio.painter.begin(session, request, visitor_of(page))
-    album, record = studio.albums.new(), record_of(request, studio.base_name)
+    album, record = studio.albums.new(), record_of(request, studio.base_name, studio.packing)
     pictures = []
     try:
         for event in drawing:

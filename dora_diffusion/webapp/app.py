@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dora_diffusion.errors import ConfigError
+from dora_diffusion.models.quantising import Packing
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.api import add_endpoints
 from dora_diffusion.webapp.compare import CompareTab
@@ -65,6 +66,7 @@ def build(studio: Studio) -> gr.Blocks:
 def launch(
     *,
     base: str = "emoji",
+    packing: Packing | None = None,
     outputs: Path = Path("outputs"),
     host: str | None = None,
     port: int = 7860,
@@ -81,7 +83,7 @@ def launch(
         raise ConfigError("--mcp needs a package that is not installed: pip install 'dora-diffusion[mcp]'.")
     _keep_quiet()
     _share_memory()
-    studio = Studio.open(outputs, base)
+    studio = Studio.open(outputs, base, packing)
     page = build(studio)
     guards = [
         Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(address)),

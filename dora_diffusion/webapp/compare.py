@@ -153,7 +153,7 @@ class CompareTab:
 
     def _stream(self, drawing: Drawing, shown: Shown, album: Album) -> Iterator[tuple[Shown | None, str]]:
         """What is shown, None while waiting, and the status line after every event; cells are saved as they come."""
-        record = record_of(drawing.request, self.studio.base_name)
+        record = record_of(drawing.request, self.studio.base_name, self.studio.packing)
         seconds, told, total = 0.0, 0.0, drawing.request.pictures
         for event in drawing:
             at = len(shown.cells) + 1
@@ -176,7 +176,7 @@ class CompareTab:
         if not shown.is_whole:
             html = cells.grid(shown) if shown.cells else gr.skip()
             return html, status, gr.skip(), *_buttons(False), shown if shown.cells else gr.skip(), *_skips(2)
-        links = export_links(*export_files(shown, album, self.studio.base_name))
+        links = export_links(*export_files(shown, album, self.studio))
         command = command_line(shown.request, self.studio)
         return (
             show_view(shown, view, pair, self.studio.albums),

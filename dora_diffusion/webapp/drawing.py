@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from dora_diffusion.comparison.cache import PictureCache
 from dora_diffusion.comparison.request import Cell, CompareRequest
 from dora_diffusion.errors import DoraDiffusionError
+from dora_diffusion.models.quantising import Packing
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.turns import QueueFullError, Turns
 
@@ -40,6 +41,19 @@ class Progress:
     text: str
     done: int = 0
     total: int = 0
+
+
+def _copy(base: Base) -> Base:
+    ready()
+    from dora_diffusion.memory import not_enough, ran_out
+
+    try:
+        return replace(base, pipe=copy.deepcopy(base.pipe))
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    ways = ("the app started with --quantise nf4", "the training on the command line, with the app closed")
+    raise not_enough("for a second copy of the base, which is trained while this one draws", base.device, ways)
 
 
 class _Stop(Exception):
@@ -99,8 +113,8 @@ class Drawing:
 class Painter:
     """The base that comparisons draw with: loaded at the first need, kept, and used by one drawing at a time."""
 
-    def __init__(self, base_name: str) -> None:
-        self.base_name = base_name
+    def __init__(self, base_name: str, packing: Packing | None = None) -> None:
+        self.base_name, self.packing = base_name, packing
         self.cache = PictureCache()
         self.device: str | None = None  # known when the base is loaded
         self.seconds_per_step: float | None = None  # of a picture, as lately measured
@@ -158,7 +172,7 @@ class Painter:
         while True:
             try:
                 with self.turn(wait) as base:
-                    return replace(base, pipe=copy.deepcopy(base.pipe))
+                    return _copy(base)
             except QueueFullError:  # of comparisons: a training may wait longer
                 wait("waiting for the base model")
                 time.sleep(1)
@@ -194,7 +208,7 @@ class Painter:
             ready()
             from dora_diffusion.models.loading import load_base
 
-            self._base = load_base(self.base_name)
+            self._base = load_base(self.base_name, packing=self.packing)
             self.device = self._base.pipe.device.type
         finally:
             self._loading = False

@@ -16,16 +16,17 @@ from dora_diffusion.webapp.studio import Studio
 __all__ = ["command_line", "export_files", "export_links"]
 
 
-def export_files(shown: Shown, album: Album, base_name: str) -> tuple[Path, Path]:
+def export_files(shown: Shown, album: Album, studio: Studio) -> tuple[Path, Path]:
     """The grid as a PNG that restores the request, and the report with all pictures inside."""
     ready()
     from dora_diffusion.comparison.grid import draw_grid
     from dora_diffusion.comparison.report import write_report
 
     cells = [placed.cell() for placed in shown.cells]
-    grid = album.add(draw_grid(shown.request, cells), metadata_of(record_of(shown.request, base_name)))
-    command = command_of(shown.request, base_name)
-    html = write_report("Side by side", shown.request, cells, base_name=base_name, commands=(command,))
+    record = record_of(shown.request, studio.base_name, studio.packing)
+    grid = album.add(draw_grid(shown.request, cells), metadata_of(record))
+    command = command_of(shown.request, studio.base_name, studio.packing)
+    html = write_report("Side by side", shown.request, cells, base_name=studio.base_label, commands=(command,))
     return grid, album.add_text(html, "html")
 
 
@@ -45,4 +46,4 @@ def command_line(request: CompareRequest, studio: Studio) -> str:
     shown = tuple(
         replace(column, path=studio.shown_path(column.path)) if column.path else column for column in request.adapters
     )
-    return command_of(replace(request, adapters=shown), studio.base_name)
+    return command_of(replace(request, adapters=shown), studio.base_name, studio.packing)

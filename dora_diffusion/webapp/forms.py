@@ -163,8 +163,9 @@ def restored(studio: Studio, visitor: str, record: Record) -> tuple[list[Chosen 
         found.append(Chosen(shelved.key, adapter.strength) if shelved else None)
         if shelved is None:
             missing.append(f"the adapter {adapter.name} ({adapter.label}) is not here: upload it, then choose it")
-    if record.base != studio.base_name:
-        missing.append(f"the picture was drawn with the base {record.base}, this server draws with {studio.base_name}")
+    drawn_with = f"{record.base} ({record.quantise})" if record.quantise else record.base
+    if drawn_with != studio.base_label:
+        missing.append(f"the picture was drawn with the base {drawn_with}, this server draws with {studio.base_label}")
     if len(record.prompts) > 1 or len(record.adapters) > 2:
         missing.append("it belongs to a sweep: its first prompt and adapters are restored")
     return found, missing

@@ -17,7 +17,7 @@ class Header:
 
     def build(self) -> None:
         with gr.Row(elem_id="top"):
-            self.brand = gr.HTML(parts.header(self.studio.base_name, None), elem_id="brand")
+            self.brand = gr.HTML(parts.header(self.studio.base_label, None), elem_id="brand")
             self.chip = gr.HTML("", elem_id="chip", elem_classes="dd-right")
             self.halt = gr.Button("Stop", variant="stop", size="sm", visible=False, scale=0, elem_id="stop-job")
         self.halt.click(self.stop, None, self.halt, queue=False, show_progress="hidden", api_visibility="private")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.comparison.votes import Votes
+from dora_diffusion.models.quantising import Packing
 from dora_diffusion.outputs import make_folder
 from dora_diffusion.webapp.drawing import Painter
 from dora_diffusion.webapp.jobs import TrainingJob, TrainingJobs
@@ -24,6 +25,7 @@ class Studio:
 
     outputs: Path
     base_name: str
+    packing: Packing | None  # of the base's blocks
     painter: Painter
     jobs: TrainingJobs
     shelf: Shelf
@@ -31,20 +33,26 @@ class Studio:
     albums: Albums
 
     @classmethod
-    def open(cls, outputs: Path, base_name: str = EMBEDDED_NAME) -> Studio:
+    def open(cls, outputs: Path, base_name: str = EMBEDDED_NAME, packing: Packing | None = None) -> Studio:
         """Raises OutputError when nothing can be written there."""
         outputs = make_folder(outputs).resolve()
         visitors = outputs / "web" / "visitors"
-        painter = Painter(base_name)
+        painter = Painter(base_name, packing)
         return cls(
             outputs,
             base_name,
+            packing,
             painter,
             TrainingJobs(painter.copy),
             Shelf(outputs, visitors, with_samples=base_name == EMBEDDED_NAME),
             Runs(visitors),
             Albums(outputs / "web" / "pictures"),
         )
+
+    @property
+    def base_label(self) -> str:
+        """The base as people should read it."""
+        return f"{self.base_name} ({self.packing})" if self.packing else self.base_name
 
     @property
     def cache(self) -> Path:

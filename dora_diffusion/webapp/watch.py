@@ -63,7 +63,7 @@ class Watch:
         if tuple(seen) == now:
             return (gr.skip(),) * len(self.outputs)
         rest = self._left_over(run) if run and run.phase != "finished" else (gr.skip(),) * (len(self.outputs) - 2)
-        return now, parts.header(self.studio.base_name, device), *rest
+        return now, parts.header(self.studio.base_label, device), *rest
 
     def _job(self, job: TrainingJob, seen: Sequence[object], page: gr.Request) -> Update:
         state = job.snapshot()

@@ -1,0 +1,35 @@
+"""Memory that did not suffice, said as what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dora_diffusion.errors import NotEnoughMemoryError
+
+__all__ = ["not_enough", "ran_out"]
+
+# What PyTorch and the libraries below it say in a plain RuntimeError: a CPU's allocator, MPS, cuBLAS and cuDNN.
+SAID = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether the machine's or the GPU's memory was too small for what was asked."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
+
+
+def not_enough(task: str, device: torch.device, ways: Sequence[str]) -> NotEnoughMemoryError:
+    """The error that says what did not fit where, and what would need less.
+
+    Raise it outside the `except` that caught the first error: that one's traceback holds on to all that was computed.
+    """
+    where = "this machine"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        where = f"{device} ({torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB)"
+    elif device.type != "cpu":
+        where = str(device)
+    return NotEnoughMemoryError(f"not enough memory on {where} {task}. What needs less: {'; '.join(ways)}.")
