@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from dora_diffusion.errors import ConfigError, DoraDiffusionError
+from dora_diffusion.quiet import quieten
 
 if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
@@ -452,6 +453,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_rest: objec
 
 def main() -> None:
     """The entry point: a user's mistake is a message and status 1, never a traceback."""
+    quieten()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app()  # typer shows its own errors, about options, and exits

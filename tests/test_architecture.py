@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "dora_diffusion"
 ORDER = (
     "errors",
     "memory",
+    "quiet",
     "outputs",
     "packed",
     "products",

@@ -88,6 +88,14 @@ def test_train_generate_and_compare_work_from_the_command_line(run, tmp_path, pi
     assert picture.text["prompt"] == "disc" and picture.size == (24, 16)
 
 
+def test_libraries_notes_stay_off_the_screen(tmp_path, sd_folder) -> None:  # type: ignore[no-untyped-def]
+    """Whatever optional packages are here and not here: the file is all that a process of its own says."""
+    options = ("--prompt", "disc", "--steps", "1", "--base", str(sd_folder), "--out", str(tmp_path))
+    command = [sys.executable, "-c", "from dora_diffusion.cli import main; main()", "generate", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"{tmp_path / 'seed-1.png'}\n", "")
+
+
 def test_a_packed_base_draws_other_pictures_and_says_so(run, tmp_path, sd_folder, adapter_file) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("torchao")
     pictures = {}

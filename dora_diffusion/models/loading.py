@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +20,7 @@ from dora_diffusion.formats.loading import text_encoders_of
 from dora_diffusion.memory import not_enough, ran_out
 from dora_diffusion.models.families import Family, family_of
 from dora_diffusion.models.quantising import Packing, quantise
+from dora_diffusion.quiet import quieten
 
 __all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "load_base", "pick_device", "ways_to_load_less"]
 
@@ -165,7 +164,9 @@ def load_base(
     """
     target = pick_device(device)
     dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
-    _quieten()
+    quieten()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         return _load_base(name, target, dtype, packing)
     except Exception as error:
@@ -254,13 +255,3 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
         changes |= {"timestep_spacing": "trailing"} if "ztsnr" in keys else {}
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     return pipe
-
-
-def _quieten() -> None:
-    """Keep the libraries' notes on optional packages and deprecations off the user's screen; errors still show."""
-    if "DORA_DIFFUSION_VERBOSE" in os.environ:
-        return
-    for library in ("diffusers", "transformers"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
