@@ -67,8 +67,9 @@ def changes(name: str, files: list[Path], folder: Path) -> list[dict[float, Weig
 def adapter_files(base: Base, folder: Path, **modules: object) -> dict[tuple[str, str], tuple[Path, Deltas]]:
     """A LoRA and a DoRA in every form, and a DoRA by input, each with the change that it means."""
     found = {}
+    targets = (*base.family.target_modules, *base.family.convolutions)
     for kind, axis in (("lora", "output"), ("dora", "output"), ("dora", "input")):
-        config = AdapterConfig(kind, rank=4, alpha=6.0, norm_axis=axis, target_modules=base.family.target_modules)
+        config = AdapterConfig(kind, rank=4, alpha=6.0, norm_axis=axis, target_modules=targets)
         adapter = perturb(inject_adapter(base.denoiser, config, seed=3, **modules), seed=3)
         true = {layer: update.delta_weight().double() for layer, update in adapter.updates().items()}
         path = save_adapter(adapter, folder / f"{kind}_{axis}.safetensors")

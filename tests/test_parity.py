@@ -479,11 +479,30 @@ def test_invokeai_refuses_peft_keys_of_a_unet(base, peft_file):
     assert parity.stopped.startswith("refuses the file: it does not know the key 'unet.") and not parity.read
 
 
-def test_the_interfaces_read_no_peft_keys_of_a_unet(base, peft_file):
-    for program in ("comfyui", "forge", "a1111", "lycoris"):
+def test_a1111_and_lycoris_read_no_peft_keys_of_a_unet(base, peft_file):
+    for program in ("a1111", "lycoris"):
         parity = by_rules(peft_file(), base, program)
         assert parity.read == 0 and parity.total == 1.0
         assert parity.reasons == ("reads none of it: the pictures are the base's",)
+
+
+@pytest.mark.parametrize("program", ["comfyui", "forge"])
+@pytest.mark.parametrize("kind", ["dora", "lora"])
+def test_comfyui_and_forge_read_peft_keys_of_a_unet_beside_the_attention(base, peft_file, kind, program):
+    """model_lora_keys_unet: `.to_` becomes `.processor.to_` in each name, and nothing else is changed."""
+    path = peft_file(kind)
+    parity = by_rules(path, base, program)
+    products = {}
+    for module, parts in modules_of(path).items():
+        if ".to_" not in module:
+            layer = layer_named(module, base)
+            shape = weights_of(base.denoiser)[layer].shape
+            B, A = (parts[f"lora_{which}.weight"].double().flatten(1) for which in "BA")
+            products[layer] = (B @ A).reshape(shape)
+    assert 0 < parity.read == len(products) < len(parity.layers)
+    assert_same(parity, {1.0: products}, true_deltas(path, base))
+    assert f"does not read {len(parity.layers) - len(products)} layers" in parity.reasons
+    assert ("drops the magnitudes, which leaves a plain LoRA" in parity.reasons) == (kind == "dora")
 
 
 def test_a_row_of_zeros_is_not_finite_in_peft_and_right_in_comfyui(base, peft_file, tmp_path):

@@ -363,6 +363,22 @@ def test_the_feed_forward_layers_are_trained_beside_the_attention(
     assert feed_forward and both == attention | feed_forward and not attention & feed_forward
 
 
+def test_a_unets_convolutions_are_trained_beside_the_attention(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    base = load_base(str(sd_folder), device="cpu")
+    list(
+        train(config(pictures, tmp_path / "both", sd_folder, steps=2, kind="dora", train_convolutions=True), base=base)
+    )
+    names = {name for name, layer in base.denoiser.named_modules() if isinstance(layer, nn.Conv2d)}
+    adapter = load_adapter(base.pipe, tmp_path / "both" / "dora.safetensors")
+    convolutions = {name for name in adapter.layers if name in names}
+    assert convolutions == {name for name in names if ".resnets." in name and name.endswith(("conv1", "conv2"))}
+    assert {name for name in adapter.layers if ".attn1." in name}
+    assert all(update.delta_weight().abs().max() > 0 for update in adapter.updates().values())
+    with pytest.raises(ConfigError, match="Stable Diffusion 3 has no convolutions to adapt"):
+        refused = config(pictures, tmp_path / "dit", sd_folder, train_convolutions=True)
+        list(train(refused, base=Base("dit", bases.stable_diffusion_3())))
+
+
 def test_text_encoder_keys_that_cannot_hold_are_refused(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
     with pytest.raises(ConfigError, match="train_text_encoder is false"):
         list(train(config(pictures, tmp_path, sd_folder, text_encoder_learning_rate=1e-4)))

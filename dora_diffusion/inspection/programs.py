@@ -103,7 +103,12 @@ _COMFY_SPELLINGS = (
     Spelling("lora_unet_.+", ("qwen",)),
     Spelling(r"lora_unet_.+_(?:attention_(?:qkv|out)|feed_forward_w[123])", ("z-image",)),
     Spelling(r"transformer\..+|(?:transformer_blocks|layers|noise_refiner|context_refiner)\..+", ("qwen", "z-image")),
+    # The attention's layers have a `processor.` before their names, as in diffusers' files of old; others have not.
     Spelling(r"(?:unet\.)?.+\.processor\..+", ("unet",)),
+    Spelling(
+        r"(?:unet\.)?(?!.*\.to_)(?:(?:down|up)_blocks\.|mid_block\.|time_embedding\.|add_embedding\.|conv_(?:in|out)$).*",
+        ("unet",),
+    ),
     Spelling(r"diffusion_model\..+"),
     Spelling(r"transformer\..+", ("sd3", "flux", "chroma")),
     Spelling("lora_transformer_.+", ("sd3", "flux", "chroma")),

@@ -45,6 +45,7 @@ class Family:
     posterior: Posterior = kl_posterior
     target_modules: tuple[str, ...] = ATTENTION_TARGETS
     feed_forward: tuple[str, ...] = FEED_FORWARD_TARGETS
+    convolutions: tuple[str, ...] = ()
     text_encoders: tuple[str, ...] = ("text_encoder",)
     encode_trained: EncodeAgain | None = None
     guidance_scale: float = 7.5
@@ -52,15 +53,23 @@ class Family:
     packs: int = 1
 
 
+_CONVOLUTIONS = (r".+\.resnets\.\d+\.conv[12]",)  # of the residual blocks, which no attention reaches
 _JOINT_TARGETS = (*ATTENTION_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 FAMILIES = (
-    Family("Stable Diffusion 1 and 2", "StableDiffusionPipeline", unets.encode_sd, unets.predict_sd),
+    Family(
+        "Stable Diffusion 1 and 2",
+        "StableDiffusionPipeline",
+        unets.encode_sd,
+        unets.predict_sd,
+        convolutions=_CONVOLUTIONS,
+    ),
     Family(
         "Stable Diffusion XL",
         "StableDiffusionXLPipeline",
         unets.encode_sdxl,
         unets.predict_sdxl,
+        convolutions=_CONVOLUTIONS,
         text_encoders=("text_encoder", "text_encoder_2"),
         guidance_scale=5.0,
     ),

@@ -55,6 +55,7 @@ class TrainConfig(BaseModel):
     use_rslora: bool = False
     norm_axis: NormAxis = "output"
     train_feed_forward: bool = False
+    train_convolutions: bool = False
     train_text_encoder: bool = False
 
     # Optimisation
@@ -100,7 +101,9 @@ class TrainConfig(BaseModel):
             rank=self.rank,
             alpha=self.alpha,
             dropout=self.dropout,
-            target_modules=targets + family.feed_forward * self.train_feed_forward,
+            target_modules=targets
+            + family.feed_forward * self.train_feed_forward
+            + family.convolutions * self.train_convolutions,
             use_rslora=self.use_rslora,
             norm_axis=self.norm_axis if kind == "dora" else "output",
         )

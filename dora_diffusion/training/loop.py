@@ -114,6 +114,8 @@ def prepare(
     base.check_side("resolution", size)
     if config.train_text_encoder and not base.text_encoders:
         raise ConfigError(f"train_text_encoder: {base.name} has no text encoder that can be trained. Leave it out.")
+    if config.train_convolutions and not base.family.convolutions:
+        raise ConfigError(f"train_convolutions: {base.family.name} has no convolutions to adapt. Leave it out.")
     if config.text_encoder_learning_rate and config.optimizer == "prodigy":
         raise ConfigError("text_encoder_learning_rate is given, but Prodigy has one rate for all: leave it out.")
     if config.text_encoder_learning_rate and not config.train_text_encoder:

@@ -116,6 +116,7 @@ def add_endpoints(studio: Studio) -> None:
         batch_size: int = 4,
         random_flip: bool = False,
         train_feed_forward: bool = False,
+        train_convolutions: bool = False,
         train_text_encoder: bool = False,
         norm_axis: str = "output",
         page: gr.Request = None,  # type: ignore[assignment]
@@ -132,6 +133,7 @@ def add_endpoints(studio: Studio) -> None:
             batch_size: pictures in a step
             random_flip: every picture half the time as its mirror image
             train_feed_forward: adapt the feed-forward layers beside the attention, for new shapes
+            train_convolutions: adapt a UNet's convolutions beside the attention, for a style
             train_text_encoder: adapt the text encoder too
             norm_axis: DoRA's norm by output (diffusers, PEFT), or by input (ComfyUI, Forge, A1111, InvokeAI)
 
@@ -141,6 +143,7 @@ def add_endpoints(studio: Studio) -> None:
         chosen = {
             "random_flip": random_flip,
             "train_feed_forward": train_feed_forward,
+            "train_convolutions": train_convolutions,
             "train_text_encoder": train_text_encoder,
         }
         more = [key for key, wanted in chosen.items() if wanted]

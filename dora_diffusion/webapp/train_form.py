@@ -41,6 +41,7 @@ class Preset:
 MORE = {
     "random_flip": "Mirror pictures at random",
     "train_feed_forward": "Feed-forward layers too",
+    "train_convolutions": "Convolutions of a UNet too",
     "train_text_encoder": "Text encoder too",
 }
 NORM_AXES = {
