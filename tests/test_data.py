@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 import zlib
+from base64 import b64decode
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,36 @@ def test_captions_come_from_sidecars_then_metadata_then_the_instance_prompt(fold
     assert first_caption(folder) == "not used"
     (folder / "metadata.jsonl").unlink()
     assert first_caption(folder, "the instance prompt") == "the instance prompt"
+
+
+# 64 x 48, green on the left and red on the right, and EXIF that says it was taken on its side; by pillow-heif 1.8.1.
+HEIC = """
+    AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAchtZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAADRpbG9jAAAA
+    AERAAAIAAQAAAAAB7AABAAAAAAAAACMAAgAAAAACDwABAAAAAAAAACQAAAA4aWluZgAAAAAAAgAAABVpbmZlAgAAAAABAABodmMxAAAAABVpbmZl
+    AgAAAQACAABFeGlmAAAAAA5waXRtAAAAAAABAAABB2lwcnAAAADmaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH/
+    /wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29s
+    cm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAAQAAAAEAAAAAoY2xhcAAAAEAAAAABAAAAMAAAAAEAAAAAAAAAAv////AAAAACAAAAEHBpeGkAAAAA
+    AwgICAAAAAlpcm90AwAAABlpcG1hAAAAAAAAAAEAAQaBAgMFhIYAAAAaaXJlZgAAAAAAAAAOY2RzYwACAAEAAQAAAE9tZGF0AAAAHygBrxmA70ml
+    v//AS3/imb/ULIX/+VDnSEefWcg21vAAAAAGRXhpZgAATU0AKgAAAAgAAQESAAMAAAABAAYAAAAAAAA=
+"""
+
+
+def test_a_telephones_photograph_is_read_upright(tmp_path: Path) -> None:
+    (tmp_path / "IMG_0001.HEIC").write_bytes(b64decode(HEIC))
+    [image] = read_folder(tmp_path, "a dog").images
+    picture = open_image(image.path)
+    assert picture.size == (48, 64)
+    top, bottom = picture.getpixel((24, 4)), picture.getpixel((24, 60))
+    assert np.abs(np.subtract(top, (20, 160, 40))).max() < 10 and np.abs(np.subtract(bottom, (200, 30, 30))).max() < 10
+
+
+def test_without_the_package_a_telephones_photograph_says_which_one(tmp_path: Path) -> None:
+    (tmp_path / "IMG_0001.HEIC").write_bytes(b64decode(HEIC))
+    blocked = "import sys; sys.modules |= dict.fromkeys(('pi_heif', 'pillow_heif')); import importlib.util as u; "
+    blocked += "find = u.find_spec; u.find_spec = lambda name, *a: None if 'heif' in name else find(name, *a); "
+    script = blocked + f"from dora_diffusion.data.folder import read_folder; read_folder({str(tmp_path)!r}, 'a dog')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "IMG_0001.HEIC: is a HEIC photograph" in done.stderr and "'dora-diffusion[heic]'" in done.stderr
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(folder: Path) -> None:

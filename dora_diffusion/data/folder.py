@@ -10,6 +10,8 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,9 +20,22 @@ from dora_diffusion.errors import DataError
 
 __all__ = ["ImageFolder", "TrainingImage", "first_caption", "list_pictures", "open_image", "read_folder"]
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+HEIF = {".heic", ".heif"}  # photographs as telephones save them
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", *HEIF}
 MAX_PIXELS = 100_000_000  # larger ones are refused before they are decoded: a small file can claim any size
 MENTIONED = 8
+
+
+def _learn_heif() -> bool:
+    """Let Pillow read HEIC by the package of the extra `heic`, or by its larger sister, where one is installed."""
+    for package in ("pi_heif", "pillow_heif"):
+        if find_spec(package) is not None:
+            import_module(package).register_heif_opener()
+            return True
+    return False
+
+
+READS_HEIF = _learn_heif()
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,8 @@ def _problem(path: Path, smallest: int) -> str | None:
     except Image.DecompressionBombError:
         return f"claims more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000} million pixels; make it smaller"
     except UnidentifiedImageError:
+        if path.suffix.lower() in HEIF and not READS_HEIF:
+            return "is a HEIC photograph, which needs one more package: pip install 'dora-diffusion[heic]'"
         return "is no picture, or of a kind that cannot be read"
     except PermissionError:
         return "may not be read; check its permissions"
