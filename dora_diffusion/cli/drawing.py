@@ -1,0 +1,103 @@
+"""`generate` and `compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dora_diffusion.cli.terminal import BaseOption, QuantiseOption, SeedsOption, SizeOption, app, console, whole_numbers
+from dora_diffusion.errors import ConfigError
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", help="What to draw.")],
+    out: Annotated[Path, typer.Option("--out", help="A folder for the pictures.")] = Path("outputs/pictures"),
+    adapter: Annotated[list[Path] | None, typer.Option(help="An adapter file; repeat it to add several.")] = None,
+    strength: Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")] = None,
+    seeds: SeedsOption = "1",
+    base: BaseOption = "emoji",
+    negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")] = None,
+    size: SizeOption = "",
+    quantise: QuantiseOption = None,
+) -> None:
+    """Draw pictures, with adapters or without."""
+    from dora_diffusion.comparison.request import parse_size
+    from dora_diffusion.formats.files import load_adapter
+    from dora_diffusion.generation import GenerationRequest
+    from dora_diffusion.generation import generate as draw
+    from dora_diffusion.models.loading import load_base
+    from dora_diffusion.outputs import make_folder, save_png
+
+    strengths = strength or [1.0] * len(adapter or [])
+    if len(strengths) != len(adapter or []):
+        raise ConfigError(f"{len(adapter or [])} adapters and {len(strengths)} strengths: give one for each.")
+    width, height = parse_size(size)
+    requests = [
+        GenerationRequest(prompt, seed, negative_prompt, steps, guidance, width, height)
+        for seed in whole_numbers(seeds)
+    ]
+    make_folder(out)
+    loaded = load_base(base, packing=quantise.value if quantise else None)
+    for path, value in zip(adapter or [], strengths, strict=True):
+        console.print(str(load_adapter(loaded.pipe, path, strength=value)))
+    for request in requests:
+        image = draw(loaded, request)
+        metadata = {"prompt": prompt, "seed": str(request.seed), "base": loaded.label}
+        console.print(f"{save_png(image, out / f'seed-{request.seed}.png', metadata)}")
+
+
+# Several files after one --adapters, as the README writes it, is not in typer's grammar: extra arguments are allowed,
+# and those that follow the options are further adapter files.
+@app.command(context_settings={"allow_interspersed_args": True})
+def compare(
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")],
+    adapters: Annotated[list[Path], typer.Option("--adapters", help="Adapter files: --adapters a b, or repeated.")],
+    more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    out: Annotated[Path, typer.Option("--out", help="A folder for the grid and the report.")] = Path("outputs/compare"),
+    seeds: SeedsOption = "1",
+    strength: Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")] = None,
+    base: BaseOption = "emoji",
+    negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")] = None,
+    size: SizeOption = "",
+    quantise: QuantiseOption = None,
+) -> None:
+    """Draw the base and each adapter side by side, on the same prompts and seeds."""
+    from dora_diffusion.comparison.compare import CompareRequest, columns_of
+    from dora_diffusion.comparison.compare import compare as draw
+    from dora_diffusion.comparison.grid import draw_grid
+    from dora_diffusion.comparison.report import write_report
+    from dora_diffusion.comparison.request import parse_size
+    from dora_diffusion.console import show_cells
+    from dora_diffusion.models.loading import load_base
+    from dora_diffusion.outputs import make_folder, save_png, write_text
+
+    width, height = parse_size(size)
+    request = CompareRequest(
+        prompts=tuple(prompt),
+        seeds=whole_numbers(seeds),
+        adapters=columns_of([*adapters, *(more or [])], strength),
+        negative_prompt=negative_prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        width=width,
+        height=height,
+    )
+    make_folder(out)
+    loaded = load_base(base, packing=quantise.value if quantise else None)
+    cells = []
+    for cell in show_cells(draw(loaded, request), request, console):
+        column = request.columns[cell.column]
+        name = f"{cell.row + 1:02d}-{column.path.stem if column.path else 'base'}-seed{cell.seed}.png"
+        metadata = {"prompt": cell.prompt, "seed": str(cell.seed), "caption": cell.caption, "base": loaded.label}
+        save_png(cell.image, out / "pictures" / f"{cell.column}-{name}", metadata)
+        cells.append(cell)
+    console.print(str(save_png(draw_grid(request, cells), out / "comparison.png")))
+    html = write_report("Side by side", request, cells, base_name=loaded.label)
+    console.print(str(write_text(out / "report.html", html)))

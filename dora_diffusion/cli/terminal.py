@@ -1,0 +1,92 @@
+"""What all commands share: the application, the two streams, and options that several of them take."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dora_diffusion.errors import ConfigError
+
+__all__ = [
+    "BaseOption",
+    "QuantiseOption",
+    "SeedsOption",
+    "SizeOption",
+    "app",
+    "console",
+    "errors",
+    "say_next",
+    "stop_on_ctrl_c",
+    "whole_numbers",
+]
+
+app = typer.Typer(
+    name="dora-diffusion",
+    help="Fine-tune diffusion models with DoRA and LoRA, and compare them on the same prompts and seeds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+# Under `accelerate launch` only the first process speaks.
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+errors = Console(stderr=True, highlight=False)
+
+BaseOption = Annotated[
+    str, typer.Option("--base", help="emoji or emoji-dit (embedded), a folder, a .safetensors file or a hub id.")
+]
+
+
+class PackingOption(str, Enum):
+    nf4 = "nf4"
+    int8 = "int8"
+
+
+QuantiseOption = Annotated[
+    PackingOption | None,
+    typer.Option("--quantise", help="Pack the base's blocks, for less memory; pictures differ a little."),
+]
+SeedsOption = Annotated[str, typer.Option("--seeds", help="Whole numbers with commas between: 1,2,3.")]
+SizeOption = Annotated[
+    str, typer.Option("--size", help="Width x height in pixels, such as 832x1216. Default: the base's.")
+]
+
+
+def say_next(commands: Iterable[str]) -> None:
+    """Commands that go on from here."""
+    console.print("\n[bold]Try next[/bold]")
+    for command in commands:
+        console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """`1,2,3`. Raises ConfigError."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(f"seeds is {text!r}; give whole numbers with commas between, such as 1,2,3.") from error
+
+
+@contextmanager
+def stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C once asks the run to stop after its step, with a checkpoint; twice ends it at once."""
+    asked = False
+
+    def ask(_signal: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        errors.print("\n[yellow]stopping after this step; Ctrl-C again ends at once[/yellow]")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
