@@ -133,7 +133,7 @@ def add_endpoints(studio: Studio) -> None:
             batch_size: pictures in a step
             random_flip: every picture half the time as its mirror image
             train_feed_forward: adapt the feed-forward layers beside the attention, for new shapes
-            train_convolutions: adapt a UNet's convolutions beside the attention, for a style
+            train_convolutions: adapt a UNet's convolutions beside the attention
             train_text_encoder: adapt the text encoder too
             norm_axis: DoRA's norm by output (diffusers, PEFT), or by input (ComfyUI, Forge, A1111, InvokeAI)
 
