@@ -637,12 +637,13 @@ def test_train_stays_disabled_with_its_reasons(tabs):
 
 def test_a_preset_chooses_what_suits_its_purpose_and_the_checklist_says_so(tabs, tmp_path):
     for name, preset in PRESETS.items():
-        steps, rank, batch, more = tabs.train.choose(name)
-        form = TrainForm("x", "dora", steps, rank, batch, more=more, norm_axis="input")
+        steps, rank, batch, rate, more = tabs.train.choose(name)
+        form = TrainForm("x", "dora", steps, rank, batch, rate, more=more, norm_axis="input")
         config = form.config(tmp_path, tmp_path, "emoji-dit")
+        assert config.learning_rate == (float(preset.rate) if preset.rate else None)
         assert {key for key in MORE if getattr(config, key)} == set(preset.more)
         checks, _ = tabs.train.check(
-            PAGE, [["", "a.png", "a"]], Pictures(), "x", "dora", steps, rank, batch, "", "", 0, more
+            PAGE, [["", "a.png", "a"]], Pictures(), "x", "dora", steps, rank, batch, rate, "", 0, more
         )
         assert all((MORE[key].lower() in checks.lower()) == (key in preset.more) for key in MORE)
     assert PRESETS["Subject"].more == ("train_feed_forward",)

@@ -64,7 +64,8 @@ class TrainTab:
             checked = came.then(self.check, state, start, **parts.QUIET)
             measured = checked.then(self.measure, [page.uploads, *state], None, **parts.QUIET)
             measured.then(self.check, state, start, **parts.QUIET)  # with the form as it is by then
-        page.preset.input(self.choose, page.preset, [page.steps, page.rank, page.batch, page.more], **parts.QUIET)
+        chosen = [page.steps, page.rank, page.batch, page.rate, page.more]
+        page.preset.input(self.choose, page.preset, chosen, **parts.QUIET)
         plain = [field.change for field in (page.table, page.prompt, page.steps)]
         gr.on(plain, self.check, state, start, **parts.LATEST)
         costly = [field.change for field in (page.kind, page.rank, page.batch, page.more, page.norm_axis)]
@@ -109,7 +110,7 @@ class TrainTab:
 
     def choose(self, preset: str) -> Update:
         chosen = PRESETS[preset]
-        return chosen.steps, chosen.rank, chosen.batch_size, list(chosen.more)
+        return chosen.steps, chosen.rank, chosen.batch_size, chosen.rate, list(chosen.more)
 
     def check(self, page: gr.Request, table: Table, found: Pictures, *settings: Any) -> Update:
         """The checklist, and whether Train can be pressed."""

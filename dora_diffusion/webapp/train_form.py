@@ -35,6 +35,7 @@ class Preset:
     rank: int
     says: str
     more: tuple[str, ...] = ()
+    rate: str = ""  # the base's own
 
 
 # Keys of TrainConfig that are true when chosen, as the form and its checklist have them.
@@ -49,7 +50,7 @@ NORM_AXES = {
     "input": "by input: ComfyUI, Forge, A1111, InvokeAI",
 }
 PRESETS = {
-    "Quick": Preset(160, 8, 16, "a first look in a minute or two"),
+    "Quick": Preset(160, 8, 16, "a first look in a minute or two", rate="5e-4"),  # few steps, so long ones
     "Style": Preset(300, 8, 16, "a dozen or more pictures of many things in one style", ("random_flip",)),
     "Subject": Preset(500, 4, 16, "five or more pictures of one thing", ("train_feed_forward",)),
 }
