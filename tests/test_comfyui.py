@@ -122,8 +122,7 @@ ENCODERS = {"text_encoder": "clip_l.transformer.", "text_encoder_2": "clip_g.tra
 def test_comfyui_changes_text_encoders_as_the_rules_say(tmp_path):
     pipeline = bases.stable_diffusion_xl()
     sizes = {f"clip_{which}_model_config": TEXT for which in "lg"}
-    random_weights("clip", ("SDXLClipModel", {"model_options": sizes}), tmp_path)
-    weights = load_file(tmp_path / "clip.safetensors")
+    weights = random_weights("clip", ("SDXLClipModel", {"model_options": sizes}), tmp_path)
     for encoder, prefix in ENCODERS.items():
         for name, parameter in getattr(pipeline, encoder).named_parameters():
             if ".layers." in name:

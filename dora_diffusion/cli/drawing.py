@@ -10,18 +10,24 @@ import typer
 from dora_diffusion.cli.terminal import BaseOption, QuantiseOption, SeedsOption, SizeOption, app, console, whole_numbers
 from dora_diffusion.errors import ConfigError
 
+# What both commands take.
+StrengthOption = Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")]
+NegativePromptOption = Annotated[str, typer.Option(help="What to keep out.")]
+StepsOption = Annotated[int, typer.Option(help="Denoising steps.")]
+GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")]
+
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to draw.")],
     out: Annotated[Path, typer.Option("--out", help="A folder for the pictures.")] = Path("outputs/pictures"),
     adapter: Annotated[list[Path] | None, typer.Option(help="An adapter file; repeat it to add several.")] = None,
-    strength: Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")] = None,
+    strength: StrengthOption = None,
     seeds: SeedsOption = "1",
     base: BaseOption = "emoji",
-    negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")] = None,
+    negative_prompt: NegativePromptOption = "",
+    steps: StepsOption = 25,
+    guidance: GuidanceOption = None,
     size: SizeOption = "",
     quantise: QuantiseOption = None,
 ) -> None:
@@ -60,11 +66,11 @@ def compare(
     more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
     out: Annotated[Path, typer.Option("--out", help="A folder for the grid and the report.")] = Path("outputs/compare"),
     seeds: SeedsOption = "1",
-    strength: Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")] = None,
+    strength: StrengthOption = None,
     base: BaseOption = "emoji",
-    negative_prompt: Annotated[str, typer.Option(help="What to keep out.")] = "",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")] = None,
+    negative_prompt: NegativePromptOption = "",
+    steps: StepsOption = 25,
+    guidance: GuidanceOption = None,
     size: SizeOption = "",
     quantise: QuantiseOption = None,
 ) -> None:

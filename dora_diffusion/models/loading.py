@@ -19,7 +19,7 @@ from dora_diffusion.errors import BaseModelError, ConfigError
 from dora_diffusion.formats.loading import text_encoders_of
 from dora_diffusion.memory import not_enough, ran_out
 from dora_diffusion.models.families import Family, family_of
-from dora_diffusion.models.quantising import Packing, quantise
+from dora_diffusion.models.quantising import Packing, base_label, quantise
 from dora_diffusion.quiet import quieten
 
 __all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "load_base", "pick_device", "ways_to_load_less"]
@@ -67,7 +67,7 @@ class Base:
     @property
     def label(self) -> str:
         """The base as people should read it."""
-        return f"{self.name} ({self.packing})" if self.packing else self.name
+        return base_label(self.name, self.packing)
 
     @property
     def device(self) -> torch.device:

@@ -10,10 +10,15 @@ if TYPE_CHECKING:  # the web app, which starts before torch is loaded, knows Pac
     import torch
     from torch import nn
 
-__all__ = ["Packing", "quantise"]
+__all__ = ["Packing", "base_label", "quantise"]
 
 Packing = Literal["nf4", "int8"]
 NF4_BLOCK = 64
+
+
+def base_label(name: str, packing: Packing | None) -> str:
+    """A base as people should read it: a packed one draws other pictures, so its packing belongs to its name."""
+    return f"{name} ({packing})" if packing else name
 
 
 def quantise(denoiser: nn.Module, packing: Packing, device: torch.device) -> int:

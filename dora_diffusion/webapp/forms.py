@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dora_diffusion.comparison.export import Record
 from dora_diffusion.comparison.request import CompareRequest, parse_size
 from dora_diffusion.errors import ConfigError, PromptError
+from dora_diffusion.models.quantising import base_label
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.studio import Studio
 
@@ -163,7 +164,7 @@ def restored(studio: Studio, visitor: str, record: Record) -> tuple[list[Chosen 
         found.append(Chosen(shelved.key, adapter.strength) if shelved else None)
         if shelved is None:
             missing.append(f"the adapter {adapter.name} ({adapter.label}) is not here: upload it, then choose it")
-    drawn_with = f"{record.base} ({record.quantise})" if record.quantise else record.base
+    drawn_with = base_label(record.base, record.quantise)
     if drawn_with != studio.base_label:
         missing.append(f"the picture was drawn with the base {drawn_with}, this server draws with {studio.base_label}")
     if len(record.prompts) > 1 or len(record.adapters) > 2:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.comparison.votes import Votes
-from dora_diffusion.models.quantising import Packing
+from dora_diffusion.models.quantising import Packing, base_label
 from dora_diffusion.outputs import make_folder
 from dora_diffusion.webapp.drawing import Painter
 from dora_diffusion.webapp.jobs import TrainingJob, TrainingJobs
@@ -52,7 +52,7 @@ class Studio:
     @property
     def base_label(self) -> str:
         """The base as people should read it."""
-        return f"{self.base_name} ({self.packing})" if self.packing else self.base_name
+        return base_label(self.base_name, self.packing)
 
     @property
     def cache(self) -> Path:
