@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dora_diffusion.errors import ConfigError, PromptError
-from dora_diffusion.memory import not_enough, ran_out
+from dora_diffusion.memory import within_memory
 from dora_diffusion.models.loading import Base, ways_to_load_less
 
 __all__ = ["GenerationRequest", "check_prompt", "generate"]
@@ -113,14 +113,9 @@ def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = No
     `on_step(done, total)` is called after every denoising step; what it raises stops the drawing. Raises PromptError,
     NotEnoughMemoryError, and ConfigError for a size the base cannot draw.
     """
-    try:
-        return _generate(base, request, on_step)
-    except Exception as error:
-        if not ran_out(error):
-            raise
     width, height = request.width or base.size, request.height or base.size
     ways = [f"a smaller picture than {width} x {height}", *ways_to_load_less(base.packing)]
-    raise not_enough("to draw", base.device, ways)
+    return within_memory(lambda: _generate(base, request, on_step), "to draw", base.device, ways)
 
 
 def _generate(base: Base, request: GenerationRequest, on_step: OnStep | None) -> Image.Image:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from dora_diffusion.errors import NotEnoughMemoryError
 
-__all__ = ["not_enough", "ran_out"]
+__all__ = ["not_enough", "ran_out", "within_memory"]
+
+Result = TypeVar("Result")
 
 # What PyTorch and the libraries below it say in a plain RuntimeError: a CPU's allocator, MPS, cuBLAS and cuDNN.
 SAID = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
@@ -33,3 +36,13 @@ def not_enough(task: str, device: torch.device, ways: Sequence[str]) -> NotEnoug
     elif device.type != "cpu":
         where = str(device)
     return NotEnoughMemoryError(f"not enough memory on {where} {task}. What needs less: {'; '.join(ways)}.")
+
+
+def within_memory(compute: Callable[[], Result], task: str, device: torch.device, ways: Sequence[str]) -> Result:
+    """What `compute` gives. Raises the error of `not_enough`, and what `compute` raises of other kinds."""
+    try:
+        return compute()
+    except Exception as error:
+        if not ran_out(error):
+            raise
+    raise not_enough(task, device, ways)

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from dora_diffusion.errors import BaseModelError, ConfigError
 from dora_diffusion.formats.loading import text_encoders_of
-from dora_diffusion.memory import not_enough, ran_out
+from dora_diffusion.memory import ran_out, within_memory
 from dora_diffusion.models.families import Family, family_of
 from dora_diffusion.models.quantising import Packing, base_label, quantise
 from dora_diffusion.quiet import quieten
@@ -167,12 +167,12 @@ def load_base(
     quieten()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    try:
-        return _load_base(name, target, dtype, packing)
-    except Exception as error:
-        if not ran_out(error):
-            raise
-    raise not_enough(f"to load the base {name!r}", target, ways_to_load_less(packing))
+    return within_memory(
+        lambda: _load_base(name, target, dtype, packing),
+        f"to load the base {name!r}",
+        target,
+        ways_to_load_less(packing),
+    )
 
 
 def _load_base(name: str, device: torch.device, dtype: torch.dtype, packing: Packing | None) -> Base:

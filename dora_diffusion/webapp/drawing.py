@@ -45,15 +45,11 @@ class Progress:
 
 def _copy(base: Base) -> Base:
     ready()
-    from dora_diffusion.memory import not_enough, ran_out
+    from dora_diffusion.memory import within_memory
 
-    try:
-        return replace(base, pipe=copy.deepcopy(base.pipe))
-    except Exception as error:
-        if not ran_out(error):
-            raise
+    task = "for a second copy of the base, which is trained while this one draws"
     ways = ("the app started with --quantise nf4", "the training on the command line, with the app closed")
-    raise not_enough("for a second copy of the base, which is trained while this one draws", base.device, ways)
+    return within_memory(lambda: replace(base, pipe=copy.deepcopy(base.pipe)), task, base.device, ways)
 
 
 class _Stop(Exception):
