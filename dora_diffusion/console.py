@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -11,7 +12,7 @@ from rich.text import Text
 from dora_diffusion.comparison.compare import Cell, CompareRequest
 from dora_diffusion.injection import KIND_LABEL
 from dora_diffusion.training.loop import Step
-from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Previewed, Resumed, Stopped
+from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
 
 __all__ = ["clock", "show_cells", "show_training"]
 
@@ -50,7 +51,8 @@ class TrainingDisplay:
         self.progress = progress
         self.bars: dict[str, TaskID] = {}
         self.smoothed: dict[str, float] = {}
-        self.held_out: dict[str, float] = {}
+        self.held_out: dict[str, dict[int, float]] = {}  # by kind and step
+        self.saved: dict[str, dict[int, Path]] = {}
         # Without a terminal, bars are not drawn: then a line now and then says how far it is.
         self.plain = not console.is_terminal
 
@@ -62,13 +64,16 @@ class TrainingDisplay:
             case Resumed(kind, step, total):
                 self.console.print(f"{KIND_LABEL[kind]}: going on after step {step} of {total}")
             case Measured(kind, step, loss):
-                self.held_out[kind] = loss
+                self.held_out.setdefault(kind, {})[step] = loss
                 if step == 0:
                     self.console.print(f"{KIND_LABEL[kind]}: held-out loss of the base {loss:.4f}")
             case Step():
                 self._step(event)
             case Previewed(kind, _, paths):
                 self.console.print(f"[dim]{KIND_LABEL[kind]}: preview {paths[-1]}[/dim]")
+            case Saved(kind, step, path):
+                self.saved.setdefault(kind, {})[step] = path
+                self.console.print(f"[dim]{KIND_LABEL[kind]} after {step} steps: {path}[/dim]")
             case Stopped(kind, step, total, checkpoint):
                 self.console.print(
                     f"[yellow]stopped at step {step} of {total} of the {KIND_LABEL[kind]}, checkpoint saved:[/yellow] "
@@ -77,13 +82,25 @@ class TrainingDisplay:
             case Finished(kind, path, base_loss, loss):
                 losses = "" if loss is None or base_loss is None else f", held-out loss {base_loss:.4f} → {loss:.4f}"
                 self.console.print(f"[green]{KIND_LABEL[kind]} finished[/green]: {path}{losses}")
+                if earlier := self._was_better(kind):
+                    self.console.print(earlier)
+
+    def _was_better(self, kind: str) -> str:
+        """Where the held-out loss was lower than at the end: what came after was learning the pictures by heart."""
+        losses = self.held_out.get(kind) or {0: 0.0}
+        best = min(losses, key=lambda step: losses[step])
+        if losses[best] == losses[max(losses)] or best == 0:
+            return ""
+        kept = self.saved.get(kind, {}).get(best)
+        where = f": {kept}" if kept else " (save_every keeps the adapters on the way)"
+        return f"Its held-out loss was lowest after {best} steps, {losses[best]:.4f}{where}"
 
     def _step(self, step: Step) -> None:
         before = self.smoothed.get(step.kind, step.loss)
         self.smoothed[step.kind] = loss = 0.95 * before + 0.05 * step.loss
         note = f"loss {loss:.4f}"
         if step.kind in self.held_out:
-            note += f", held out {self.held_out[step.kind]:.4f}"
+            note += f", held out {list(self.held_out[step.kind].values())[-1]:.4f}"
         if step.kind not in self.bars:
             self.bars[step.kind] = self.progress.add_task(KIND_LABEL[step.kind], total=step.total, note="", left=None)
         left = step.seconds_left

@@ -24,6 +24,7 @@ from prodigyopt import Prodigy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from training_helpers import config, losses, stop_after
 
 from dora_diffusion.data.cache import encode_images
 from dora_diffusion.data.folder import read_folder
@@ -44,36 +45,7 @@ from dora_diffusion.training.loop import (
     steps,
 )
 from dora_diffusion.training.objectives import objective_of
-from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Previewed, Resumed, Stopped, train
-
-
-def config(pictures: Path, out: Path, base: Path, **values: object) -> TrainConfig:
-    defaults: dict[str, object] = {
-        "images": str(pictures),
-        "out": str(out),
-        "base": str(base),
-        "instance_prompt": "disc",
-        "kind": "both",
-        "steps": 6,
-        "batch_size": 2,
-        "rank": 4,
-        "alpha": 4.0,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
-        "held_out": 2,
-        "device": "cpu",
-    }
-    return TrainConfig.from_values({**defaults, **values}, "test")
-
-
-def losses(events: list[Event], kind: str) -> list[float]:
-    return [event.loss for event in events if isinstance(event, Step) and event.kind == kind]
-
-
-def stop_after(count: int):  # type: ignore[no-untyped-def]
-    """A should_stop that says yes from the count-th time it is asked."""
-    asked = iter(range(1, 10_000))
-    return lambda: next(asked) >= count
+from dora_diffusion.training.run import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped, train
 
 
 def prepared_loss(settings: TrainConfig, base: Base) -> float:
@@ -252,6 +224,23 @@ def test_twins_lower_the_held_out_loss_and_write_what_is_promised(
     assert not (tmp_path / "checkpoints").exists()
     again = TrainConfig.from_values({**settings.model_dump(exclude_none=True), "learning_rate": 1e-2}, "again")
     assert again.steps == 12 and "learning_rate = 0.01" in (tmp_path / "config.toml").read_text()
+
+
+def test_adapters_kept_on_the_way_are_those_of_shorter_runs(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    steady = {"lr_scheduler": "constant", "validate_every": 100, "kind": "dora"}
+    events = list(train(config(pictures, tmp_path / "long", sd_folder, save_every=2, **steady)))
+    saved = {event.step: event.path for event in events if isinstance(event, Saved)}
+    assert list(saved) == [2, 4]
+    assert saved[4] == tmp_path / "long/steps/dora-00004.safetensors"
+    shorter = train(config(pictures, tmp_path / "short", sd_folder, steps=4, **steady))
+    (short,) = [event for event in shorter if isinstance(event, Finished)]
+    ours, theirs = load_file(saved[4]), load_file(short.path)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    description = read_adapter_file(saved[4]).description
+    assert description is not None
+    assert (description.training["steps"], description.training["held_out_loss"]) == (4, short.held_out_loss)
+    list(train(config(pictures, tmp_path / "long", sd_folder, **steady), overwrite=True))
+    assert not saved[2].exists()  # another run's
 
 
 @pytest.mark.parametrize("make", [bases.stable_diffusion_xl, *bases.TRANSFORMERS, "v_prediction"])

@@ -60,6 +60,9 @@ def train(
         str | None,
         typer.Option(help="emoji or emoji-dit (embedded), a folder, a .safetensors file or a hub id."),
     ] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="An adapter to train on, or the folder of a run; a LoRA may go on as a DoRA.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures in a step.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank update.")] = None,
@@ -99,6 +102,7 @@ def train(
         "kind": kind.value if kind else None,
         "out": out,
         "base": base,
+        "start_from": start_from,
         "steps": steps,
         "batch_size": batch_size,
         "rank": rank,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dora_diffusion.formats.content import AdapterFile
-from dora_diffusion.formats.loading import Fit, attach, denoiser_of, fit_of, load_adapter
+from dora_diffusion.formats.loading import Fit, attach, attach_trainable, check_fits, denoiser_of, fit_of, load_adapter
 from dora_diffusion.formats.reading import read_adapter_file
 from dora_diffusion.formats.writing import save_adapter
 
@@ -11,6 +11,8 @@ __all__ = [
     "AdapterFile",
     "Fit",
     "attach",
+    "attach_trainable",
+    "check_fits",
     "denoiser_of",
     "fit_of",
     "load_adapter",

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
@@ -16,9 +17,27 @@ from dora_diffusion.formats.description import BaseIdentity, identify_base
 from dora_diffusion.formats.names import FLAT_PREFIXES, TEXT_ENCODERS, unflatten
 from dora_diffusion.formats.reading import Findings, read_with_findings, some
 from dora_diffusion.frozen import FrozenLayer
-from dora_diffusion.injection import Adapter, adaptable_layers, check_strength, inject_into
+from dora_diffusion.injection import (
+    Adapter,
+    AdapterConfig,
+    Kind,
+    NormAxis,
+    adaptable_layers,
+    check_strength,
+    inject_into,
+)
+from dora_diffusion.layers import DoRAUpdate
 
-__all__ = ["Fit", "attach", "denoiser_of", "fit_of", "load_adapter", "text_encoders_of"]
+__all__ = [
+    "Fit",
+    "attach",
+    "attach_trainable",
+    "check_fits",
+    "denoiser_of",
+    "fit_of",
+    "load_adapter",
+    "text_encoders_of",
+]
 
 
 def denoiser_of(pipe_or_model: object) -> nn.Module:
@@ -77,6 +96,54 @@ def attach(
     return _attach(pipe_or_model, file, Findings(), strength, name, partial)
 
 
+def check_fits(pipe_or_model: object, file: AdapterFile) -> None:
+    """Raises AdapterMismatchError unless every layer of the file is in the model with its shape, and AdapterFileError
+    for a file that was bent for one program."""
+    _fit_whole(pipe_or_model, file)
+
+
+def _fit_whole(pipe_or_model: object, file: AdapterFile) -> tuple[dict[str, FrozenLayer], _Fitted]:
+    file.check_universal()
+    views, here = _views(pipe_or_model, file)
+    fitted = _fit(file, views, here)
+    if fitted.problems:
+        _report(file, fitted, Findings(), here, partial=False)
+    return views, fitted
+
+
+@torch.no_grad()
+def attach_trainable(
+    pipe_or_model: object,
+    file: AdapterFile,
+    kind: Kind,
+    *,
+    norm_axis: NormAxis = "output",
+    dropout: float = 0.0,
+    name: str | None = None,
+) -> Adapter:
+    """The file's LoRA or DoRA as one to train on, at exactly its layers; a DoRA keeps its norm's axis.
+
+    A LoRA goes on as a DoRA (`kind`, `norm_axis`) with the magnitudes of W0 + s B A, so that the model is the same.
+    Raises AdapterMismatchError when it does not fit whole.
+    """
+    views, fitted = _fit_whole(pipe_or_model, file)
+    config, becomes_dora = fitted.config_of(file), file.config.kind != kind
+    adapter = inject_into(
+        denoiser_of(pipe_or_model),
+        replace(config, kind=kind, norm_axis=norm_axis if becomes_dora else config.norm_axis, dropout=dropout),
+        {path: views[path] for path in fitted.tensors},
+        name=name,
+        text_encoders=text_encoders_of(pipe_or_model),
+    )
+    fresh = {name: parameter.detach() for name, parameter in adapter.named_parameters().items()}
+    adapter.load(fresh | fitted.by_name())
+    if becomes_dora:
+        for update in adapter.updates().values():
+            assert isinstance(update, DoRAUpdate)
+            update.get_parameter(update.magnitude_name).copy_(update.norm())
+    return adapter
+
+
 @dataclass(frozen=True)
 class Fit:
     """How an adapter fits a base: how many of its layers the base has, a line for each that it lacks, and the base's
@@ -123,23 +190,15 @@ def _attach(
             f"{here.name!r} ({here.fingerprint}): same layers, other weights. It is loaded; its effect may differ.",
             stacklevel=3,
         )
-    places = fitted.places
-    config = replace(
-        file.config,
-        dropout=0.0,
-        norm_axis="input" if file.norm_axis == "input" else "output",
-        rank_pattern={places[layer]: r for layer, r in file.config.rank_pattern.items() if layer in places},
-        alpha_pattern={places[layer]: a for layer, a in file.config.alpha_pattern.items() if layer in places},
-    )
     adapter = inject_into(
         model,
-        config,
+        fitted.config_of(file),
         {path: views[path] for path in fitted.tensors},
         name=name,
         text_encoders=encoders,
         parameters=fitted.tensors,
     )
-    adapter.load({f"{path}.{p}": tensor for path, held in fitted.tensors.items() for p, tensor in held.items()})
+    adapter.load(fitted.by_name())
     adapter.strength = strength
     return adapter
 
@@ -151,6 +210,24 @@ class _Fitted:
     places: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    def config_of(self, file: AdapterFile) -> AdapterConfig:
+        """The file's, with the model's paths; dropout is for training alone."""
+        return replace(
+            file.config,
+            dropout=0.0,
+            norm_axis="input" if file.norm_axis == "input" else "output",
+            rank_pattern={
+                self.places[layer]: r for layer, r in file.config.rank_pattern.items() if layer in self.places
+            },
+            alpha_pattern={
+                self.places[layer]: a for layer, a in file.config.alpha_pattern.items() if layer in self.places
+            },
+        )
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors by the names of an adapter's parameters."""
+        return {f"{path}.{p}": tensor for path, held in self.tensors.items() for p, tensor in held.items()}
 
 
 def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer], here: BaseIdentity) -> _Fitted:

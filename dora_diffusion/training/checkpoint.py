@@ -30,9 +30,9 @@ FREE_KEYS = {
     "preview_seeds",
     "preview_every",
     "device",
-} | {
     "validate_every",
     "checkpoint_every",
+    "save_every",
 }
 
 
@@ -96,8 +96,9 @@ def read_checkpoint(path: Path, config: TrainConfig, data: str) -> Checkpoint:
             f"  {lines}\nResume with the old values, or train into another folder."
         )
     if header.get("data") != data:
+        data_of = f"pictures or captions in {config.images}" + (f", or {config.start_from}," * bool(config.start_from))
         raise TrainingError(
-            f"cannot resume {path.parent.parent}: the pictures or captions in {config.images} changed since. "
+            f"cannot resume {path.parent.parent}: the {data_of} changed since. "
             "Put them back, or train into another folder."
         )
     parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "moments": {}}

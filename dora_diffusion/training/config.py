@@ -42,6 +42,7 @@ class TrainConfig(BaseModel):
     instance_prompt: str | None = None
     validation_images: str | None = None
     held_out: int | None = Field(None, ge=0)
+    start_from: str | None = None
     quantise: Packing | None = None
     resolution: int | None = Field(None, ge=8, le=4096)
     aspect_ratio_bucketing: bool = True
@@ -89,6 +90,7 @@ class TrainConfig(BaseModel):
     preview_every: int = Field(100, ge=1)
     validate_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(100, ge=1)
+    save_every: int | None = Field(None, ge=1)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -24,12 +24,14 @@ from dora_diffusion.data.buckets import bucket_sizes
 from dora_diffusion.data.cache import EncodedImages, encode_images
 from dora_diffusion.data.folder import TrainingImage, read_folder
 from dora_diffusion.errors import ConfigError, DataError, TrainingError
+from dora_diffusion.formats.files import attach_trainable
 from dora_diffusion.injection import Adapter, Kind, inject_adapter
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.objectives import Objective, objective_of
 from dora_diffusion.training.optimizers import make_optimizer, step_size
+from dora_diffusion.training.start import Starts, config_from, read_starts
 
 __all__ = [
     "Step",
@@ -77,6 +79,7 @@ class Training:
     held_out: Buckets
     class_images: Buckets
     ignored: tuple[str, ...]
+    starts: Starts
     digest: str
 
     @property
@@ -108,7 +111,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 def prepare(
     config: TrainConfig, base: Base, accelerator: Accelerator, class_images: list[Path] | None = None
 ) -> Training:
-    """Read, check and encode the pictures. Raises DataError, PromptError, ConfigError and BaseModelError."""
+    """Read, check and encode the pictures, and settle what the configuration leaves to the base or to `start_from`.
+
+    Raises DataError, PromptError, ConfigError, AdapterFileError and BaseModelError.
+    """
+    starts = read_starts(config)
+    config = _settled(config, base, starts)
     objective = objective_of(base.pipe.scheduler, config.timestep_sampling)
     size = config.resolution or base.size
     base.check_side("resolution", size)
@@ -136,7 +144,23 @@ def prepare(
         held_out=encode_images(base, held_out, buckets),
         class_images=encode_images(base, prior, square, mirrored=config.random_flip),
         ignored=folder.ignored,
-        digest=_digest([*kept, *held_out, *prior]),
+        starts=starts,
+        digest=_digest([*kept, *held_out, *prior], starts),
+    )
+
+
+def _settled(config: TrainConfig, base: Base, starts: Starts) -> TrainConfig:
+    """Fill in what was left to the base, so that config.toml says all of it."""
+    if starts:
+        config = config_from(config, starts, base)
+    targets = None if starts else config.target_modules or list(base.family.target_modules)
+    return config.model_copy(
+        update={
+            "learning_rate": learning_rate_of(config, base),
+            "resolution": config.resolution or base.size,
+            "target_modules": targets,
+            "quantise": base.packing,
+        }
     )
 
 
@@ -165,16 +189,24 @@ def held_out_count(config: TrainConfig, pictures: int) -> int:
 
 
 def new_adapter(training: Training, kind: Kind) -> tuple[Adapter, Optimizer]:
-    """A fresh adapter in the base, in training mode, and its optimizer. Twins start from the same A."""
+    """An adapter in the base, in training mode, and its optimizer: a fresh one, or what `start_from` names.
+
+    Fresh twins start from the same A.
+    """
     config, denoiser = training.config, training.base.denoiser
     encoders = training.base.text_encoders if config.train_text_encoder else {}
-    adapter = inject_adapter(
-        denoiser,
-        config.adapter_config(kind, training.base.family),
-        name=kind,
-        seed=_seed(config.seed, "adapter"),
-        text_encoders=encoders,
-    )
+    fresh = config.adapter_config(kind, training.base.family)
+    if kind in training.starts:
+        adapter = attach_trainable(
+            training.base,
+            training.starts[kind],
+            kind,
+            norm_axis=fresh.norm_axis,
+            dropout=config.dropout,
+            name=kind,
+        )
+    else:
+        adapter = inject_adapter(denoiser, fresh, name=kind, seed=_seed(config.seed, "adapter"), text_encoders=encoders)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
     groups: dict[float, list[nn.Parameter]] = {training.learning_rate: []}
@@ -348,10 +380,12 @@ def _generator(seed: int, *what: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(_seed(seed, *what))
 
 
-def _digest(images: list[TrainingImage]) -> str:
-    """A hash of all pictures' bytes and captions, so that a run is not resumed on other data."""
+def _digest(images: list[TrainingImage], starts: Starts) -> str:
+    """A hash of all pictures' bytes and captions and of what is gone on from, so that no run is resumed on others."""
     digest = hashlib.sha256()
     for image in images:
         digest.update(image.path.read_bytes())
         digest.update(image.caption.encode())
+    for file in starts.values():
+        digest.update(file.path.read_bytes())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ The command line, the web app and the tests all drive this generator. What it wr
 
     config.toml                  the resolved configuration; `dora-diffusion train config.toml` repeats the run
     dora.safetensors, lora...    the adapters
+    steps/                       the adapters as they were on the way, every `save_every` steps
     log.jsonl                    a line for every step, with the held-out loss where it was measured
     previews/                    pictures at fixed seeds on the way
     checkpoints/                 what --resume goes on from; removed when the run is complete
@@ -24,7 +25,7 @@ from dora_diffusion.data.folder import list_pictures
 from dora_diffusion.errors import ConfigError, TrainingError
 from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
-from dora_diffusion.injection import Kind
+from dora_diffusion.injection import KIND_LABEL, Adapter, Kind
 from dora_diffusion.memory import not_enough, ran_out
 from dora_diffusion.models.loading import Base, load_base, pick_device
 from dora_diffusion.outputs import make_folder, save_png, write_text
@@ -34,14 +35,14 @@ from dora_diffusion.training.loop import (
     Step,
     Training,
     held_out_loss,
-    learning_rate_of,
     make_accelerator,
     new_adapter,
     prepare,
     steps,
 )
+from dora_diffusion.training.start import describe_start, read_starts, start_path
 
-__all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Stopped", "train"]
+__all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Saved", "Stopped", "train"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ class Previewed:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """The adapter as it is after `step` steps, to choose from afterwards."""
+
+    kind: Kind
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
 class Stopped:
     """Stopped on request, with a checkpoint to go on from."""
 
@@ -96,7 +106,7 @@ class Finished:
     held_out_loss: float | None
 
 
-Event = Preparing | Resumed | Step | Measured | Previewed | Stopped | Finished
+Event = Preparing | Resumed | Step | Measured | Previewed | Saved | Stopped | Finished
 
 
 def train(
@@ -141,7 +151,8 @@ def _ways_to_need_less(config: TrainConfig, base: Base | None) -> list[str]:
 def _train(
     config: TrainConfig, resume: bool, overwrite: bool, base: Base | None, should_stop: Callable[[], bool]
 ) -> Iterator[Event]:
-    list_pictures(config.images)  # a mistyped folder is said before anything is loaded
+    list_pictures(config.images)  # a mistyped folder or file is said before anything is loaded
+    read_starts(config)
     out = make_folder(config.out)
     _check_folder(out, config, resume, overwrite)
     yield Preparing("loading the base model")
@@ -150,13 +161,15 @@ def _train(
     accelerator = make_accelerator(config)
     base = base or load_base(config.base, device=accelerator.device, packing=config.quantise)
     _check_packing(config, base)
-    config = _resolve(config, base)
     for prompt in config.preview_prompts:
         check_prompt(base.pipe, prompt)
     with accelerator.main_process_first():
         class_images = yield from _class_images(config, base, out)
     yield Preparing("reading and encoding the pictures")
     training = prepare(config, base, accelerator, class_images)
+    config = training.config  # with all that was left to the base
+    for kind, file in training.starts.items():
+        yield Preparing(describe_start(file, base, kind))
     if len(training.instances) > 1:
         yield Preparing(_sizes(training))
     if training.ignored:
@@ -185,6 +198,10 @@ def adapter_path(out: Path, kind: Kind) -> Path:
     return out / f"{kind}.safetensors"
 
 
+def step_path(out: Path, kind: Kind, step: int) -> Path:
+    return out / "steps" / f"{kind}-{step:05d}.safetensors"
+
+
 def _train_one(
     training: Training, kind: Kind, out: Path, resume: bool, should_stop: Callable[[], bool]
 ) -> Generator[Event, None, Stopped | None]:
@@ -192,7 +209,7 @@ def _train_one(
     main = training.accelerator.is_main_process  # the one that writes, where there are several
     adapter, optimizer = new_adapter(training, kind)
     try:
-        start, base_loss = 0, held_out_loss(training)
+        start, base_loss = 0, _base_loss(training, adapter)
         if resume and checkpoint_path(out, kind).exists():
             checkpoint = read_checkpoint(checkpoint_path(out, kind), config, training.digest)
             checkpoint.restore(adapter, optimizer)
@@ -202,15 +219,21 @@ def _train_one(
         if base_loss is not None:
             yield Measured(kind, 0, base_loss)
         loss = base_loss
+        if kind in training.starts and base_loss is not None:
+            yield Preparing(f"{KIND_LABEL[kind]}: held-out loss of what it goes on from {held_out_loss(training):.4f}")
         for step in steps(training, kind, adapter, optimizer, start):
             last = step.step == config.steps
-            measured = last or step.step % config.validate_every == 0
+            saving = config.save_every is not None and step.step % config.save_every == 0 and not last
+            measured = last or saving or step.step % config.validate_every == 0
             loss = held_out_loss(training) if measured else loss
             if log:
                 log.write(step, loss if measured else None)
             yield step
             if measured and loss is not None:
                 yield Measured(kind, step.step, loss)
+            if main and saving:
+                path = _save(training, adapter, step_path(out, kind, step.step), step.step, base_loss, loss)
+                yield Saved(kind, step.step, path)
             if main and config.preview_prompts and (last or step.step % config.preview_every == 0):
                 yield _preview(training, kind, step.step, out)
             stopping = not last and _anywhere(training, should_stop())
@@ -222,16 +245,20 @@ def _train_one(
                     stopped = Stopped(kind, step.step, config.steps, path)
                     yield stopped
                     return stopped
-        path = save_adapter(
-            adapter,
-            adapter_path(out, kind),
-            training=_summary(training, base_loss, loss),
-            base_name=config.base,
-        )
+        path = _save(training, adapter, adapter_path(out, kind), config.steps, base_loss, loss)
         yield Finished(kind, path, base_loss, loss)
         return None
     finally:
         adapter.eject()
+
+
+def _base_loss(training: Training, adapter: Adapter) -> float | None:
+    """The held-out loss of the base alone."""
+    adapter.strength = 0.0
+    try:
+        return held_out_loss(training)
+    finally:
+        adapter.strength = 1.0
 
 
 def _anywhere(training: Training, flag: bool) -> bool:
@@ -291,21 +318,26 @@ class Log:
             file.write(json.dumps(entry) + "\n")
 
 
-def _summary(training: Training, base_loss: float | None, loss: float | None) -> dict[str, str | int | float | None]:
+def _save(
+    training: Training, adapter: Adapter, path: Path, step: int, base_loss: float | None, loss: float | None
+) -> Path:
+    """Write the adapter as it is after `step` steps, with what it was trained on."""
     config = training.config
-    return {
+    summary: dict[str, str | int | float | None] = {
         "instance_prompt": config.instance_prompt,
         "images": training.pictures,
-        "steps": config.steps,
+        "steps": step,
         "batch_size": config.batch_size * config.gradient_accumulation_steps,
         "optimizer": config.optimizer,
         "learning_rate": training.learning_rate,
         "seed": config.seed,
+        "started_from": Path(config.start_from).name if config.start_from else None,
         "resolution": config.resolution,
         "objective": training.objective.name,
         "held_out_loss_base": base_loss,
         "held_out_loss": loss,
     }
+    return save_adapter(adapter, path, training=summary, base_name=config.base)
 
 
 def _sizes(training: Training) -> str:
@@ -313,18 +345,6 @@ def _sizes(training: Training) -> str:
     most_first = sorted(training.instances, key=lambda images: -len(images))
     return "pictures by shape: " + ", ".join(
         f"{len(images)} of {' x '.join(map(str, images.size))}" for images in most_first
-    )
-
-
-def _resolve(config: TrainConfig, base: Base) -> TrainConfig:
-    """Fill in what was left to the base, so that config.toml says all of it."""
-    return config.model_copy(
-        update={
-            "learning_rate": learning_rate_of(config, base),
-            "resolution": config.resolution or base.size,
-            "target_modules": config.target_modules or list(base.family.target_modules),
-            "quantise": base.packing,
-        }
     )
 
 
@@ -338,6 +358,12 @@ def _check_packing(config: TrainConfig, base: Base) -> None:
 
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
+    if config.start_from and overwrite and not resume:
+        for path in (Path(start_path(config, kind)).resolve() for kind in config.kinds):
+            if path.is_relative_to(out.resolve()):
+                raise TrainingError(
+                    f"start_from is {path.name} of {out} itself, which --overwrite replaces. Train into another folder."
+                )
     finished = [adapter_path(out, kind) for kind in config.kinds if adapter_path(out, kind).exists()]
     begun = [checkpoint_path(out, kind) for kind in config.kinds if checkpoint_path(out, kind).exists()]
     if resume:
@@ -353,4 +379,6 @@ def _clear(out: Path, config: TrainConfig) -> None:
     for kind in config.kinds:
         adapter_path(out, kind).unlink(missing_ok=True)
         checkpoint_path(out, kind).unlink(missing_ok=True)
+        for path in (out / "steps").glob(f"{kind}-*.safetensors"):
+            path.unlink()
     (out / "log.jsonl").unlink(missing_ok=True)
