@@ -19,6 +19,7 @@ from web_helpers import make_pair, page_of, sample_files
 
 from dora_diffusion.comparison.curves import Curve, draw_curves
 from dora_diffusion.errors import AdapterFileError, ConfigError, DataError, PromptError, TrainingError
+from dora_diffusion.formats.files import read_adapter_file
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.webapp import parts, uploads
@@ -57,7 +58,7 @@ def studio(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 class Tabs:
     def __init__(self, studio: Studio) -> None:
         header, self.compare, self.train = Header(studio), CompareTab(studio), TrainTab(studio)
-        self.history = HistoryTab(studio, self.compare)
+        self.history = HistoryTab(studio, self.compare, self.train)
         with gr.Blocks(analytics_enabled=False):
             header.build()
             with gr.Tabs() as shown:
@@ -449,7 +450,7 @@ def test_left_and_right_are_put_down_for_the_column_that_drew_them(tabs, pair, s
 
 
 def test_the_packaged_example_fits_the_embedded_base():
-    from dora_diffusion.formats.files import fit_of, read_adapter_file
+    from dora_diffusion.formats.files import fit_of
     from dora_diffusion.models.loading import load_base
 
     shown = packaged_example()
@@ -549,6 +550,38 @@ def test_a_failed_job_is_called_failed_with_its_reason(tabs, studio, tmp_path):
     assert "finished" not in shown["job"]
 
 
+def test_training_goes_on_from_an_earlier_run_and_offers_the_adapters_on_the_way(tabs, studio):
+    files = sample_files(3)
+    start(tabs, files, rows_of_files(files), prompt="disc", steps=12, keep=True)
+    first = studio.jobs.of(ME)
+    assert first.wait(120) and first.snapshot().phase == "finished"
+    labels = {each.key.rpartition("/")[2]: each.label for each in studio.shelf.all(ME) if "mine/" in each.key}
+    assert sorted(labels) == ["dora", "dora-00010", "lora", "lora-00010"]
+    assert labels["lora-00010"].startswith("LoRA trained ") and labels["lora-00010"].endswith(", after 10 steps")
+
+    chosen, tab = tabs.history.choose_start(first.name, PAGE)
+    assert chosen["value"] == f"mine/{first.name}/dora" and tab.selected == "train"
+    form = ("disc", "both", 2, 16, 2, "", "", 0, ["train_feed_forward"], "output", chosen["value"])
+    checks, button = tabs.train.check(PAGE, rows_of_files(files), Pictures(), *form)
+    assert "its rank and layers are kept" in checks and "eed-forward" not in checks and button["interactive"]
+    start(tabs, files, rows_of_files(files), prompt="disc", rank=16, more=["train_feed_forward"], start=chosen["value"])
+    second = studio.jobs.of(ME)
+    assert second is not first and second.wait(120) and second.snapshot().phase == "finished", second.state
+    assert sum("goes on from" in line for line in second.log) == 2  # each twin from its own
+    for kind in ("lora", "dora"):
+        copied = Path(second.config.out) / "start" / f"{kind}.safetensors"
+        assert copied.read_bytes() == (Path(first.config.out) / f"{kind}.safetensors").read_bytes()
+        assert read_adapter_file(Path(second.config.out) / f"{kind}.safetensors").config.rank == 2
+    runs = [studio.runs.find(job.name, ME) for job in (second, first)]
+    assert runs[0].differences(runs[1])["start_from"] == ("an earlier adapter", None)
+
+    # A DoRA alone, as a LoRA: said before anything is trained.
+    start(tabs, files, rows_of_files(files), prompt="disc", kind="lora", start=chosen["value"])
+    third = studio.jobs.of(ME)
+    assert third.wait(60) and "is a DoRA, and a LoRA is to be trained" in str(third.snapshot().error)
+    assert "no longer there" in start(tabs, files, rows_of_files(files), prompt="disc", start="mine/x/dora")[0]["value"]
+
+
 def test_each_visitor_has_one_job_and_the_jobs_wait_for_each_other(studio, few_pictures):
     job = start_job(studio, few_pictures, steps=5000)
     with pytest.raises(TrainingError, match="your other training is not over"):
@@ -569,6 +602,7 @@ def rows_of_files(files: list[Path]) -> list[list[str]]:
 
 def start(tabs: Tabs, files: list[Path], rows: list[list[str]], **changes: object) -> tuple:
     form = {"prompt": "", "kind": "both", "steps": 2, "rank": 2, "batch": 2, "rate": "", "preview": "", "seed": 0}
+    form |= {"more": [], "norm_axis": "output", "start": "", "keep": False}
     return tabs.train.start(PAGE, [str(path) for path in files], rows, *{**form, **changes}.values())
 
 

@@ -176,7 +176,8 @@ def _train(
         yield Preparing(f"passed over, no pictures: {', '.join(training.ignored)}")
     if accelerator.is_main_process:
         if overwrite and not resume:
-            _clear(out, config)
+            for path in _cleared(out, config):
+                path.unlink(missing_ok=True)
         write_text(out / "config.toml", config.to_toml())
     accelerator.wait_for_everyone()
     if config.offload:
@@ -323,6 +324,7 @@ def _save(
 ) -> Path:
     """Write the adapter as it is after `step` steps, with what it was trained on."""
     config = training.config
+    start = next((file for kind, file in training.starts.items() if kind == adapter.config.kind), None)
     summary: dict[str, str | int | float | None] = {
         "instance_prompt": config.instance_prompt,
         "images": training.pictures,
@@ -331,7 +333,7 @@ def _save(
         "optimizer": config.optimizer,
         "learning_rate": training.learning_rate,
         "seed": config.seed,
-        "started_from": Path(config.start_from).name if config.start_from else None,
+        "started_from": start.path.name if start else None,
         "resolution": config.resolution,
         "objective": training.objective.name,
         "held_out_loss_base": base_loss,
@@ -359,11 +361,11 @@ def _check_packing(config: TrainConfig, base: Base) -> None:
 
 def _check_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
     if config.start_from and overwrite and not resume:
-        for path in (Path(start_path(config, kind)).resolve() for kind in config.kinds):
-            if path.is_relative_to(out.resolve()):
-                raise TrainingError(
-                    f"start_from is {path.name} of {out} itself, which --overwrite replaces. Train into another folder."
-                )
+        starts = {Path(start_path(config, kind)).resolve() for kind in config.kinds}
+        if replaced := starts & {path.resolve() for path in _cleared(out, config)}:
+            raise TrainingError(
+                f"start_from is {replaced.pop()}, which --overwrite replaces. Train into another folder with --out."
+            )
     finished = [adapter_path(out, kind) for kind in config.kinds if adapter_path(out, kind).exists()]
     begun = [checkpoint_path(out, kind) for kind in config.kinds if checkpoint_path(out, kind).exists()]
     if resume:
@@ -375,10 +377,10 @@ def _check_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool)
         raise TrainingError(f"{out} holds {what} ({(finished or begun)[0].name}). Give {way}.")
 
 
-def _clear(out: Path, config: TrainConfig) -> None:
-    for kind in config.kinds:
-        adapter_path(out, kind).unlink(missing_ok=True)
-        checkpoint_path(out, kind).unlink(missing_ok=True)
-        for path in (out / "steps").glob(f"{kind}-*.safetensors"):
-            path.unlink()
-    (out / "log.jsonl").unlink(missing_ok=True)
+def _cleared(out: Path, config: TrainConfig) -> list[Path]:
+    """What another run's files are that --overwrite takes away."""
+    per_kind = [
+        (adapter_path(out, kind), checkpoint_path(out, kind), *(out / "steps").glob(f"{kind}-*.safetensors"))
+        for kind in config.kinds
+    ]
+    return [path for paths in per_kind for path in paths] + [out / "log.jsonl"]

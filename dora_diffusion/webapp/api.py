@@ -119,6 +119,8 @@ def add_endpoints(studio: Studio) -> None:
         train_convolutions: bool = False,
         train_text_encoder: bool = False,
         norm_axis: str = "output",
+        start_from: str = "",
+        keep_on_the_way: bool = False,
         page: gr.Request = None,  # type: ignore[assignment]
     ) -> Iterator[dict]:
         """Train a LoRA, a DoRA, or both alike on pictures; ends when the training has ended.
@@ -136,6 +138,8 @@ def add_endpoints(studio: Studio) -> None:
             train_convolutions: adapt a UNet's convolutions beside the attention
             train_text_encoder: adapt the text encoder too
             norm_axis: DoRA's norm by output (diffusers, PEFT), or by input (ComfyUI, Forge, A1111, InvokeAI)
+            start_from: the key of an adapter to train on, whose rank and layers are kept; empty for a new one
+            keep_on_the_way: offer the adapters as they were after each tenth of the steps, too
 
         Returns:
             How the training stands, and at its end the adapters with the keys that compare takes.
@@ -147,7 +151,17 @@ def add_endpoints(studio: Studio) -> None:
             "train_text_encoder": train_text_encoder,
         }
         more = [key for key, wanted in chosen.items() if wanted]
-        form = TrainForm(instance_prompt, kind, steps, rank, batch_size, more=more, norm_axis=norm_axis)
+        form = TrainForm(
+            instance_prompt,
+            kind,
+            steps,
+            rank,
+            batch_size,
+            more=more,
+            norm_axis=norm_axis,
+            start=start_from,
+            keep=keep_on_the_way,
+        )
         with _Told():
             for state in _train(studio, page, images, captions, form):
                 yield state.model_dump()

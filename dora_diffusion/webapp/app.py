@@ -41,7 +41,7 @@ def build(studio: Studio) -> gr.Blocks:
     """The page. Gradio's own folder must be set before: components remember it."""
     os.environ["GRADIO_TEMP_DIR"] = str(studio.cache)
     header, compare, train = Header(studio), CompareTab(studio), TrainTab(studio)
-    history = HistoryTab(studio, compare)
+    history = HistoryTab(studio, compare, train)
     with gr.Blocks(title="DoRA Diffusion", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         header.build()
         with gr.Tabs() as tabs:

@@ -12,6 +12,7 @@ from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.compare import CompareTab
 from dora_diffusion.webapp.runs import Run, started_by
 from dora_diffusion.webapp.studio import Studio
+from dora_diffusion.webapp.train import TrainTab
 from dora_diffusion.webapp.visitors import visitor_of
 
 __all__ = ["HistoryTab"]
@@ -23,9 +24,10 @@ Update = tuple[object, ...]
 
 
 class HistoryTab:
-    def __init__(self, studio: Studio, compare: CompareTab) -> None:
+    def __init__(self, studio: Studio, compare: CompareTab, train: TrainTab) -> None:
         self.studio = studio
         self.compare = compare
+        self.train = train
 
     def build(self) -> None:
         self.empty = gr.HTML(EMPTY, elem_id="no-runs")
@@ -37,6 +39,7 @@ class HistoryTab:
             self.facts = gr.HTML("", elem_id="run-facts")
             with gr.Row():
                 self.look = gr.Button("Compare its adapters", elem_id="run-compare")
+                self.train_on = gr.Button("Train on", elem_id="run-train-on")
                 self.resume = gr.Button("Resume", elem_id="run-resume")
                 self.share = gr.Button("Share", elem_id="run-share")
                 self.delete = gr.Button("Delete", variant="stop", elem_id="run-delete")
@@ -47,7 +50,7 @@ class HistoryTab:
 
     def connect(self, tab: gr.Tab, tabs: gr.Tabs) -> None:
         listed = [self.empty, self.to_train, self.there, self.run, self.other]
-        shown = [self.facts, self.look, self.resume, self.share, self.sure, self.error]
+        shown = [self.facts, self.look, self.train_on, self.resume, self.share, self.sure, self.error]
         tab.select(self.list, self.run, listed, **parts.QUIET).then(
             self.show, [self.run, self.other], shown, **parts.QUIET
         )
@@ -62,6 +65,8 @@ class HistoryTab:
                 self.show, [self.run, self.other], shown, **parts.QUIET
             )
         self.look.click(self.choose, self.run, [*self.compare.pickers, tabs], **parts.QUIET)
+        start = self.train.layout.start
+        self.train_on.click(self.choose_start, self.run, [start, tabs], **parts.QUIET)
         self.resumed = self.resume.click(self.go_on, self.run, [self.error, tabs], **parts.QUIET)
 
     def list(self, chosen: str | None, page: gr.Request) -> Update:
@@ -82,16 +87,17 @@ class HistoryTab:
         """The facts of a run, and which buttons make sense for it."""
         hidden = gr.update(visible=False)
         if not name:
-            return "", hidden, hidden, hidden, hidden, gr.skip()
+            return "", hidden, hidden, hidden, hidden, hidden, gr.skip()
         try:
             run = self.studio.runs.find(name, visitor_of(page))
             compared = self.studio.runs.find(other, visitor_of(page)) if other and other != name else None
         except DoraDiffusionError as error:
-            return "", hidden, hidden, hidden, hidden, parts.panel(error)
+            return "", hidden, hidden, hidden, hidden, hidden, parts.panel(error)
         job = self.studio.jobs.of(visitor_of(page))
         going = job is not None and job.name == name and not job.snapshot().is_over
         return (
             _facts(run, compared, job.snapshot().text if going and job else run.text),
+            gr.update(visible=bool(run.adapters)),
             gr.update(visible=bool(run.adapters)),
             gr.update(visible=run.can_resume and not going),
             gr.update(visible=bool(run.adapters), value="Stop sharing" if run.is_shared else "Share"),
@@ -128,6 +134,16 @@ class HistoryTab:
         return *(self.compare.choices(keys.get(kind, ""), page) for kind in ("lora", "dora")), gr.Tabs(
             selected="compare"
         )
+
+    def choose_start(self, name: str, page: gr.Request) -> Update:
+        """The run's adapter, and with it its twin, as what the Train tab goes on from."""
+        try:
+            adapters = self.studio.runs.find(name, visitor_of(page)).adapters
+        except DoraDiffusionError as error:
+            parts.toast(error)
+            return gr.skip(), gr.skip()
+        key = self.studio.shelf.key_of(adapters[-1], visitor_of(page)) if adapters else ""
+        return self.train.starts(key, page), gr.Tabs(selected="train")
 
     def go_on(self, name: str, page: gr.Request) -> Update:
         try:

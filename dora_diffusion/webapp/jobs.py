@@ -151,7 +151,7 @@ class TrainingJob:
         ready()
         from dora_diffusion.injection import KIND_LABEL
         from dora_diffusion.training.loop import Step
-        from dora_diffusion.training.run import Finished, Measured, Preparing, Previewed, Resumed, Stopped
+        from dora_diffusion.training.run import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
 
         match event:
             case Preparing(text, done, total):
@@ -171,6 +171,8 @@ class TrainingJob:
             case Previewed(kind, step, paths):
                 self.previews += [(kind, step, self.album.add_plain(path)) for path in paths]
                 self._set()
+            case Saved(kind, step, _):
+                self._say(f"{KIND_LABEL[kind]}: kept as it is after {step} steps")
             case Stopped(kind, step, total, _):
                 self._set(step=step)
                 self._over("stopped", f"stopped at {step} of {total} ({KIND_LABEL[kind]}), checkpoint saved")

@@ -18,11 +18,13 @@ from dora_diffusion.webapp.heavy import ready
 if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
 
-__all__ = ["OVER", "SHARED", "Run", "Runs", "started_by"]
+__all__ = ["OVER", "SHARED", "START", "STEPS", "Run", "Runs", "started_by"]
 
 STATUS = "status.json"
 SHARED = "shared.txt"  # holds a code that stands for the run where its owner must not be named
 OVER = ("finished", "stopped", "failed", "interrupted")
+STEPS = "steps"  # a folder of the run with its adapters as they were on the way
+START = "start"  # a folder of the run with copies of the adapters that it goes on from
 LEFT_OUT = {"images", "out"}  # where things lie says nothing of a run
 STAMP = "%Y-%m-%d-%H%M%S"
 
@@ -64,12 +66,14 @@ class Run:
         from dora_diffusion.training.config import TrainConfig
 
         places = {"images": str(self.folder / "images"), "out": str(self.folder)}
+        if self.config.get("start_from"):
+            places["start_from"] = str(self.folder / START)
         return TrainConfig.from_values({**self.config, **places}, self.name)
 
     def differences(self, other: Run) -> dict[str, tuple[object, object]]:
         """What was asked for differently: each key with this run's value and the other's."""
-        keys = [key for key in {**self.config, **other.config} if key not in LEFT_OUT]
-        pairs = {key: (self.config.get(key), other.config.get(key)) for key in keys}
+        ours, theirs = ({k: _said(k, v) for k, v in run.config.items() if k not in LEFT_OUT} for run in (self, other))
+        pairs = {key: (ours.get(key), theirs.get(key)) for key in {**ours, **theirs}}
         return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -141,6 +145,11 @@ def read_run(folder: Path) -> Run | None:
     if run.phase in OVER:
         return run
     return Run(folder, "interrupted", f"interrupted when the server ended ({run.text})", run.error, run.config)
+
+
+def _said(key: str, value: object) -> object:
+    """A value as people may see it: where a copy lies says nothing."""
+    return "an earlier adapter" if key == "start_from" else value
 
 
 def started_by(name: str) -> str:

@@ -16,7 +16,7 @@ from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.outputs import make_folder, write_text
 from dora_diffusion.webapp.example import EXAMPLE
 from dora_diffusion.webapp.heavy import ready
-from dora_diffusion.webapp.runs import SHARED, Runs, started_by
+from dora_diffusion.webapp.runs import SHARED, STEPS, Runs, started_by
 
 __all__ = ["SAMPLES", "Shelf", "Shelved"]
 
@@ -102,7 +102,7 @@ class Shelf:
                 yield path
         yield from self._uploads(visitor).glob("*.safetensors")
         for runs in Runs(self.visitors).folders(visitor):
-            yield from runs.glob("*.safetensors")
+            yield from (*runs.glob("*.safetensors"), *runs.glob("steps/*.safetensors"))
 
     def _uploads(self, visitor: str) -> Path:
         return self.visitors / visitor / "adapters"
@@ -120,9 +120,11 @@ class Shelf:
             name = path.with_suffix(".txt")
             label = name.read_text(encoding="utf-8") if name.is_file() else path.stem
             return Shelved(f"uploaded/{path.stem}", f"{label} (uploaded)", path)
-        run = path.parent
-        kind = {"lora": "LoRA", "dora": "DoRA"}.get(path.stem, path.stem)
+        run = path.parent.parent if path.parent.name == STEPS else path.parent
+        kind, _, step = path.stem.partition("-")
+        kind = {"lora": "LoRA", "dora": "DoRA"}.get(kind, kind)
+        trained = f"trained {started_by(run.name)}" + (f", after {int(step)} steps" if step.isdigit() else "")
         if run.is_relative_to(self.visitors / visitor):
-            return Shelved(f"mine/{run.name}/{path.stem}", f"{kind} trained {started_by(run.name)}", path)
+            return Shelved(f"mine/{run.name}/{path.stem}", f"{kind} {trained}", path)
         code = (run / SHARED).read_text(encoding="utf-8")
-        return Shelved(f"shared/{code}/{path.stem}", f"{kind} shared, trained {started_by(run.name)}", path)
+        return Shelved(f"shared/{code}/{path.stem}", f"{kind} shared, {trained}", path)

@@ -6,6 +6,7 @@ The form belongs to the page; the job belongs to the server, and every page of i
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.errors import DataError, DoraDiffusionError
+from dora_diffusion.outputs import make_folder
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.heavy import ready
+from dora_diffusion.webapp.runs import START
 from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.train_form import PRESETS, Costing, Pictures, TrainForm, checks
-from dora_diffusion.webapp.train_layout import HEADERS, TrainLayout
+from dora_diffusion.webapp.train_layout import HEADERS, NEW, TrainLayout
 from dora_diffusion.webapp.uploads import (
     Upload,
     check_pictures,
@@ -66,7 +69,9 @@ class TrainTab:
             measured.then(self.check, state, start, **parts.QUIET)  # with the form as it is by then
         chosen = [page.steps, page.rank, page.batch, page.rate, page.more]
         page.preset.input(self.choose, page.preset, chosen, **parts.QUIET)
-        plain = [field.change for field in (page.table, page.prompt, page.steps)]
+        # A list that was filled an hour ago would lack what was trained since.
+        page.start.focus(self.starts, page.start, page.start, queue=False, **parts.QUIET)
+        plain = [field.change for field in (page.table, page.prompt, page.steps, page.start)]
         gr.on(plain, self.check, state, start, **parts.LATEST)
         costly = [field.change for field in (page.kind, page.rank, page.batch, page.more, page.norm_axis)]
         changed = gr.on(costly, self.check, state, start, **parts.LATEST)
@@ -111,6 +116,11 @@ class TrainTab:
     def choose(self, preset: str) -> Update:
         chosen = PRESETS[preset]
         return chosen.steps, chosen.rank, chosen.batch_size, chosen.rate, list(chosen.more)
+
+    def starts(self, chosen: str | None, page: gr.Request) -> object:
+        """The adapters that can be gone on from."""
+        offered = [NEW, *((each.label, each.key) for each in self.studio.shelf.all(visitor_of(page)))]
+        return gr.update(choices=offered, value=chosen if chosen in {key for _, key in offered} else "")
 
     def check(self, page: gr.Request, table: Table, found: Pictures, *settings: Any) -> Update:
         """The checklist, and whether Train can be pressed."""
@@ -164,10 +174,19 @@ def start_run(studio: Studio, visitor: str, uploads: Sequence[Upload], form: Tra
         captions = [upload.caption.strip() for upload in uploads if upload.caption.strip()]
         config = form.config(folder / "images", folder, studio.base_name, captions)
         put_into(folder / "images", uploads, form.prompt)
+        if form.start:
+            _copy_start(studio.shelf.find(form.start, visitor).path, config.kinds, make_folder(folder / START))
         studio.jobs.start(folder.name, config, visitor, studio.albums.new())
     except DoraDiffusionError:
         shutil.rmtree(folder, ignore_errors=True)  # it holds nothing but copies
         raise
+
+
+def _copy_start(path: Path, kinds: Sequence[str], folder: Path) -> None:
+    """Keep what is gone on from with the run: for twins the file's own twin, where it has one."""
+    for kind in kinds:
+        twin = path.with_name(re.sub("^(lora|dora)", kind, path.name))
+        shutil.copyfile(twin if len(kinds) > 1 and twin.is_file() else path, folder / f"{kind}.safetensors")
 
 
 def rows_of(table: Sequence[Sequence[object]]) -> Table:

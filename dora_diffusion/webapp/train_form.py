@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.outputs import make_folder
 from dora_diffusion.webapp.heavy import ready
+from dora_diffusion.webapp.runs import START
 from dora_diffusion.webapp.uploads import Upload, put_into
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ MORE = {
     "train_convolutions": "Convolutions of a UNet too",
     "train_text_encoder": "Text encoder too",
 }
+LAYERS = ("train_feed_forward", "train_convolutions", "train_text_encoder")
 NORM_AXES = {
     "output": "by output: diffusers, PEFT",
     "input": "by input: ComfyUI, Forge, A1111, InvokeAI",
@@ -79,6 +81,8 @@ class TrainForm:
     seed: float = 0
     more: Sequence[str] = PRESETS[DEFAULT].more
     norm_axis: str = "output"
+    start: str = ""  # an adapter's key, to go on from
+    keep: bool = False
 
     def config(self, images: Path, out: Path, base_name: str, captions: Sequence[str] = ()) -> TrainConfig:
         """Raises ConfigError."""
@@ -104,11 +108,15 @@ class TrainForm:
             "learning_rate": _rate(self.rate),
             "seed": int(self.seed or 0),
             **{key: key in self.more for key in MORE},
+            "save_every": max(10, int(self.steps) // 10) if self.keep else None,
             "preview_prompts": [preview] if preview else [],
             "preview_every": max(10, int(self.steps) // 4),
             "validate_every": max(10, int(self.steps) // 10),
             "checkpoint_every": max(5, int(self.steps) // 10),
         }
+        if self.start:  # its rank and layers are kept, whatever the form says of them
+            values |= {"start_from": str(out / START), **{key: False for key in LAYERS}}
+            del values["rank"], values["alpha"]
         return TrainConfig.from_values(values, "the form")
 
 
@@ -132,7 +140,7 @@ class Costing:
     known: dict[Costs, Estimate] = field(default_factory=dict)
 
     def of(self, form: TrainForm) -> Estimate | None:
-        return self.known.get(self._key(form))
+        return None if form.start else self.known.get(self._key(form))  # an earlier adapter has its own shape
 
     def measure(self, form: TrainForm, uploads: Sequence[Upload]) -> Estimate | None:
         """Train a few steps on a batch of the pictures; None when the machine is training something already."""
@@ -140,8 +148,8 @@ class Costing:
         from dora_diffusion.comparison.estimate import estimate_run
 
         key = self._key(form)
-        if key in self.known or not uploads:
-            return self.known.get(key)
+        if form.start or key in self.known or not uploads:
+            return self.of(form)
         with self.studio.jobs.turns.turn_if_free() as free:
             if not free:
                 return None
@@ -182,8 +190,11 @@ def checks(
     else:
         lines[f"{bare} without a caption: write it in the table, or one for all below it"] = False
     lines[f"{int(form.steps or 0)} steps of {_many(int(form.batch_size or 0), 'picture')} each"] = True
-    if form.more:
-        lines["; ".join(says for key, says in MORE.items() if key in form.more).capitalize()] = True
+    more = [says for key, says in MORE.items() if key in form.more and not (form.start and key in LAYERS)]
+    if more:
+        lines["; ".join(more).capitalize()] = True
+    if form.start:
+        lines["an earlier adapter is trained on: its rank and layers are kept"] = True
     if estimate is not None:
         lines |= _cost(form, captions, estimate)
     return lines

@@ -19,9 +19,10 @@ from dora_diffusion.webapp.train_form import (
 )
 from dora_diffusion.webapp.uploads import ACCEPTED
 
-__all__ = ["LOG_TAIL", "TrainLayout"]
+__all__ = ["LOG_TAIL", "NEW", "TrainLayout"]
 
 KINDS = [("Train both", "both"), ("LoRA", "lora"), ("DoRA", "dora")]
+NEW = ("a new adapter", "")
 HEADERS = ["", "Picture", "Caption"]
 LOG_TAIL = 8
 
@@ -38,7 +39,7 @@ class TrainLayout:
                 self._build_start()
                 self._build_job()
         adapter = [self.prompt, self.kind, self.steps, self.rank, self.batch]
-        self.settings = [*adapter, self.rate, self.preview, self.seed, self.more, self.norm_axis]
+        self.settings = [*adapter, self.rate, self.preview, self.seed, self.more, self.norm_axis, self.start, self.keep]
 
     def _build_pictures(self) -> None:
         self.files = gr.File(
@@ -108,6 +109,14 @@ class TrainLayout:
                 label="DoRA's norm, and the programs that compute it so",
                 elem_id="norm-axis",
             )
+            self.start = gr.Dropdown(
+                [NEW],
+                value="",
+                label="Go on from",
+                info="Its rank and layers are kept. A LoRA may go on as a DoRA.",
+                elem_id="start-from",
+            )
+            self.keep = gr.Checkbox(False, label="Keep the adapters on the way, to choose from", elem_id="keep")
             self.preview = gr.Textbox(
                 "", label="Preview prompt", placeholder="the first picture's caption", elem_id="preview-prompt"
             )
