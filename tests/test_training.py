@@ -219,7 +219,10 @@ def test_twins_lower_the_held_out_loss_and_write_what_is_promised(
     assert losses(events, "lora")[0] == losses(events, "dora")[0]
     assert losses(events, "lora")[-1] != losses(events, "dora")[-1]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(e["kind"], e["step"]) for e in lines] == [(k, s) for k in ("lora", "dora") for s in range(1, 13)]
+    assert [(e["kind"], e["step"]) for e in lines] == [(k, s) for k in ("lora", "dora") for s in range(13)]
+    assert {e["held_out_loss"] for e in lines if e["step"] == 0} == {
+        e.base_loss for e in events if isinstance(e, Finished)
+    }
     assert len([e for e in events if isinstance(e, Previewed)]) == 4
     assert not (tmp_path / "checkpoints").exists()
     again = TrainConfig.from_values({**settings.model_dump(exclude_none=True), "learning_rate": 1e-2}, "again")
@@ -639,8 +642,9 @@ def test_two_processes_share_the_batches_and_write_once(tmp_path: Path, pictures
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("DoRA finished") == 1
-    logged = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert len(logged) == 3
+    entries = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    logged = [entry["loss"] for entry in entries if entry["step"]]
+    assert len(logged) == 3 and len(entries) == 4
     # The first step's loss is the mean over the first two batches, as a single process that learns nothing sees them.
     alone = settings.model_copy(update={"out": str(tmp_path / "alone"), "learning_rate": 1e-12})
     first, second, _ = losses(list(train(alone)), "dora")

@@ -19,7 +19,10 @@ SMOOTHING = 0.95
 
 @dataclass
 class Curve:
-    """The training loss of each step from the first on, and (step, held-out loss) where it was measured."""
+    """The training loss of each step from the first on, and (step, held-out loss) where it was measured.
+
+    The held-out loss at step 0 is the base's.
+    """
 
     loss: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
@@ -31,19 +34,18 @@ def read_curves(log: Path) -> dict[str, Curve]:
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         entry = json.loads(line)
         curve = curves.setdefault(entry["kind"], Curve())
-        curve.loss.append(entry["loss"])
+        curve.loss += [entry["loss"]] if "loss" in entry else []
         if "held_out_loss" in entry:
             curve.held_out.append((entry["step"], entry["held_out_loss"]))
     return curves
 
 
-def draw_curves(curves: Mapping[str, Curve], steps: int, base_loss: float | None = None) -> str:
-    """An <svg>: each step's loss faint, smoothed thin, the held-out loss thick; the x axis ends at `steps`.
-
-    `base_loss`, the held-out loss of the base, is a dashed line.
-    """
+def draw_curves(curves: Mapping[str, Curve], steps: int) -> str:
+    """An <svg>: each step's loss faint, smoothed thin, the held-out loss thick, the base's dashed; the x axis ends at
+    `steps`."""
     smoothed = {kind: _smooth(curve.loss) for kind, curve in curves.items()}
-    span = _span(curves, smoothed, base_loss)
+    base_loss = next((loss for curve in curves.values() for step, loss in curve.held_out if step == 0), None)
+    span = _span(curves, smoothed)
     if span is None:
         return ""
     low, high = span
@@ -77,15 +79,12 @@ def draw_curves(curves: Mapping[str, Curve], steps: int, base_loss: float | None
     )
 
 
-def _span(
-    curves: Mapping[str, Curve], smoothed: Mapping[str, list[float]], base_loss: float | None
-) -> tuple[float, float] | None:
+def _span(curves: Mapping[str, Curve], smoothed: Mapping[str, list[float]]) -> tuple[float, float] | None:
     """The range of the y axis. Single steps scatter widely, so their farthest tenth does not count."""
     raw = sorted(value for curve in curves.values() for value in curve.loss)
     raw = raw[len(raw) // 20 : len(raw) - len(raw) // 20]
     calm = [value for line in smoothed.values() for value in line]
     values = raw + calm + [value for curve in curves.values() for _, value in curve.held_out]
-    values += [base_loss] if base_loss is not None and values else []
     if not values:
         return None
     low, high = min(values), max(values)

@@ -51,7 +51,7 @@ def write_report(
         f"<p class=lead>Base <b>{escape(base_name)}</b> · {request.num_inference_steps} steps · the same prompts, "
         "seeds and settings in every column.</p>",
         _figures(files),
-        _curves(curves, _base_loss(files)) if curves else "",
+        _curves(curves) if curves else "",
         "<h2>Side by side</h2>",
         _pictures(request, cells),
         "<h2>The adapters</h2>",
@@ -91,9 +91,9 @@ def _base_loss(files: Sequence[AdapterFile]) -> float | None:
     return next((value for value in values if isinstance(value, float)), None)
 
 
-def _curves(curves: Mapping[str, Curve], base_loss: float | None) -> str:
+def _curves(curves: Mapping[str, Curve]) -> str:
     steps = max(len(curve.loss) for curve in curves.values())
-    return "<h2>While training</h2>" + draw_curves(curves, steps, base_loss)
+    return "<h2>While training</h2>" + draw_curves(curves, steps)
 
 
 def _pictures(request: CompareRequest, cells: Sequence[Cell]) -> str:

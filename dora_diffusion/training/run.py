@@ -5,7 +5,7 @@ The command line, the web app and the tests all drive this generator. What it wr
     config.toml                  the resolved configuration; `dora-diffusion train config.toml` repeats the run
     dora.safetensors, lora...    the adapters
     steps/                       the adapters as they were on the way, every `save_every` steps
-    log.jsonl                    a line for every step, with the held-out loss where it was measured
+    log.jsonl                    a line for every step; the held-out loss where it was measured, at step 0 the base's
     previews/                    pictures at fixed seeds on the way
     checkpoints/                 what --resume goes on from; removed when the run is complete
     class_images/                prior preservation's pictures
@@ -218,6 +218,8 @@ def _train_one(
             yield Resumed(kind, start, config.steps)
         log = Log(out / "log.jsonl", kind, start) if main else None
         if base_loss is not None:
+            if log:
+                log.begin(base_loss)
             yield Measured(kind, 0, base_loss)
         loss = base_loss
         if kind in training.starts and base_loss is not None:
@@ -300,11 +302,16 @@ class Log:
     """log.jsonl: one line a step. Lines of steps that a resumed run does again are dropped first."""
 
     def __init__(self, path: Path, kind: Kind, start: int) -> None:
-        self.path = path
+        self.path, self.kind = path, kind
         lines = path.read_text().splitlines() if path.exists() else []
         entries = [json.loads(line) for line in lines]
         kept = [line for line, e in zip(lines, entries, strict=True) if e["kind"] != kind or e["step"] <= start]
         write_text(path, "".join(line + "\n" for line in kept))
+        self._begun = any(e["kind"] == kind and e["step"] == 0 for e in entries)
+
+    def begin(self, base_loss: float) -> None:
+        if not self._begun:
+            self._append({"kind": self.kind, "step": 0, "held_out_loss": base_loss})
 
     def write(self, step: Step, held_out: float | None) -> None:
         entry: dict[str, str | int | float] = {
@@ -315,6 +322,9 @@ class Log:
         }
         if held_out is not None:
             entry["held_out_loss"] = held_out
+        self._append(entry)
+
+    def _append(self, entry: dict[str, str | int | float]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
