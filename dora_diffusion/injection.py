@@ -205,6 +205,32 @@ class Adapter:
             layer.set_fused(tuple(name for name in layer.fused if name != self.name))
         self._fused = False
 
+    def merge(self, *others: Adapter) -> None:
+        """Write the updates into the base's weights for good, at their present strengths, and take the adapters out.
+
+        The model is a plain one then, to save or to hand on. Several add up as they do beside each other. Raises
+        AdapterStateError for a packed base, and for adapters that would be left in these layers: what they add is
+        relative to the weights that they were trained on.
+        """
+        adapters = (self, *others)
+        for adapter in adapters:
+            adapter._require_layers("merge")
+        layers = {id(layer): layer for adapter in adapters for layer in adapter.layers.values()}
+        left = {name for layer in layers.values() for name in layer.updates} - {adapter.name for adapter in adapters}
+        if left:
+            raise AdapterStateError(
+                f"cannot merge while {', '.join(sorted(left))} is in the same layers, trained on their weights as they "
+                "are: merge it too, with merge(OTHER), or eject it first."
+            )
+        for layer in layers.values():
+            layer.frozen.weight  # noqa: B018 (raises for a packed one, before any layer is written to)
+        for layer in layers.values():
+            layer.set_fused(tuple(layer.updates))
+            layer.keep_fused()
+        for adapter in adapters:
+            adapter._fused = False
+            adapter.eject()
+
     def eject(self) -> None:
         """Take the adapter out of the model: the same modules, names, weights and requires_grad as before."""
         self._require_layers("eject")

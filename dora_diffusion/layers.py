@@ -326,5 +326,9 @@ class AdaptedLayer(nn.Module):
         if not names:
             self.frozen.original = None
 
+    def keep_fused(self) -> None:
+        """Let go of the original weight: what is fused is the base's from now on."""
+        self.fused, self.frozen.original = (), None
+
 
 QUICK = (LoRAUpdate, DoRAUpdate, InputAxisDoRAUpdate)  # whose formulas kernels.py has

@@ -7,8 +7,16 @@ from typing import Annotated
 
 import typer
 
-from dora_diffusion.cli.terminal import BaseOption, QuantiseOption, SeedsOption, SizeOption, app, console, whole_numbers
-from dora_diffusion.errors import ConfigError
+from dora_diffusion.cli.terminal import (
+    BaseOption,
+    QuantiseOption,
+    SeedsOption,
+    SizeOption,
+    app,
+    console,
+    one_for_each,
+    whole_numbers,
+)
 
 # What both commands take.
 StrengthOption = Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")]
@@ -39,9 +47,7 @@ def generate(
     from dora_diffusion.models.loading import load_base
     from dora_diffusion.outputs import make_folder, save_png
 
-    strengths = strength or [1.0] * len(adapter or [])
-    if len(strengths) != len(adapter or []):
-        raise ConfigError(f"{len(adapter or [])} adapters and {len(strengths)} strengths: give one for each.")
+    strengths = one_for_each(adapter or [], strength)
     width, height = parse_size(size)
     requests = [
         GenerationRequest(prompt, seed, negative_prompt, steps, guidance, width, height)

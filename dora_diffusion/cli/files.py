@@ -1,16 +1,20 @@
-"""`inspect`, `parity` and `convert`: adapter files looked into, and written anew."""
+"""`inspect`, `parity`, `convert` and `merge`: adapter files looked into, and written anew."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from dora_diffusion.cli.terminal import BaseOption, app, console
+from dora_diffusion.cli.terminal import BaseOption, app, console, one_for_each, say_next
 from dora_diffusion.errors import ConfigError
+
+# Weights are compared and written in float32, which a base on a GPU would not be in.
+EXACT: Literal["cpu"] = "cpu"
 
 
 @app.command(name="inspect")
@@ -30,7 +34,7 @@ def inspect_files(
 
     if plot is not None and base is None:
         raise ConfigError("--plot shows what changed in the base: give it with --base.")
-    looks = look.look_at(files, load_base(base) if base is not None else None)
+    looks = look.look_at(files, load_base(base, device=EXACT) if base is not None else None)
     analyses = [analysis for _, analysis in looks if analysis is not None]
     if plot is not None:
         save_png(draw_analyses(look.comparable(analyses)), plot)
@@ -69,7 +73,7 @@ def parity(
     if (repair is None) != (out is None) or (form is not None and repair is None):
         raise ConfigError("--repair PROGRAM and --out FILE belong together, and --form to both.")
     program = program_named(repair) if repair is not None else None
-    loaded = load_base(base)
+    loaded = load_base(base, device=EXACT)
     if program is not None and out is not None:
         made = write_repaired(file, loaded, program, out, strength=strength, form=form)
         line = (
@@ -117,10 +121,29 @@ def convert(
         file,
         out,
         to.value,
-        base=load_base(base) if base else None,
+        base=load_base(base, device=EXACT) if base else None,
         dtype=dtype.value if dtype else None,
         rank=rank,
         alpha=alpha,
     )
     for line in made.report():
         console.print(line, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter files; several add up.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the pipeline.")],
+    base: BaseOption = "emoji",
+    strength: Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")] = None,
+    dtype: Annotated[Precision, typer.Option(help="Of the weights that are written.")] = Precision.float16,
+) -> None:
+    """Write the base with adapters in its weights, as a diffusers pipeline that needs no adapter any more."""
+    from dora_diffusion.formats.convert import DTYPES
+    from dora_diffusion.models.loading import load_base
+    from dora_diffusion.models.merging import save_merged
+
+    strengths = one_for_each(adapters, strength)
+    loaded = load_base(base, device=EXACT)
+    console.print(f"{save_merged(loaded, adapters, strengths, out, DTYPES[dtype.value])}: {type(loaded.pipe).__name__}")
+    say_next([shlex.join(["dora-diffusion", "generate", "--base", str(out), "--prompt", "..."])])

@@ -1,0 +1,66 @@
+"""A base with adapters in its weights, saved as a diffusers pipeline: right in every program that reads the folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dora_diffusion.errors import ConfigError, OutputError
+from dora_diffusion.formats.files import load_adapter
+from dora_diffusion.models.loading import Base
+from dora_diffusion.outputs import make_folder
+
+__all__ = ["save_merged"]
+
+CARD = """# {base}, with adapters in its weights
+
+Made with DoRA Diffusion from the base `{base}` and
+
+{adapters}
+
+A diffusers pipeline in {dtype}: `DiffusionPipeline.from_pretrained("FOLDER")`.
+"""
+
+
+def save_merged(
+    base: Base, adapters: Sequence[Path], strengths: Sequence[float], out: Path, dtype: torch.dtype = torch.float16
+) -> Path:
+    """Merge the adapters into the base's weights and save the whole pipeline in `out`; the base is changed.
+
+    The folder appears when it is whole. Raises the errors of loading, ConfigError for a folder that holds something or
+    a dtype that is too small for a weight, OutputError.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} holds something already. Give another --out.")
+    make_folder(out.parent)
+    loaded = [load_adapter(base, path, strength=value) for path, value in zip(adapters, strengths, strict=True)]
+    loaded[0].merge(*loaded[1:])
+    for name, part in base.pipe.components.items():
+        if isinstance(part, nn.Module):
+            _cast(part, name, dtype)
+    lines = "\n".join(f"- `{path.name}` at strength {value:g}" for path, value in zip(adapters, strengths, strict=True))
+    card = CARD.format(base=base.name, adapters=lines, dtype=str(dtype).removeprefix("torch."))
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        base.pipe.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        temporary.chmod(0o755)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}. Choose a place with room left.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _cast(part: nn.Module, name: str, dtype: torch.dtype) -> None:
+    part.to(dtype)
+    for key, weight in part.named_parameters():
+        if not weight.isfinite().all():
+            raise ConfigError(f"{name}: {key} has values too large for {dtype}. Use --dtype bfloat16 or float32.")
