@@ -25,6 +25,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image, ImageDraw
 
+from dora_diffusion import cli
 from dora_diffusion.models.loading import Base, load_base
 
 
@@ -62,3 +63,30 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ImageDraw.Draw(image).ellipse((3, 3, 20, 20), fill=(30 * i, 255 - 30 * i, 90))
         image.save(folder / f"{i}.png")
     return folder
+
+
+class Ran:
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def flat(self) -> str:
+        """Both streams on one line, as a message may be folded anywhere."""
+        return " ".join((self.out + self.err).split())
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["dora-diffusion", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return Ran(status, *capsys.readouterr())
+
+    return run

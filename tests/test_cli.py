@@ -16,37 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion import cli
 from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.models.loading import Base
-
-
-class Ran:
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status, self.out, self.err = status, out, err
-
-    @property
-    def flat(self) -> str:
-        """Both streams on one line, as a message may be folded anywhere."""
-        return " ".join((self.out + self.err).split())
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    """Run the command line in this process."""
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["dora-diffusion", *map(str, arguments)])
-        capsys.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return Ran(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from oracles import perturb
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from stock_diffusers import pipeline_around
-from test_cli import run  # noqa: F401 (a fixture)
 from torch import nn
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
@@ -276,7 +275,7 @@ def test_the_line_is_numpys():
 # The command.
 
 
-def test_the_command_describes_analyses_and_draws(run, tmp_path):  # noqa: F811
+def test_the_command_describes_analyses_and_draws(run, tmp_path):
     from dora_diffusion.models.loading import load_base
 
     emoji = load_base("emoji", device="cpu").denoiser

@@ -1,4 +1,4 @@
-"""What both suites of the web app need: a pair of adapters that visibly do something, and pictures to upload."""
+"""What the suites with and without a browser need: a pair of adapters that do something, and pictures to upload."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dora_diffusion import AdapterConfig, inject_adapter, save_adapter
 from dora_diffusion.models.loading import Base
 from dora_diffusion.webapp.visitors import COOKIE
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SAMPLES = ROOT / "samples" / "openmoji"
 
 

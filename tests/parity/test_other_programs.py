@@ -1,7 +1,7 @@
 """The rules for programs that cannot be installed beside this project, against the programs themselves.
 
 Each is run by a Python of its own, which an environment variable names (docs/parity.md says how to make one); without
-it these tests are skipped, and test_parity.py holds the rules to transcriptions of the same sources.
+it these tests are skipped, and test_rules.py holds the rules to transcriptions of the same sources.
 """
 
 from __future__ import annotations
@@ -18,20 +18,9 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from oracles import perturb
 from PIL import Image
+from programs_run import Deltas, assert_same, by_rules, input_axis, pipeline_of_flux, true_deltas, weights_of
 from safetensors.torch import load_file, save_file
 from stock_diffusers import pipeline_around
-from test_parity import (
-    Deltas,
-    assert_same,
-    base,  # noqa: F401 (a fixture, as the two below)
-    by_rules,
-    input_axis,
-    kohya_file,  # noqa: F401
-    peft_file,  # noqa: F401
-    pipeline_of_flux,
-    true_deltas,
-    weights_of,
-)
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dora_diffusion.formats.convert import convert_adapter
@@ -62,7 +51,7 @@ def in_invokeai(folder: Path, weights: Deltas, jobs: list[dict[str, object]]) ->
 
 
 @needs_invokeai
-def test_invokeai_computes_what_the_rules_say(base, peft_file, kohya_file, tmp_path):  # noqa: F811
+def test_invokeai_computes_what_the_rules_say(base, peft_file, kohya_file, tmp_path):
     dora, lora, peft = kohya_file("dora"), kohya_file("lora"), peft_file("dora")
     difference = convert_adapter(peft, tmp_path / "diff.safetensors", "diff", base=base).path
     files = [dora, lora, input_axis(dora, base), difference, peft]

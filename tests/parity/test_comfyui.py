@@ -1,7 +1,7 @@
 """The rules for ComfyUI against ComfyUI: its own models, its own loader, its own patched weights.
 
 It is run by the Python that COMFYUI_PYTHON names (docs/parity.md says how to make one); without it these tests are
-skipped, and test_parity.py holds the rules to transcriptions of the sources. Every model here begins as one of
+skipped, and test_rules.py holds the rules to transcriptions of the sources. Every model here begins as one of
 ComfyUI's, small, with random weights. diffusers' converters of checkpoints make diffusers' model of it, this project
 makes adapter files for that, ComfyUI loads them, and the same converters bring the changed weights back.
 """
@@ -19,8 +19,8 @@ import pytest
 import torch
 from comfyui_families import FAMILIES, Family, Weights
 from oracles import perturb
+from programs_run import Deltas, assert_same, by_rules
 from safetensors.torch import load_file
-from test_parity import Deltas, assert_same, by_rules
 from torch import nn
 
 from dora_diffusion.formats.convert import convert_adapter

@@ -1,0 +1,331 @@
+"""The Train and History tabs without a browser, and how a training job lives and ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import bases
+import gradio as gr
+import pytest
+from PIL import Image
+from web_helpers import sample_files
+from web_pages import ME, OTHER, PAGE, Tabs, draw, shown_in, start_job, until
+
+from dora_diffusion.comparison.curves import Curve, draw_curves
+from dora_diffusion.errors import DataError, TrainingError
+from dora_diffusion.formats.files import read_adapter_file
+from dora_diffusion.webapp import parts, uploads
+from dora_diffusion.webapp.jobs import JobState
+from dora_diffusion.webapp.train_form import MORE, PRESETS, Pictures, TrainForm
+from dora_diffusion.webapp.visitors import visitor_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:gradio")  # toasts, which no page is there to show
+
+
+def test_a_job_trains_both_and_tells_how_it_ended(studio, few_pictures):
+    job = start_job(studio, few_pictures, preview_prompts=["cat"], preview_every=2)
+    assert job.wait(120)
+    state = job.snapshot()
+    assert state.phase == "finished", state
+    assert state.text.startswith("finished: LoRA and DoRA, 3 steps each")
+    assert [path.name for path in state.adapters] == ["lora.safetensors", "dora.safetensors"]
+    assert [len(job.curves[kind].loss) for kind in ("lora", "dora")] == [3, 3]
+    assert [(kind, step) for kind, step, _ in job.previews] == [("lora", 2), ("lora", 3), ("dora", 2), ("dora", 3)]
+    assert not any("lora" in name for name, _ in studio.painter._base.denoiser.named_modules())
+    assert studio.runs.find(job.name, ME).phase == "finished"
+
+
+def test_a_stopped_job_keeps_a_checkpoint_and_goes_on_to_the_same_bits(studio, few_pictures):
+    whole = start_job(studio, few_pictures, kind="dora", steps=6)
+    assert whole.wait(120)
+    job = start_job(studio, few_pictures, kind="dora", steps=6)
+    until(lambda: job.state.step >= 2)
+    job.stop()
+    assert job.wait(60)
+    state = job.snapshot()
+    if state.phase == "stopped":  # a quick machine may have finished before it was asked
+        assert state.text == f"stopped at {state.step} of 6 (DoRA), checkpoint saved"
+        shutil.copytree(few_pictures, Path(job.config.out) / "images")
+        assert studio.runs.find(job.name, ME).can_resume
+        job = studio.resume(job.name, ME)
+        assert job.wait(120) and job.snapshot().phase == "finished", job.snapshot()
+    assert len(job.curves["dora"].loss) == 6
+    files = [(Path(each.config.out) / "dora.safetensors").read_bytes() for each in (whole, job)]
+    assert files[0] == files[1]
+
+
+def test_a_training_that_begins_while_the_server_warms_up_has_a_whole_base(studio, few_pictures):
+    """Loading in two threads at once puts modules on the meta device; so there is one load, and the rest are copies."""
+    studio.painter.warm_up()
+    jobs = [start_job(studio, few_pictures, steps=1)]
+    other = visitor_of(OTHER)
+    config = jobs[0].config.model_copy(update={"out": str(studio.runs.new(other))})
+    jobs.append(studio.jobs.start("second", config, other, studio.albums.new()))
+    drawn = draw(Tabs(studio))
+    for job in jobs:
+        assert job.wait(120) and job.snapshot().phase == "finished", job.snapshot()
+    assert shown_in(drawn).is_whole
+
+
+def test_stop_comes_within_two_steps(studio, few_pictures):
+    job = start_job(studio, few_pictures, kind="dora", steps=5000)
+    until(lambda: job.state.step >= 2)
+    before = job.state.step
+    job.stop()
+    assert job.wait(60)
+    assert job.snapshot().step <= before + 2
+
+
+def test_a_run_that_the_server_left_is_called_interrupted_and_can_be_resumed(tabs, studio, few_pictures):
+    folder = studio.runs.new(ME)
+    shutil.copytree(few_pictures, folder / "images")
+    config = TrainForm("openmoji style", "lora", 2, 2, 2).config(folder / "images", folder, studio.base_name)
+    status = {"phase": "training", "text": "LoRA 1/2, 0:01 left", "error": "", "config": config.model_dump()}
+    (folder / "status.json").write_text(json.dumps(status))
+    shown = dict(zip([component.elem_id for component in tabs.watch.outputs], tabs.watch.look((), PAGE)))
+    assert "training interrupted" in shown["chip"] and shown["resume"]["visible"]
+    assert all(update == gr.skip() for update in tabs.watch.look(("x", 0), OTHER)[2:])
+    panel, _ = tabs.train.resume((folder.name,), PAGE)
+    assert not panel["visible"]
+    assert studio.jobs.of(ME).wait(120) and studio.jobs.of(ME).snapshot().phase == "finished"
+
+
+def test_a_failed_job_is_called_failed_with_its_reason(tabs, studio, tmp_path):
+    job = start_job(studio, tmp_path / "nowhere")
+    assert job.wait(60)
+    assert job.snapshot().phase == "failed" and isinstance(job.snapshot().error, DataError)
+    run = studio.runs.find(job.name, ME)
+    assert run.phase == "failed" and "no folder at" in run.error
+    shown = dict(zip([component.elem_id for component in tabs.watch.outputs], tabs.watch.look((), PAGE)))
+    assert "training failed" in shown["chip"] and "no folder at" in shown["job-error"]["value"]
+    assert "finished" not in shown["job"]
+
+
+def test_training_goes_on_from_an_earlier_run_and_offers_the_adapters_on_the_way(tabs, studio):
+    files = sample_files(3)
+    start(tabs, files, rows_of_files(files), prompt="disc", steps=12, keep=True)
+    first = studio.jobs.of(ME)
+    assert first.wait(120) and first.snapshot().phase == "finished"
+    labels = {each.key.rpartition("/")[2]: each.label for each in studio.shelf.all(ME) if "mine/" in each.key}
+    assert sorted(labels) == ["dora", "dora-00010", "lora", "lora-00010"]
+    assert labels["lora-00010"].startswith("LoRA trained ") and labels["lora-00010"].endswith(", after 10 steps")
+
+    chosen, tab = tabs.history.choose_start(first.name, PAGE)
+    assert chosen["value"] == f"mine/{first.name}/dora" and tab.selected == "train"
+    form = ("disc", "both", 2, 16, 2, "", "", 0, ["train_feed_forward"], "output", chosen["value"])
+    checks, button = tabs.train.check(PAGE, rows_of_files(files), Pictures(), *form)
+    assert "its rank and layers are kept" in checks and "eed-forward" not in checks and button["interactive"]
+    start(tabs, files, rows_of_files(files), prompt="disc", rank=16, more=["train_feed_forward"], start=chosen["value"])
+    second = studio.jobs.of(ME)
+    assert second is not first and second.wait(120) and second.snapshot().phase == "finished", second.state
+    assert sum("goes on from" in line for line in second.log) == 2  # each twin from its own
+    for kind in ("lora", "dora"):
+        copied = Path(second.config.out) / "start" / f"{kind}.safetensors"
+        assert copied.read_bytes() == (Path(first.config.out) / f"{kind}.safetensors").read_bytes()
+        assert read_adapter_file(Path(second.config.out) / f"{kind}.safetensors").config.rank == 2
+    runs = [studio.runs.find(job.name, ME) for job in (second, first)]
+    assert runs[0].differences(runs[1])["start_from"] == ("an earlier adapter", None)
+
+    # A DoRA alone, as a LoRA: said before anything is trained.
+    start(tabs, files, rows_of_files(files), prompt="disc", kind="lora", start=chosen["value"])
+    third = studio.jobs.of(ME)
+    assert third.wait(60) and "is a DoRA, and a LoRA is to be trained" in str(third.snapshot().error)
+    assert "no longer there" in start(tabs, files, rows_of_files(files), prompt="disc", start="mine/x/dora")[0]["value"]
+
+
+def test_each_visitor_has_one_job_and_the_jobs_wait_for_each_other(studio, few_pictures):
+    job = start_job(studio, few_pictures, steps=5000)
+    with pytest.raises(TrainingError, match="your other training is not over"):
+        start_job(studio, few_pictures)
+    until(lambda: job.state.step >= 1)
+    other = visitor_of(OTHER)
+    config = job.config.model_copy(update={"steps": 1, "out": str(studio.runs.new(other))})
+    waiting = studio.jobs.start("second", config, other, studio.albums.new())
+    until(lambda: waiting.state.text == "waiting: 1 training before this one")
+    assert studio.jobs.of(ME) is job and studio.jobs.of(other) is waiting
+    studio.jobs.stop(ME)
+    assert waiting.wait(120) and waiting.snapshot().phase == "finished"
+
+
+def rows_of_files(files: list[Path]) -> list[list[str]]:
+    return [["", path.name, ""] for path in files if path.suffix != ".txt"]
+
+
+def start(tabs: Tabs, files: list[Path], rows: list[list[str]], **changes: object) -> tuple:
+    form = {"prompt": "", "kind": "both", "steps": 2, "rank": 2, "batch": 2, "rate": "", "preview": "", "seed": 0}
+    form |= {"more": [], "norm_axis": "output", "start": "", "keep": False}
+    return tabs.train.start(PAGE, [str(path) for path in files], rows, *{**form, **changes}.values())
+
+
+def test_from_upload_to_adapters_chosen_in_compare(tabs, studio):
+    train, form = tabs.train, ("", "both", 2, 2, 2, "", "", 0)
+    files = sample_files(3)
+    kept, table, found, _ = train.take_pictures([str(path) for path in files])
+    rows = table["value"]
+    checks, button = train.check(PAGE, rows, found, *form)
+    assert found == Pictures() and button["interactive"] and "3 pictures, all readable" in checks
+    assert rows[0][1:] == ["automobile.png", "automobile, openmoji style"] and "data:image/png" in rows[0][0]
+    train.measure(kept, rows, found, *form)
+    checks, _ = train.check(PAGE, rows, found, *form)
+    assert "trainable parameters: LoRA" in checks and "by a measured warm-up" in checks
+    rows[0][2] = "a red car"
+    assert start(tabs, files, rows)[0]["visible"] is False
+    job = studio.jobs.of(ME)
+    until(lambda: job.state.is_over)
+    assert job.state.phase == "finished", job.state
+    folder = Path(job.config.images)
+    assert sorted(path.name for path in folder.iterdir())[:2] == ["picture-001.png", "picture-001.txt"]
+    assert (folder / "picture-001.txt").read_text() == "a red car\n"
+    shown = dict(zip([component.elem_id for component in tabs.watch.outputs], tabs.watch.look((), PAGE)))
+    assert shown["first-adapter"]["value"].endswith("/lora") and shown["second-adapter"]["value"].endswith("/dora")
+    assert "finished: LoRA and DoRA" in shown["job"] and "<polyline" in shown["curves"]
+    assert "<img" in shown["previews"] and "config.toml" in shown["train-command"]["value"]
+    seen = (job.name, job.state.version, False, studio.painter.device)
+    assert all(update == gr.skip() for update in tabs.watch.look(seen, PAGE))
+    other = dict(zip([component.elem_id for component in tabs.watch.outputs], tabs.watch.look((), OTHER)))
+    assert other["chip"] == gr.skip() and job.name not in str(other)
+
+
+def test_the_estimate_counts_what_training_trains(tabs, studio, few_pictures):
+    form = TrainForm("x", "both", 10, 3, 2)
+    estimate = tabs.train.costing.measure(form, uploads.read_uploads(sorted(few_pictures.iterdir())))
+    from dora_diffusion import AdapterConfig, inject_adapter
+
+    for kind in ("lora", "dora"):
+        adapter = inject_adapter(bases.unet(), AdapterConfig(kind=kind, rank=3))
+        assert estimate.costs[kind].parameters == sum(p.numel() for p in adapter.parameters())
+    for cost in estimate.costs.values():
+        assert all(0 < seconds < 60 for seconds in (cost.step, cost.preview, cost.held_out))
+    # Ten steps, previews and measurements every ten; one picture of eight is held out, and measured at the start too.
+    config = form.config(few_pictures, studio.outputs, "emoji", ["a"] * 8)
+    whole = sum(10 * cost.step + cost.preview + 2 * cost.held_out for cost in estimate.costs.values())
+    assert estimate.seconds(config, 8) == pytest.approx(whole)
+    assert estimate.memory > 50 * 1024**2
+    assert not any("lora" in name for name, _ in studio.painter._base.denoiser.named_modules())
+
+
+def test_nothing_is_measured_while_something_trains(tabs, studio, few_pictures):
+    job = start_job(studio, few_pictures, steps=5000)
+    until(lambda: job.state.step >= 1)
+    assert tabs.train.costing.measure(TrainForm("x"), uploads.read_uploads(sorted(few_pictures.iterdir()))) is None
+
+
+def test_train_stays_disabled_with_its_reasons(tabs):
+    train, form = tabs.train, ("", "both", 2, 2, 2, "", "", 0)
+    _, table, found, _ = train.take_pictures([str(path) for path in sample_files(2, captions=False)])
+    checks, button = train.check(PAGE, table["value"], found, *form)
+    assert not button["interactive"] and "2 without a caption" in checks
+    checks, button = train.check(PAGE, [["", "a.png", ""]], Pictures(), "openmoji style", *form[1:])
+    assert button["interactive"]
+    assert not train.check(PAGE, [["", "", ""]], Pictures(), *form)[1]["interactive"]
+
+
+def test_a_preset_chooses_what_suits_its_purpose_and_the_checklist_says_so(tabs, tmp_path):
+    for name, preset in PRESETS.items():
+        steps, rank, batch, rate, more = tabs.train.choose(name)
+        form = TrainForm("x", "dora", steps, rank, batch, rate, more=more, norm_axis="input")
+        config = form.config(tmp_path, tmp_path, "emoji-dit")
+        assert config.learning_rate == (float(preset.rate) if preset.rate else None)
+        assert {key for key in MORE if getattr(config, key)} == set(preset.more)
+        checks, _ = tabs.train.check(
+            PAGE, [["", "a.png", "a"]], Pictures(), "x", "dora", steps, rank, batch, rate, "", 0, more
+        )
+        assert all((MORE[key].lower() in checks.lower()) == (key in preset.more) for key in MORE)
+    assert PRESETS["Subject"].more == ("train_feed_forward",)
+
+
+def test_the_sample_pictures_need_no_upload(tabs):
+    _, table, found, error = tabs.train.take_samples()
+    assert len(table["value"]) == 16 and not error["visible"]
+    _, button = tabs.train.check(PAGE, table["value"], found, "", "both", 2, 2, 2, "", "", 0)
+    assert button["interactive"]
+
+
+def test_a_broken_picture_is_named_as_the_visitor_knows_it(tabs, tmp_path):
+    broken = tmp_path / "holiday.png"
+    broken.write_bytes(sample_files(1)[0].read_bytes()[:300])
+    _, _, found, panel = tabs.train.take_pictures([str(broken)])
+    checks, button = tabs.train.check(PAGE, [["", "holiday.png", ""]], found, "x", "both", 2, 2, 2, "", "", 0)
+    assert "holiday.png: is damaged" in found.trouble and "holiday.png" in panel["value"] and "holiday.png" in checks
+    assert not button["interactive"] and "picture-001" not in found.trouble and str(tmp_path) not in found.trouble
+
+
+def test_duplicates_are_named(tabs, tmp_path):
+    copy = tmp_path / "again.png"
+    shutil.copy(sample_files(1)[0], copy)
+    _, table, found, _ = tabs.train.take_pictures([str(sample_files(1)[0]), str(copy)])
+    checks, _ = tabs.train.check(PAGE, table["value"], found, "x", "both", 2, 2, 2, "", "", 0)
+    assert "1 duplicate: again.png is automobile.png again" in checks
+
+
+def test_a_start_that_is_refused_leaves_nothing_behind(tabs, studio):
+    for changes, said in (
+        ({}, "have no caption"),
+        ({"rank": 0, "prompt": "x"}, "rank is 0"),
+        ({"steps": 10**9}, "steps"),
+    ):
+        panel, _ = start(tabs, sample_files(1, captions=False), [["", "automobile.png", ""]], **changes)
+        assert panel["visible"] and said in panel["value"]
+    assert studio.jobs.of(ME) is None and studio.runs.all(ME) == []
+    assert not list((studio.outputs / "web" / "visitors" / ME / "runs").iterdir())
+
+
+def test_uploads_are_capped(monkeypatch):
+    files = sample_files(2)
+    monkeypatch.setattr(uploads, "MOST_PICTURES", 1)
+    with pytest.raises(DataError, match="more than the 1"):
+        uploads.read_uploads(files)
+    monkeypatch.setattr(uploads, "MOST_PICTURES", 5)
+    monkeypatch.setattr(uploads, "MOST_BYTES", 100)
+    with pytest.raises(DataError, match=r"automobile\.png has"):
+        uploads.read_uploads(files)
+
+
+def test_a_small_file_that_claims_a_hundred_million_pixels_is_refused(tabs, tmp_path):
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (20000, 20000)).save(bomb)
+    assert bomb.stat().st_size < 100_000
+    _, _, found, _ = tabs.train.take_pictures([str(bomb)])
+    assert "bomb.png" in found.trouble and "million pixels" in found.trouble
+
+
+def test_two_pictures_of_one_name_are_told_apart(tmp_path):
+    other = tmp_path / "automobile.png"
+    shutil.copy(sample_files(1)[0], other)
+    labels = [upload.label for upload in uploads.read_uploads([sample_files(1)[0], other])]
+    assert labels == ["automobile.png", "automobile.png (2)"]
+
+
+def test_the_chip_says_how_far_and_how_it_ended():
+    assert "DoRA 42/200, 0:31 left" in parts.chip(JobState("a", "training", "DoRA 42/200, 0:31 left"))
+    assert "training failed" in parts.chip(JobState("a", "failed", "failed at step 3"))
+    assert parts.chip(None) == ""
+
+
+def test_curves_of_nothing_and_of_one_step_draw():
+    assert draw_curves({}, 10) == ""
+    assert "<svg" in draw_curves({"lora": Curve([0.5], [(0, 0.5)])}, 10)
+
+
+def test_history_lists_tells_apart_shares_and_deletes(tabs, studio, few_pictures):
+    first, second = start_job(studio, few_pictures, steps=1), None
+    assert first.wait(120)
+    second = start_job(studio, few_pictures, steps=2, kind="dora")
+    assert second.wait(120)
+    *_, runs, other = tabs.history.list(None, PAGE)
+    assert runs["value"] == second.name and other["value"] == first.name and "finished" in runs["choices"][0][0]
+    facts = tabs.history.show(second.name, first.name, PAGE)[0]
+    assert "<th scope='row'>steps</th><td>2</td><td>1</td>" in facts and "<th scope='row'>rank" not in facts
+    stranger = visitor_of(OTHER)
+    assert tabs.history.list(None, OTHER)[3]["choices"] == []
+    assert not [each for each in studio.shelf.all(stranger) if "trained" in each.label]
+    tabs.history.toggle_share(second.name, PAGE)
+    shared = [each for each in studio.shelf.all(stranger) if each.key.startswith("shared/")]
+    assert len(shared) == 1 and ME not in shared[0].key and second.name not in shared[0].key
+    tabs.history.toggle_share(second.name, PAGE)
+    assert not [each for each in studio.shelf.all(stranger) if each.key.startswith("shared/")]
+    assert "no longer there" in tabs.history.remove(second.name, OTHER)["value"]
+    assert not tabs.history.remove(second.name, PAGE)["visible"]
+    assert [run.name for run in studio.runs.all(ME)] == [first.name]
