@@ -7,6 +7,7 @@ The command line, the web app and the tests all drive this generator. What it wr
     steps/                       the adapters as they were on the way, every `save_every` steps
     log.jsonl                    a line for every step; the held-out loss where it was measured, at step 0 the base's
     previews/                    pictures at fixed seeds on the way
+    README.md                    what the adapters are and how to load them, as the hub shows it
     checkpoints/                 what --resume goes on from; removed when the run is complete
     class_images/                prior preservation's pictures
 """
@@ -21,14 +22,15 @@ from pathlib import Path
 
 import torch
 
-from dora_diffusion.data.folder import list_pictures
+from dora_diffusion.data.folder import first_caption, list_pictures
 from dora_diffusion.errors import ConfigError, TrainingError
-from dora_diffusion.formats.files import save_adapter
+from dora_diffusion.formats.files import read_adapter_file, save_adapter
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.injection import KIND_LABEL, Adapter, Kind
 from dora_diffusion.memory import not_enough, ran_out
 from dora_diffusion.models.loading import Base, load_base, pick_device
 from dora_diffusion.outputs import make_folder, save_png, write_text
+from dora_diffusion.training.card import MADE_HERE, card_text
 from dora_diffusion.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import (
@@ -193,6 +195,8 @@ def _train(
             base.bring_back()
     accelerator.wait_for_everyone()
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if accelerator.is_main_process:
+        yield from _write_card(training, out)
 
 
 def adapter_path(out: Path, kind: Kind) -> Path:
@@ -201,6 +205,10 @@ def adapter_path(out: Path, kind: Kind) -> Path:
 
 def step_path(out: Path, kind: Kind, step: int) -> Path:
     return out / "steps" / f"{kind}-{step:05d}.safetensors"
+
+
+def preview_path(out: Path, kind: Kind, step: int, prompt: int, seed: int) -> Path:
+    return out / "previews" / f"{kind}-{step:05d}-prompt{prompt + 1}-seed{seed}.png"
 
 
 def _train_one(
@@ -264,6 +272,22 @@ def _base_loss(training: Training, adapter: Adapter) -> float | None:
         adapter.strength = 1.0
 
 
+def _write_card(training: Training, out: Path) -> Iterator[Event]:
+    """README.md, unless there is one that somebody wrote."""
+    config, card = training.config, out / "README.md"
+    if card.exists() and MADE_HERE not in card.read_text(encoding="utf-8", errors="replace"):
+        yield Preparing(f"{card} is yours and stays; no model card is written")
+        return
+    files = [read_adapter_file(adapter_path(out, kind)) for kind in config.kinds]
+    shown = {
+        prompt: preview_path(Path(), config.kinds[-1], config.steps, i, config.preview_seeds[0])
+        for i, prompt in enumerate(config.preview_prompts)
+    }
+    shown = {prompt: path for prompt, path in shown.items() if (out / path).exists()}
+    prompt = next(iter(shown), None) or first_caption(config.images, config.instance_prompt)
+    write_text(card, card_text(config, training.base, files, prompt, shown))
+
+
 def _anywhere(training: Training, flag: bool) -> bool:
     """Whether any process says yes: all of them must stop after the same step."""
     flags = torch.tensor(float(flag), device=training.accelerator.device)
@@ -278,8 +302,8 @@ def _preview(training: Training, kind: Kind, step: int, out: Path) -> Previewed:
     for i, prompt in enumerate(config.preview_prompts):
         for seed in config.preview_seeds:
             image = generate(training.base, GenerationRequest(prompt, seed))
-            name = f"{kind}-{step:05d}-prompt{i + 1}-seed{seed}.png"
-            paths.append(save_png(image, out / "previews" / name, {"prompt": prompt, "seed": str(seed)}))
+            path = preview_path(out, kind, step, i, seed)
+            paths.append(save_png(image, path, {"prompt": prompt, "seed": str(seed)}))
     if config.offload:
         training.base.put_aside()
     return Previewed(kind, step, tuple(paths))

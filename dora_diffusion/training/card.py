@@ -1,0 +1,109 @@
+"""The README.md of a finished run: what its adapters are, and how to load them; the hub shows it as a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from dora_diffusion.formats.files import AdapterFile
+from dora_diffusion.injection import KIND_LABEL
+from dora_diffusion.models.loading import EMBEDDED, Base
+from dora_diffusion.training.config import TrainConfig
+
+__all__ = ["MADE_HERE", "card_text"]
+
+MADE_HERE = "trained with DoRA Diffusion"  # by which a card is known for one of ours
+
+LOAD = """```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("THIS FOLDER OR REPOSITORY", weight_name="{file}")
+image = pipe("{prompt}").images[0]
+```
+"""
+LOAD_BY_INPUT = """
+Its norm runs by input, as ComfyUI, Forge, A1111 and InvokeAI compute it: put the file among their LoRAs. In Python:
+
+```python
+from diffusers import DiffusionPipeline
+from dora_diffusion import load_adapter
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+load_adapter(pipe, "THIS FOLDER/{file}")
+image = pipe("{prompt}").images[0]
+```
+"""
+
+
+def card_text(
+    config: TrainConfig, base: Base, files: Sequence[AdapterFile], prompt: str, pictures: Mapping[str, Path]
+) -> str:
+    """`files` are the run's adapters, `prompt` one that shows them, `pictures` previews by the prompt they show."""
+    name = Path(config.out).resolve().name
+    kinds = " and ".join(file.config.kind_label for file in files)
+    last = files[-1]
+    load = LOAD_BY_INPUT if last.norm_axis == "input" else LOAD
+    embedded = f"dora_diffusion/assets/{EMBEDDED[config.base].folder}" if config.base in EMBEDDED else config.base
+    return "\n".join(
+        (
+            f"---\n{_front_matter(config, files, pictures)}\n---\n",
+            f"# {name}\n",
+            f"{kinds} for `{base.label}`, {MADE_HERE}.\n",
+            *(f"![{said}]({path.as_posix()})\n" for said, path in pictures.items()),
+            *([f"Say `{config.instance_prompt}`.\n"] if config.instance_prompt else []),
+            "## Load\n",
+            load.lstrip().format(base=embedded, file=last.path.name, prompt=prompt.replace('"', "'")),
+            "What other programs make of it, and a file for each: `dora-diffusion parity` and `convert`.\n",
+            "## Training\n",
+            _table(files),
+        )
+    )
+
+
+def _front_matter(config: TrainConfig, files: Sequence[AdapterFile], pictures: Mapping[str, Path]) -> str:
+    is_hub_id = config.base not in EMBEDDED and config.base.count("/") == 1 and not Path(config.base).exists()
+    return ModelCardData(
+        base_model=config.base if is_hub_id else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["diffusers", "text-to-image", "template:diffusion-lora", *(file.config.kind for file in files)],
+        instance_prompt=config.instance_prompt,
+        widget=[{"text": said, "output": {"url": path.as_posix()}} for said, path in pictures.items()] or None,
+    ).to_yaml()
+
+
+def _table(files: Sequence[AdapterFile]) -> str:
+    """What each adapter is and has learned, a column for each."""
+    facts = [file.description.training if file.description else {} for file in files]
+    rows: dict[str, list[object]] = {
+        "rank, alpha": [f"{file.config.rank}, {file.config.alpha:g}" for file in files],
+        "layers": [len(file.layers) for file in files],
+    }
+    for key, said in SAID.items():
+        rows[said] = [_written(fact.get(key)) for fact in facts]
+    head = ["", *(KIND_LABEL[file.config.kind] for file in files)]
+    lines = [head, ["---"] * len(head), *([said, *map(str, values)] for said, values in rows.items() if any(values))]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+# The summary of a run, as files carry it, in words.
+SAID = {
+    "images": "pictures",
+    "steps": "steps",
+    "batch_size": "batch",
+    "optimizer": "optimizer",
+    "learning_rate": "learning rate",
+    "resolution": "resolution, pixels",
+    "objective": "objective",
+    "seed": "seed",
+    "held_out_loss_base": "held-out loss of the base",
+    "held_out_loss": "held-out loss",
+    "started_from": "trained on from",
+}
+
+
+def _written(value: object) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
