@@ -19,7 +19,7 @@ from PIL import Image
 from dora_diffusion.data.buckets import bucket_sizes, nearest_bucket
 from dora_diffusion.data.cache import encode_images
 from dora_diffusion.data.folder import first_caption, open_image, read_folder
-from dora_diffusion.errors import DataError
+from dora_diffusion.errors import DataError, PromptError
 from dora_diffusion.models.loading import Base
 
 
@@ -217,3 +217,24 @@ def test_a_bad_caption_file_is_named(folder: Path, name: str, content: bytes, ex
 def test_pictures_without_a_caption_ask_for_an_instance_prompt(folder: Path) -> None:
     with pytest.raises(DataError, match="--instance-prompt"):
         read_folder(folder)
+
+
+def test_long_captions_are_named_together_or_read_as_far_as_stock_diffusers_reads_them(
+    sd_base: Base, tmp_path: Path
+) -> None:
+    long = "red apple on a green table " * 40
+    for i in range(8):
+        Image.new("RGB", (24, 24), "red").save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("disc" if i == 0 else f"{i} {long}")
+    images = read_folder(tmp_path).images
+    with pytest.raises(PromptError) as refused:
+        encode_images(sd_base, images, [(16, 16)])
+    said = str(refused.value)
+    assert said.startswith("7 of 8 captions are too long") and "1.png: the prompt is" in said and "and 2 more" in said
+    assert "set cut_captions to true" in said and "0.png" not in said
+
+    (encoded,) = encode_images(sd_base, images, [(16, 16)], cut_captions=True)
+    stock, _ = sd_base.pipe.encode_prompt(images[3].caption, sd_base.device, 1, False)
+    row = int(encoded.caption_of[3])
+    assert encoded.captions[row] == images[3].caption
+    assert torch.equal(encoded.conditioning[[row]].tensors["encoder_hidden_states"], stock)

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from dora_diffusion.data.buckets import Size, nearest_bucket
 from dora_diffusion.data.folder import TrainingImage, open_image
+from dora_diffusion.errors import PromptError
 from dora_diffusion.generation import check_prompt
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.loading import Base
 
-__all__ = ["EncodedImages", "encode_images"]
+__all__ = ["EncodedImages", "encode_images", "long_captions"]
 
 BATCH = 4
+MENTIONED = 5  # captions named in a message; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,28 @@ class EncodedImages:
 
 @torch.no_grad()
 def encode_images(
-    base: Base, images: Sequence[TrainingImage], buckets: Sequence[Size], *, mirrored: bool = False
+    base: Base,
+    images: Sequence[TrainingImage],
+    buckets: Sequence[Size],
+    *,
+    mirrored: bool = False,
+    cut_captions: bool = False,
 ) -> tuple[EncodedImages, ...]:
     """Encode pictures, with their mirror images if wanted, and captions: one group for each bucket that got some.
 
     A picture is resized to the bucket nearest to its shape, and what stands out is cropped on both sides alike.
-    Raises PromptError for a caption the text encoder would cut.
+    Raises PromptError for captions that the text encoder would cut, unless `cut_captions` allows it.
     """
     if not images:
         return ()
     captions = (*dict.fromkeys(image.caption for image in images), "")
-    for caption in captions:
-        check_prompt(base.pipe, caption)
+    if not cut_captions and (long := long_captions(base, images)):
+        lines = [f"{name}: {problem}" for name, problem in list(long.items())[:MENTIONED]]
+        lines += [f"and {len(long) - MENTIONED} more"] if len(long) > MENTIONED else []
+        raise PromptError(
+            "\n  ".join((f"{len(long)} of {len(images)} captions are too long for this base:", *lines))
+            + "\nShorten them, or set cut_captions to true: then the base reads them as far as it can."
+        )
     grouped: dict[Size, list[tuple[int, Image.Image]]] = {size: [] for size in buckets}
     for image in images:
         picture = open_image(image.path)
@@ -83,6 +95,17 @@ def encode_images(
         mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
         groups.append(EncodedImages(size, mean, std, captions, conditioning, torch.tensor(caption_of)))
     return tuple(groups)
+
+
+def long_captions(base: Base, images: Sequence[TrainingImage]) -> dict[str, str]:
+    """The pictures whose captions the base would cut, by their files' names, and what would be lost."""
+    problems: dict[str, str] = {}
+    for caption in dict.fromkeys(image.caption for image in images):
+        try:
+            check_prompt(base.pipe, caption)
+        except PromptError as error:
+            problems[caption] = str(error)
+    return {image.path.name: problems[image.caption] for image in images if image.caption in problems}
 
 
 @torch.inference_mode()

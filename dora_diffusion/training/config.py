@@ -72,6 +72,7 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
     timestep_sampling: TimestepSampling | None = None
     snr_gamma: float | None = Field(None, gt=0)
+    cut_captions: bool = False
     caption_dropout: float = Field(0.05, ge=0, le=1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False

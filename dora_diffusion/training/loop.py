@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dora_diffusion.data.buckets import bucket_sizes
-from dora_diffusion.data.cache import EncodedImages, encode_images
+from dora_diffusion.data.cache import EncodedImages, encode_images, long_captions
 from dora_diffusion.data.folder import TrainingImage, read_folder
 from dora_diffusion.errors import ConfigError, DataError, TrainingError
 from dora_diffusion.formats.files import attach_trainable
@@ -79,6 +79,7 @@ class Training:
     held_out: Buckets
     class_images: Buckets
     ignored: tuple[str, ...]
+    cut: tuple[str, ...]  # files whose captions the base does not read whole
     starts: Starts
     digest: str
 
@@ -140,10 +141,11 @@ def prepare(
         base=base,
         objective=objective,
         accelerator=accelerator,
-        instances=encode_images(base, kept, buckets, mirrored=config.random_flip),
-        held_out=encode_images(base, held_out, buckets),
+        instances=encode_images(base, kept, buckets, mirrored=config.random_flip, cut_captions=config.cut_captions),
+        held_out=encode_images(base, held_out, buckets, cut_captions=config.cut_captions),
         class_images=encode_images(base, prior, square, mirrored=config.random_flip),
         ignored=folder.ignored,
+        cut=tuple(long_captions(base, [*kept, *held_out])),
         starts=starts,
         digest=_digest([*kept, *held_out, *prior], starts),
     )

@@ -25,6 +25,7 @@ import torch
 from dora_diffusion.data.folder import first_caption, list_pictures
 from dora_diffusion.errors import ConfigError, TrainingError
 from dora_diffusion.formats.files import read_adapter_file, save_adapter
+from dora_diffusion.formats.reading import some
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.injection import KIND_LABEL, Adapter, Kind
 from dora_diffusion.memory import not_enough, ran_out
@@ -176,6 +177,8 @@ def _train(
         yield Preparing(_sizes(training))
     if training.ignored:
         yield Preparing(f"passed over, no pictures: {', '.join(training.ignored)}")
+    if training.cut:
+        yield Preparing(f"read as far as the base can, {len(training.cut)} captions: {some(list(training.cut))}")
     if accelerator.is_main_process:
         if overwrite and not resume:
             for path in _cleared(out, config):

@@ -118,6 +118,7 @@ def add_endpoints(studio: Studio) -> None:
         train_feed_forward: bool = False,
         train_convolutions: bool = False,
         train_text_encoder: bool = False,
+        cut_captions: bool = False,
         norm_axis: str = "output",
         start_from: str = "",
         keep_on_the_way: bool = False,
@@ -137,6 +138,7 @@ def add_endpoints(studio: Studio) -> None:
             train_feed_forward: adapt the feed-forward layers beside the attention, for new shapes
             train_convolutions: adapt a UNet's convolutions beside the attention
             train_text_encoder: adapt the text encoder too
+            cut_captions: read captions that are too long for the base as far as it can
             norm_axis: DoRA's norm by output (diffusers, PEFT), or by input (ComfyUI, Forge, A1111, InvokeAI)
             start_from: the key of an adapter to train on, whose rank and layers are kept; empty for a new one
             keep_on_the_way: offer the adapters as they were after each tenth of the steps, too
@@ -149,6 +151,7 @@ def add_endpoints(studio: Studio) -> None:
             "train_feed_forward": train_feed_forward,
             "train_convolutions": train_convolutions,
             "train_text_encoder": train_text_encoder,
+            "cut_captions": cut_captions,
         }
         more = [key for key, wanted in chosen.items() if wanted]
         form = TrainForm(

@@ -45,6 +45,7 @@ MORE = {
     "train_feed_forward": "Feed-forward layers too",
     "train_convolutions": "Convolutions of a UNet too",
     "train_text_encoder": "Text encoder too",
+    "cut_captions": "Cut captions that are too long",
 }
 LAYERS = ("train_feed_forward", "train_convolutions", "train_text_encoder")
 NORM_AXES = {
