@@ -34,8 +34,9 @@ from dora_diffusion.injection import KIND_LABEL, NormAxis
 from dora_diffusion.models.loading import load_base
 from dora_diffusion.outputs import save_png, whole_file, write_text
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.events import Finished
 from dora_diffusion.training.loop import Training, held_out_loss, make_accelerator, prepare
-from dora_diffusion.training.run import Finished, train
+from dora_diffusion.training.run import train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from dora_diffusion.comparison.compare import Cell, CompareRequest
 from dora_diffusion.injection import KIND_LABEL
+from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
 from dora_diffusion.training.loop import Step
-from dora_diffusion.training.run import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
 
 __all__ = ["clock", "show_cells", "show_training"]
 

@@ -17,7 +17,8 @@ from dora_diffusion.errors import DataError
 from dora_diffusion.models.loading import ASSETS, Base, load_base
 from dora_diffusion.outputs import save_png, write_text
 from dora_diffusion.training.config import TrainConfig, read_config
-from dora_diffusion.training.run import Stopped, train
+from dora_diffusion.training.events import Stopped
+from dora_diffusion.training.run import train
 
 __all__ = ["DEMO", "QUICK", "DemoSize", "demo_config", "run_demo", "sample_folder"]
 

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from training_helpers import config
 
-from dora_diffusion.training.run import Preparing, train
+from dora_diffusion.training.events import Preparing
+from dora_diffusion.training.run import train
 
 
 @pytest.mark.parametrize("norm_axis", ["output", "input"])

@@ -17,8 +17,9 @@ from dora_diffusion.formats.files import read_adapter_file
 from dora_diffusion.injection import AnyKind
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.events import Finished
 from dora_diffusion.training.loop import held_out_loss, make_accelerator, new_adapter, prepare
-from dora_diffusion.training.run import Finished, train
+from dora_diffusion.training.run import train
 
 
 def finish(settings: TrainConfig) -> dict[str, Finished]:

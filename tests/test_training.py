@@ -34,6 +34,7 @@ from dora_diffusion.generation import GenerationRequest, generate
 from dora_diffusion.inspection.parity import compare_programs
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.events import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
 from dora_diffusion.training.loop import (
     Step,
     conditioning_for,
@@ -45,7 +46,7 @@ from dora_diffusion.training.loop import (
     steps,
 )
 from dora_diffusion.training.objectives import objective_of
-from dora_diffusion.training.run import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped, train
+from dora_diffusion.training.run import train
 
 
 def prepared_loss(settings: TrainConfig, base: Base) -> float:

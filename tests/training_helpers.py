@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.events import Event
 from dora_diffusion.training.loop import Step
-from dora_diffusion.training.run import Event
 
 
 def config(pictures: Path, out: Path, base: Path, **values: object) -> TrainConfig:

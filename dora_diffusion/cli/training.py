@@ -93,7 +93,7 @@ def train(
     """Train an adapter on a folder of pictures."""
     from dora_diffusion.console import show_training
     from dora_diffusion.training.config import parse_assignments, resolve_config
-    from dora_diffusion.training.run import Finished, Stopped
+    from dora_diffusion.training.events import Finished, Stopped
     from dora_diffusion.training.run import train as run_training
 
     options: dict[str, object] = {

@@ -1,29 +1,18 @@
 """A whole run, from configuration to adapter files: `train` yields what happens, as it happens.
 
-The command line, the web app and the tests all drive this generator. What it writes into the output folder:
-
-    config.toml                  the resolved configuration; `dora-diffusion train config.toml` repeats the run
-    dora.safetensors, lora...    the adapters
-    steps/                       the adapters as they were on the way, every `save_every` steps
-    log.jsonl                    a line for every step; the held-out loss where it was measured, at step 0 the base's
-    previews/                    pictures at fixed seeds on the way
-    README.md                    what the adapters are and how to load them, as the hub shows it
-    checkpoints/                 what --resume goes on from; removed when the run is complete
-    class_images/                prior preservation's pictures
+The command line, the web app and the tests all drive this generator. folder.py says what it writes where.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dora_diffusion.data.folder import first_caption, list_pictures
-from dora_diffusion.errors import ConfigError, TrainingError
+from dora_diffusion.errors import ConfigError
 from dora_diffusion.formats.files import read_adapter_file, save_adapter
 from dora_diffusion.formats.reading import some
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
@@ -34,8 +23,9 @@ from dora_diffusion.outputs import make_folder, save_png, write_text
 from dora_diffusion.training.card import MADE_HERE, card_text
 from dora_diffusion.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
+from dora_diffusion.training.folder import Log, adapter_path, check_folder, cleared, preview_path, step_path
 from dora_diffusion.training.loop import (
-    Step,
     Training,
     held_out_loss,
     make_accelerator,
@@ -43,73 +33,9 @@ from dora_diffusion.training.loop import (
     prepare,
     steps,
 )
-from dora_diffusion.training.start import describe_start, read_starts, start_path
+from dora_diffusion.training.start import describe_start, read_starts
 
-__all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Saved", "Stopped", "train"]
-
-
-@dataclass(frozen=True)
-class Preparing:
-    """Something before the first step."""
-
-    text: str
-    done: int = 0
-    total: int = 0
-
-
-@dataclass(frozen=True)
-class Resumed:
-    kind: Kind
-    step: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The held-out loss after `step` steps; at step 0 it is the base's."""
-
-    kind: Kind
-    step: int
-    held_out_loss: float
-
-
-@dataclass(frozen=True)
-class Previewed:
-    kind: Kind
-    step: int
-    paths: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The adapter as it is after `step` steps, to choose from afterwards."""
-
-    kind: Kind
-    step: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """Stopped on request, with a checkpoint to go on from."""
-
-    kind: Kind
-    step: int
-    total: int
-    checkpoint: Path
-
-
-@dataclass(frozen=True)
-class Finished:
-    """One adapter is done."""
-
-    kind: Kind
-    path: Path
-    base_loss: float | None
-    held_out_loss: float | None
-
-
-Event = Preparing | Resumed | Step | Measured | Previewed | Saved | Stopped | Finished
+__all__ = ["train"]
 
 
 def train(
@@ -157,7 +83,7 @@ def _train(
     list_pictures(config.images)  # a mistyped folder or file is said before anything is loaded
     read_starts(config)
     out = make_folder(config.out)
-    _check_folder(out, config, resume, overwrite)
+    check_folder(out, config, resume, overwrite)
     yield Preparing("loading the base model")
     if config.device != "auto":
         pick_device(config.device)  # says so if it is missing; accelerate would take another one
@@ -181,7 +107,7 @@ def _train(
         yield Preparing(f"read as far as the base can, {len(training.cut)} captions: {some(list(training.cut))}")
     if accelerator.is_main_process:
         if overwrite and not resume:
-            for path in _cleared(out, config):
+            for path in cleared(out, config):
                 path.unlink(missing_ok=True)
         write_text(out / "config.toml", config.to_toml())
     accelerator.wait_for_everyone()
@@ -200,18 +126,6 @@ def _train(
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if accelerator.is_main_process:
         yield from _write_card(training, out)
-
-
-def adapter_path(out: Path, kind: Kind) -> Path:
-    return out / f"{kind}.safetensors"
-
-
-def step_path(out: Path, kind: Kind, step: int) -> Path:
-    return out / "steps" / f"{kind}-{step:05d}.safetensors"
-
-
-def preview_path(out: Path, kind: Kind, step: int, prompt: int, seed: int) -> Path:
-    return out / "previews" / f"{kind}-{step:05d}-prompt{prompt + 1}-seed{seed}.png"
 
 
 def _train_one(
@@ -325,37 +239,6 @@ def _class_images(config: TrainConfig, base: Base, out: Path) -> Generator[Event
     return paths
 
 
-class Log:
-    """log.jsonl: one line a step. Lines of steps that a resumed run does again are dropped first."""
-
-    def __init__(self, path: Path, kind: Kind, start: int) -> None:
-        self.path, self.kind = path, kind
-        lines = path.read_text().splitlines() if path.exists() else []
-        entries = [json.loads(line) for line in lines]
-        kept = [line for line, e in zip(lines, entries, strict=True) if e["kind"] != kind or e["step"] <= start]
-        write_text(path, "".join(line + "\n" for line in kept))
-        self._begun = any(e["kind"] == kind and e["step"] == 0 for e in entries)
-
-    def begin(self, base_loss: float) -> None:
-        if not self._begun:
-            self._append({"kind": self.kind, "step": 0, "held_out_loss": base_loss})
-
-    def write(self, step: Step, held_out: float | None) -> None:
-        entry: dict[str, str | int | float] = {
-            "kind": step.kind,
-            "step": step.step,
-            "loss": step.loss,
-            "learning_rate": step.learning_rate,
-        }
-        if held_out is not None:
-            entry["held_out_loss"] = held_out
-        self._append(entry)
-
-    def _append(self, entry: dict[str, str | int | float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
 def _save(
     training: Training, adapter: Adapter, path: Path, step: int, base_loss: float | None, loss: float | None
 ) -> Path:
@@ -394,30 +277,3 @@ def _check_packing(config: TrainConfig, base: Base) -> None:
             f"quantise = {config.quantise!r}, but the base that was given was loaded {loaded}: "
             f"give load_base({base.name!r}, packing={config.quantise!r}), or leave the base to train()."
         )
-
-
-def _check_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
-    if config.start_from and overwrite and not resume:
-        starts = {Path(start_path(config, kind)).resolve() for kind in config.kinds}
-        if replaced := starts & {path.resolve() for path in _cleared(out, config)}:
-            raise TrainingError(
-                f"start_from is {replaced.pop()}, which --overwrite replaces. Train into another folder with --out."
-            )
-    finished = [adapter_path(out, kind) for kind in config.kinds if adapter_path(out, kind).exists()]
-    begun = [checkpoint_path(out, kind) for kind in config.kinds if checkpoint_path(out, kind).exists()]
-    if resume:
-        if not finished and not begun:
-            raise TrainingError(f"nothing to resume in {out}: it has no checkpoint. Start without --resume.")
-    elif (finished or begun) and not overwrite:
-        what = "a finished adapter" if finished else "the checkpoint of a run that was stopped"
-        way = "another --out or --overwrite" if finished else "--resume to go on, another --out, or --overwrite"
-        raise TrainingError(f"{out} holds {what} ({(finished or begun)[0].name}). Give {way}.")
-
-
-def _cleared(out: Path, config: TrainConfig) -> list[Path]:
-    """What another run's files are that --overwrite takes away."""
-    per_kind = [
-        (adapter_path(out, kind), checkpoint_path(out, kind), *(out / "steps").glob(f"{kind}-*.safetensors"))
-        for kind in config.kinds
-    ]
-    return [path for paths in per_kind for path in paths] + [out / "log.jsonl"]

@@ -24,8 +24,8 @@ from dora_diffusion.webapp.turns import Turns
 if TYPE_CHECKING:
     from dora_diffusion.models.loading import Base
     from dora_diffusion.training.config import TrainConfig
+    from dora_diffusion.training.events import Event
     from dora_diffusion.training.loop import Step
-    from dora_diffusion.training.run import Event
 
 __all__ = ["JobState", "TrainingJob", "TrainingJobs"]
 
@@ -129,7 +129,8 @@ class TrainingJob:
         ready()
         from dora_diffusion.console import clock
         from dora_diffusion.injection import KIND_LABEL
-        from dora_diffusion.training.run import Preparing, train
+        from dora_diffusion.training.events import Preparing
+        from dora_diffusion.training.run import train
 
         self._set(phase="preparing", text="loading the base model")
         self._save()
@@ -150,8 +151,8 @@ class TrainingJob:
     def _take(self, event: Event) -> None:
         ready()
         from dora_diffusion.injection import KIND_LABEL
+        from dora_diffusion.training.events import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
         from dora_diffusion.training.loop import Step
-        from dora_diffusion.training.run import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
 
         match event:
             case Preparing(text, done, total):
