@@ -17,7 +17,7 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import Image
 
 from dora_diffusion.data.buckets import bucket_sizes, nearest_bucket
-from dora_diffusion.data.cache import encode_images
+from dora_diffusion.data.cache import encode_images, tag_orders
 from dora_diffusion.data.folder import first_caption, open_image, read_folder
 from dora_diffusion.errors import DataError, PromptError
 from dora_diffusion.models.loading import Base
@@ -235,6 +235,28 @@ def test_long_captions_are_named_together_or_read_as_far_as_stock_diffusers_read
 
     (encoded,) = encode_images(sd_base, images, [(16, 16)], cut_captions=True)
     stock, _ = sd_base.pipe.encode_prompt(images[3].caption, sd_base.device, 1, False)
-    row = int(encoded.caption_of[3])
+    row = int(encoded.caption_of[0, 3])
     assert encoded.captions[row] == images[3].caption
     assert torch.equal(encoded.conditioning[[row]].tensors["encoder_hidden_states"], stock)
+
+
+def test_tags_are_shuffled_behind_the_first_and_each_order_is_encoded(sd_base: Base, tmp_path: Path) -> None:
+    captions = ("disc, red, on white, round", "ring, green")
+    for i, caption in enumerate(captions):
+        Image.new("RGB", (24, 24), "red").save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    images = read_folder(tmp_path).images
+    (plain,) = encode_images(sd_base, images, [(16, 16)])
+    (shuffled,) = encode_images(sd_base, images, [(16, 16)], shuffle_tags_after=1)
+    assert plain.caption_of.shape == (1, 2) and shuffled.caption_of.shape == (8, 2) and len(shuffled) == 2
+    orders = {shuffled.captions[row] for row in shuffled.caption_of[:, 0]}
+    assert shuffled.captions[int(shuffled.caption_of[0, 0])] == captions[0] and len(orders) > 2
+    assert all(each.startswith("disc, ") for each in orders)
+    assert {frozenset(each.split(", ")) for each in orders} == {frozenset(captions[0].split(", "))}
+    assert {shuffled.captions[row] for row in shuffled.caption_of[:, 1]} == {captions[1]}  # one tag has no other order
+
+    order, index = torch.tensor([2, 0]), torch.tensor([0, 1])
+    rows = shuffled.caption_rows(index, order=order)
+    for row, (picture, which) in zip(rows, zip(index, order)):
+        stock, _ = sd_base.pipe.encode_prompt(tag_orders(captions[picture], 1)[which], sd_base.device, 1, False)
+        assert torch.equal(shuffled.conditioning[[int(row)]].tensors["encoder_hidden_states"], stock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,10 @@ from dora_diffusion.generation import check_prompt
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.loading import Base
 
-__all__ = ["EncodedImages", "encode_images", "long_captions"]
+__all__ = ["EncodedImages", "encode_images", "long_captions", "tag_orders"]
 
 BATCH = 4
+ORDERS = 8  # of shuffled tags, each encoded once
 MENTIONED = 5  # captions named in a message; the rest is counted
 
 
@@ -30,7 +32,7 @@ class EncodedImages:
     size is (width, height) in pixels; mean, std [views, pictures, channels, h, w] are the autoencoder's posterior, in
     the denoiser's scale; view 0 is the picture, view 1, where there is one, its mirror image. `captions` are the
     different ones of all sizes and, last, the empty prompt; `conditioning` has a row for each, and `caption_of`
-    [pictures] points into both.
+    [orders, pictures] points into both: order 0 is the caption as it was written, others have its tags shuffled.
     """
 
     size: Size
@@ -41,15 +43,15 @@ class EncodedImages:
     caption_of: Tensor
 
     def __len__(self) -> int:
-        return len(self.caption_of)
+        return self.caption_of.shape[1]
 
     def latents(self, index: Tensor, noise: Tensor, view: Tensor | int = 0) -> Tensor:
         """x0 for these pictures, drawn from the posterior with this noise: [batch, channels, h, w]."""
         return self.mean[view, index] + self.std[view, index] * noise
 
-    def caption_rows(self, index: Tensor, dropped: Tensor | None = None) -> Tensor:
+    def caption_rows(self, index: Tensor, dropped: Tensor | None = None, order: Tensor | int = 0) -> Tensor:
         """Where these pictures' captions stand, [batch]; where `dropped` [batch] is true, the empty prompt."""
-        rows = self.caption_of[index]
+        rows = self.caption_of[order, index]
         return rows if dropped is None else torch.where(dropped, len(self.captions) - 1, rows)
 
 
@@ -61,15 +63,18 @@ def encode_images(
     *,
     mirrored: bool = False,
     cut_captions: bool = False,
+    shuffle_tags_after: int | None = None,
 ) -> tuple[EncodedImages, ...]:
     """Encode pictures, with their mirror images if wanted, and captions: one group for each bucket that got some.
 
     A picture is resized to the bucket nearest to its shape, and what stands out is cropped on both sides alike.
+    `shuffle_tags_after` gives each caption more orders of its tags, of which the first so many stay in their places.
     Raises PromptError for captions that the text encoder would cut, unless `cut_captions` allows it.
     """
     if not images:
         return ()
-    captions = (*dict.fromkeys(image.caption for image in images), "")
+    orders = {image.caption: tag_orders(image.caption, shuffle_tags_after) for image in images}
+    captions = (*dict.fromkeys(caption for each in zip(*orders.values()) for caption in each), "")
     if not cut_captions and (long := long_captions(base, images)):
         lines = [f"{name}: {problem}" for name, problem in list(long.items())[:MENTIONED]]
         lines += [f"and {len(long) - MENTIONED} more"] if len(long) > MENTIONED else []
@@ -77,12 +82,12 @@ def encode_images(
             "\n  ".join((f"{len(long)} of {len(images)} captions are too long for this base:", *lines))
             + "\nShorten them, or set cut_captions to true: then the base reads them as far as it can."
         )
-    grouped: dict[Size, list[tuple[int, Image.Image]]] = {size: [] for size in buckets}
+    grouped: dict[Size, list[tuple[list[int], Image.Image]]] = {size: [] for size in buckets}
     for image in images:
         picture = open_image(image.path)
         size = nearest_bucket(picture.size, buckets)
         fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-        grouped[size].append((captions.index(image.caption), fitted))
+        grouped[size].append(([captions.index(each) for each in orders[image.caption]], fitted))
     rows = [base.family.encode(base.pipe, [caption]) for caption in captions]
     conditioning = Conditioning.stack(rows).to(torch.device("cpu"), torch.float32)
     groups = []
@@ -93,8 +98,18 @@ def encode_images(
         views = [pictures, [ImageOps.mirror(picture) for picture in pictures]] if mirrored else [pictures]
         posteriors = [_latents_of(base, view) for view in views]
         mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
-        groups.append(EncodedImages(size, mean, std, captions, conditioning, torch.tensor(caption_of)))
+        groups.append(EncodedImages(size, mean, std, captions, conditioning, torch.tensor(caption_of).T))
     return tuple(groups)
+
+
+def tag_orders(caption: str, after: int | None) -> list[str]:
+    """The caption and, unless `after` is None, more orders of its tags: what commas part, after the first `after`."""
+    tags = [tag.strip() for tag in caption.split(",")]
+    if after is None:
+        return [caption]
+    kept, rest = tags[:after], tags[after:]
+    dice = random.Random(caption)
+    return [caption, *(", ".join([*kept, *dice.sample(rest, len(rest))]) for _ in range(ORDERS - 1))]
 
 
 def long_captions(base: Base, images: Sequence[TrainingImage]) -> dict[str, str]:

@@ -73,6 +73,7 @@ class TrainConfig(BaseModel):
     timestep_sampling: TimestepSampling | None = None
     snr_gamma: float | None = Field(None, gt=0)
     cut_captions: bool = False
+    shuffle_tags_after: int | None = Field(None, ge=0)
     caption_dropout: float = Field(0.05, ge=0, le=1)
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False

@@ -141,7 +141,14 @@ def prepare(
         base=base,
         objective=objective,
         accelerator=accelerator,
-        instances=encode_images(base, kept, buckets, mirrored=config.random_flip, cut_captions=config.cut_captions),
+        instances=encode_images(
+            base,
+            kept,
+            buckets,
+            mirrored=config.random_flip,
+            cut_captions=config.cut_captions,
+            shuffle_tags_after=config.shuffle_tags_after,
+        ),
         held_out=encode_images(base, held_out, buckets, cut_captions=config.cut_captions),
         class_images=encode_images(base, prior, square, mirrored=config.random_flip),
         ignored=folder.ignored,
@@ -284,18 +291,19 @@ def _images_loss(training: Training, buckets: Buckets, number: int, stream: str)
     t = training.objective.timesteps(len(index), generator)
     dropped = torch.rand(len(index), generator=generator) < config.caption_dropout
     view = torch.randint(len(images.mean), (len(index),), generator=generator)
+    order = torch.randint(len(images.caption_of), (len(index),), generator=generator)
     x0 = images.latents(index, noise, view)
     if config.dropout > 0:
         torch.manual_seed(_seed(config.seed, "dropout", number))
-    error = squared_error(training, x0, eps, t, conditioning_for(training, images, index, dropped))
+    error = squared_error(training, x0, eps, t, conditioning_for(training, images, index, dropped, order))
     return (error * training.objective.weight(t, config.snr_gamma).to(error.device)).mean()
 
 
 def conditioning_for(
-    training: Training, images: EncodedImages, index: Tensor, dropped: Tensor | None = None
+    training: Training, images: EncodedImages, index: Tensor, dropped: Tensor | None = None, order: Tensor | int = 0
 ) -> Conditioning:
     """What the denoiser is told of these pictures' captions: encoded once, or anew by a text encoder in training."""
-    rows = images.caption_rows(index, dropped)
+    rows = images.caption_rows(index, dropped, order)
     if not training.config.train_text_encoder:
         return images.conditioning[rows]
     different, places = rows.unique(return_inverse=True)
