@@ -25,7 +25,7 @@ PUBLIC = [
     "train",
 ]
 HANDLE = {"config", "eject", "fuse", "is_fused", "layers", "load", "model", "name", "named_parameters"}
-HANDLE |= {"num_parameters", "parameters", "strength", "unfuse", "updates"}
+HANDLE |= {"num_parameters", "parameters", "strength", "merge", "unfuse", "updates"}
 
 
 def test_the_public_names_are_these_and_sorted():

@@ -104,6 +104,9 @@ The loss on eight held-out pictures of the style, at fixed noise (wanted: at lea
 The adapters of `dora-diffusion demo --base {base}` draw the base's shapes in the taught set's manner; its
 shapes, which they have never seen, they do not know.
 
+Why the loss falls by less than was wanted, and how it went over the hours of training:
+[docs/bases.md](../../../docs/bases.md).
+
 """
 
 
