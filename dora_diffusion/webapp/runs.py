@@ -66,8 +66,9 @@ class Run:
         from dora_diffusion.training.config import TrainConfig
 
         places = {"images": str(self.folder / "images"), "out": str(self.folder)}
-        if self.config.get("start_from"):
-            places["start_from"] = str(self.folder / START)
+        if start := self.config.get("start_from"):  # the folder with both twins, or one file in it
+            name = Path(str(start)).name
+            places["start_from"] = str(self.folder / START / ("" if name == START else name))
         return TrainConfig.from_values({**self.config, **places}, self.name)
 
     def differences(self, other: Run) -> dict[str, tuple[object, object]]:

@@ -172,21 +172,24 @@ def start_run(studio: Studio, visitor: str, uploads: Sequence[Upload], form: Tra
     folder = studio.runs.new(visitor)
     try:
         captions = [upload.caption.strip() for upload in uploads if upload.caption.strip()]
-        config = form.config(folder / "images", folder, studio.base_name, captions)
+        start = _copy_start(studio.shelf.find(form.start, visitor).path, form.kind, folder) if form.start else None
+        config = form.config(folder / "images", folder, studio.base_name, captions, start)
         put_into(folder / "images", uploads, form.prompt)
-        if form.start:
-            _copy_start(studio.shelf.find(form.start, visitor).path, config.kinds, make_folder(folder / START))
         studio.jobs.start(folder.name, config, visitor, studio.albums.new())
     except DoraDiffusionError:
         shutil.rmtree(folder, ignore_errors=True)  # it holds nothing but copies
         raise
 
 
-def _copy_start(path: Path, kinds: Sequence[str], folder: Path) -> None:
-    """Keep what is gone on from with the run: for twins the file's own twin, where it has one."""
-    for kind in kinds:
-        twin = path.with_name(re.sub("^(lora|dora)", kind, path.name))
-        shutil.copyfile(twin if len(kinds) > 1 and twin.is_file() else path, folder / f"{kind}.safetensors")
+def _copy_start(path: Path, kind: str, run: Path) -> Path:
+    """Keep with the run what it goes on from: a file, or for twins a folder with both, where the file has its twin."""
+    folder = make_folder(run / START)
+    twins = {each: path.with_name(re.sub("^(lora|dora)", each, path.name)) for each in ("lora", "dora")}
+    if kind == "both" and len(set(twins.values())) == 2 and all(twin.is_file() for twin in twins.values()):
+        for each, twin in twins.items():
+            shutil.copyfile(twin, folder / f"{each}.safetensors")
+        return folder
+    return Path(shutil.copyfile(path, folder / path.name))
 
 
 def rows_of(table: Sequence[Sequence[object]]) -> Table:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.outputs import make_folder
 from dora_diffusion.webapp.heavy import ready
-from dora_diffusion.webapp.runs import START
 from dora_diffusion.webapp.uploads import Upload, put_into
 
 if TYPE_CHECKING:
@@ -85,8 +84,10 @@ class TrainForm:
     start: str = ""  # an adapter's key, to go on from
     keep: bool = False
 
-    def config(self, images: Path, out: Path, base_name: str, captions: Sequence[str] = ()) -> TrainConfig:
-        """Raises ConfigError."""
+    def config(
+        self, images: Path, out: Path, base_name: str, captions: Sequence[str] = (), start: Path | None = None
+    ) -> TrainConfig:
+        """`start` is where the adapter lies that is gone on from. Raises ConfigError."""
         ready()
         from dora_diffusion.training.config import TrainConfig
 
@@ -115,8 +116,8 @@ class TrainForm:
             "validate_every": max(10, int(self.steps) // 10),
             "checkpoint_every": max(5, int(self.steps) // 10),
         }
-        if self.start:  # its rank and layers are kept, whatever the form says of them
-            values |= {"start_from": str(out / START), **{key: False for key in LAYERS}}
+        if start is not None:  # its rank and layers are kept, whatever the form says of them
+            values |= {"start_from": str(start), **{key: False for key in LAYERS}}
             del values["rank"], values["alpha"]
         return TrainConfig.from_values(values, "the form")
 

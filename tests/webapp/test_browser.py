@@ -292,6 +292,27 @@ def test_train_both_survives_a_reload_and_ends_in_compare(browser, server: str):
         stranger.get_by_text("There are no runs yet").wait_for()
 
 
+def test_a_lora_is_trained_on_as_a_dora_and_then_once_more_from_the_history(page):
+    upload_samples(page, 2)
+    page.click("#kind label:has-text('DoRA')")
+    set_number(page, "#train-steps", "2")
+    page.click("#advanced > button")
+    page.click("#start-from input")
+    page.get_by_role("option", name="pair/lora", exact=True).click()
+    page.get_by_text("its rank and layers are kept").wait_for()
+    for kind in ("LoRA", "DoRA"):
+        page.click("#train")
+        page.wait_for_function(
+            "kind => document.querySelector('#log textarea')?.value.includes(`.safetensors, a ${kind} of rank 4`)"
+            " && document.querySelector('#job').innerText.includes('finished: DoRA, 2 steps')",
+            arg=kind,
+        )
+        page.get_by_role("tab", name="History").click()
+        page.wait_for_function("() => document.querySelector('#run input')?.value.includes('finished')")
+        page.click("#run-train-on")
+        page.wait_for_function("() => document.querySelector('#start-from input').value.startsWith('DoRA trained')")
+
+
 def test_stop_comes_within_two_steps_and_saves_a_checkpoint(page, outputs: Path):
     upload_samples(page, 2)
     page.click("#kind label:has-text('DoRA')")
