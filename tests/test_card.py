@@ -46,6 +46,9 @@ def test_a_card_that_somebody_wrote_stays(tmp_path: Path, pictures: Path, sd_fol
     card.unlink()
     list(train(short, overwrite=True))
     first = card.read_text()
+    assert 'pipe("disc")' in first
+    list(train(short.model_copy(update={"preview_prompts": ["disc"], "preview_seeds": []}), overwrite=True))
+    assert "previews" not in card.read_text()
     list(train(short.model_copy(update={"steps": 2}), overwrite=True))
     assert "| steps | 2 |" in card.read_text() and "| steps | 1 |" in first
     assert "widget" not in first and "previews" not in first

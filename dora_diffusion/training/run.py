@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dora_diffusion.data.folder import first_caption, list_pictures
+from dora_diffusion.data.folder import list_pictures
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.formats.files import read_adapter_file, save_adapter
 from dora_diffusion.formats.reading import some
@@ -197,11 +197,12 @@ def _write_card(training: Training, out: Path) -> Iterator[Event]:
         return
     files = [read_adapter_file(adapter_path(out, kind)) for kind in config.kinds]
     shown = {
-        prompt: preview_path(Path(), config.kinds[-1], config.steps, i, config.preview_seeds[0])
+        prompt: preview_path(Path(), config.kinds[-1], config.steps, i, seed)
         for i, prompt in enumerate(config.preview_prompts)
+        for seed in config.preview_seeds[:1]
     }
     shown = {prompt: path for prompt, path in shown.items() if (out / path).exists()}
-    prompt = next(iter(shown), None) or first_caption(config.images, config.instance_prompt)
+    prompt = next(iter(shown), training.instances[0].captions[0])
     write_text(card, card_text(config, training.base, files, prompt, shown))
 
 
