@@ -87,9 +87,9 @@ class TrainingDisplay:
 
     def _was_better(self, kind: str) -> str:
         """Where the held-out loss was lower than at the end: what came after was learning the pictures by heart."""
-        losses = self.held_out.get(kind) or {0: 0.0}
-        best = min(losses, key=lambda step: losses[step])
-        if losses[best] == losses[max(losses)] or best == 0:
+        losses = self.held_out.get(kind, {})
+        best = min(losses, key=lambda step: losses[step], default=0)
+        if best == 0 or losses[best] == losses[max(losses)]:
             return ""
         kept = self.saved.get(kind, {}).get(best)
         where = f": {kept}" if kept else " (save_every keeps the adapters on the way)"
@@ -100,7 +100,7 @@ class TrainingDisplay:
         self.smoothed[step.kind] = loss = 0.95 * before + 0.05 * step.loss
         note = f"loss {loss:.4f}"
         if step.kind in self.held_out:
-            note += f", held out {list(self.held_out[step.kind].values())[-1]:.4f}"
+            note += f", held out {next(reversed(self.held_out[step.kind].values())):.4f}"
         if step.kind not in self.bars:
             self.bars[step.kind] = self.progress.add_task(KIND_LABEL[step.kind], total=step.total, note="", left=None)
         left = step.seconds_left

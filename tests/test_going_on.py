@@ -17,7 +17,7 @@ from dora_diffusion.formats.files import read_adapter_file
 from dora_diffusion.injection import AnyKind
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.events import Finished
+from dora_diffusion.training.events import Finished, Preparing
 from dora_diffusion.training.loop import held_out_loss, make_accelerator, new_adapter, prepare
 from dora_diffusion.training.run import train
 
@@ -71,10 +71,12 @@ def test_a_stopped_run_that_went_on_resumes_to_the_same_bits(tmp_path: Path, pic
     whole = later(first, out=str(tmp_path / "whole"), start_from=str(start))
     finished = finish(whole)["dora"].path
     parts = whole.model_copy(update={"out": str(tmp_path / "parts")})
-    list(train(parts, should_stop=stop_after(3)))
+    told = [list(train(parts, should_stop=stop_after(3)))]
     written = (tmp_path / "parts/config.toml").read_text()
     assert "rank = 3" in written and "alpha = 2.0" in written
-    list(train(parts, resume=True))
+    told.append(list(train(parts, resume=True)))
+    texts = [[event.text for event in events if isinstance(event, Preparing)] for events in told]
+    assert [any("loss of what it goes on from" in text for text in each) for each in texts] == [True, False]
     assert finished.read_bytes() == (tmp_path / "parts/dora.safetensors").read_bytes()
 
     list(train(parts.model_copy(update={"out": str(tmp_path / "third")}), should_stop=stop_after(3)))

@@ -14,7 +14,6 @@ from dora_diffusion.cli.terminal import (
     SizeOption,
     app,
     console,
-    one_for_each,
     whole_numbers,
 )
 
@@ -40,7 +39,7 @@ def generate(
     quantise: QuantiseOption = None,
 ) -> None:
     """Draw pictures, with adapters or without."""
-    from dora_diffusion.comparison.request import parse_size
+    from dora_diffusion.comparison.request import one_for_each, parse_size
     from dora_diffusion.formats.files import load_adapter
     from dora_diffusion.generation import GenerationRequest
     from dora_diffusion.generation import generate as draw

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dora_diffusion.cli.terminal import BaseOption, app, console, one_for_each, say_next
+from dora_diffusion.cli.terminal import BaseOption, app, console, say_next
 from dora_diffusion.errors import ConfigError
 
 # Weights are compared and written in float32, which a base on a GPU would not be in.
@@ -139,6 +139,7 @@ def merge(
     dtype: Annotated[Precision, typer.Option(help="Of the weights that are written.")] = Precision.float16,
 ) -> None:
     """Write the base with adapters in its weights, as a diffusers pipeline that needs no adapter any more."""
+    from dora_diffusion.comparison.request import one_for_each
     from dora_diffusion.formats.convert import DTYPES
     from dora_diffusion.models.loading import load_base
     from dora_diffusion.models.merging import save_merged

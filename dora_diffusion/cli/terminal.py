@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,7 +22,6 @@ __all__ = [
     "app",
     "console",
     "errors",
-    "one_for_each",
     "say_next",
     "stop_on_ctrl_c",
     "whole_numbers",
@@ -65,14 +63,6 @@ def say_next(commands: Iterable[str]) -> None:
     console.print("\n[bold]Try next[/bold]")
     for command in commands:
         console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
-
-
-def one_for_each(adapters: Sequence[Path], strengths: Sequence[float] | None) -> list[float]:
-    """The adapters' strengths, 1 where none are given. Raises ConfigError."""
-    strengths = list(strengths or [1.0] * len(adapters))
-    if len(strengths) != len(adapters):
-        raise ConfigError(f"{len(adapters)} adapters and {len(strengths)} strengths: give one for each.")
-    return strengths
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

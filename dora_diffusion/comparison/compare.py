@@ -12,8 +12,8 @@ from PIL import Image
 
 from dora_diffusion.comparison.cache import PictureCache, file_digest
 from dora_diffusion.comparison.metrics import mean_difference
-from dora_diffusion.comparison.request import BASE, Cell, Column, CompareRequest
-from dora_diffusion.errors import AdapterMismatchError, ConfigError
+from dora_diffusion.comparison.request import BASE, Cell, Column, CompareRequest, one_for_each
+from dora_diffusion.errors import AdapterMismatchError
 from dora_diffusion.formats.description import identify_base
 from dora_diffusion.formats.files import AdapterFile, attach, fit_of, read_adapter_file
 from dora_diffusion.generation import OnStep, check_prompt, generate
@@ -25,9 +25,7 @@ __all__ = ["BASE", "Cell", "Column", "CompareRequest", "columns_of", "compare", 
 
 def columns_of(paths: Sequence[Path], strengths: Sequence[float] | None = None) -> tuple[Column, ...]:
     """A column for each adapter file, labelled by its kind, and by its name where the kind says too little."""
-    strengths = strengths or [1.0] * len(paths)
-    if len(strengths) != len(paths):
-        raise ConfigError(f"{len(paths)} adapters and {len(strengths)} strengths: give one for each, or none.")
+    strengths = one_for_each(paths, strengths)
     kinds = [read_adapter_file(path).config.kind_label for path in paths]
     labels = [
         kind if kinds.count(kind) == 1 else f"{kind} {path.parent.name}/{path.stem}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,15 @@ from dora_diffusion.errors import ConfigError
 if TYPE_CHECKING:
     from dora_diffusion.generation import GenerationRequest
 
-__all__ = ["BASE", "Cell", "Column", "CompareRequest", "parse_size", "written_size"]
+__all__ = ["BASE", "Cell", "Column", "CompareRequest", "one_for_each", "parse_size", "written_size"]
+
+
+def one_for_each(adapters: Sequence[Path], strengths: Sequence[float] | None) -> list[float]:
+    """The adapters' strengths, 1 where none are given. Raises ConfigError."""
+    strengths = list(strengths or [1.0] * len(adapters))
+    if len(strengths) != len(adapters):
+        raise ConfigError(f"{len(adapters)} adapters and {len(strengths)} strengths: give one for each, or none.")
+    return strengths
 
 
 @dataclass(frozen=True)

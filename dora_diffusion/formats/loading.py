@@ -99,16 +99,19 @@ def attach(
 def check_fits(pipe_or_model: object, file: AdapterFile) -> None:
     """Raises AdapterMismatchError unless every layer of the file is in the model with its shape, and AdapterFileError
     for a file that was bent for one program."""
-    _fit_whole(pipe_or_model, file)
+    _fit_or_report(pipe_or_model, file, Findings(), partial=False)
 
 
-def _fit_whole(pipe_or_model: object, file: AdapterFile) -> tuple[dict[str, FrozenLayer], _Fitted]:
+def _fit_or_report(
+    pipe_or_model: object, file: AdapterFile, findings: Findings, partial: bool
+) -> tuple[dict[str, FrozenLayer], BaseIdentity, _Fitted]:
+    """The layers that may change, the base's identity and what fits; all that does not is raised or warned of."""
     file.check_universal()
     views, here = _views(pipe_or_model, file)
     fitted = _fit(file, views, here)
-    if fitted.problems:
-        _report(file, fitted, Findings(), here, partial=False)
-    return views, fitted
+    if fitted.problems or findings:
+        _report(file, fitted, findings, identify_base(denoiser_of(pipe_or_model)), partial)
+    return views, here, fitted
 
 
 @torch.no_grad()
@@ -126,7 +129,7 @@ def attach_trainable(
     A LoRA goes on as a DoRA (`kind`, `norm_axis`) with the magnitudes of W0 + s B A, so that the model is the same.
     Raises AdapterMismatchError when it does not fit whole.
     """
-    views, fitted = _fit_whole(pipe_or_model, file)
+    views, _, fitted = _fit_or_report(pipe_or_model, file, Findings(), partial=False)
     config, becomes_dora = fitted.config_of(file), file.config.kind != kind
     adapter = inject_into(
         denoiser_of(pipe_or_model),
@@ -178,12 +181,7 @@ def _attach(
     pipe_or_model: object, file: AdapterFile, findings: Findings, strength: float, name: str | None, partial: bool
 ) -> Adapter:
     check_strength(strength)
-    file.check_universal()
-    model, encoders = denoiser_of(pipe_or_model), text_encoders_of(pipe_or_model)
-    views, here = _views(pipe_or_model, file)
-    fitted = _fit(file, views, here)
-    if fitted.problems or findings:
-        _report(file, fitted, findings, identify_base(model), partial)
+    views, here, fitted = _fit_or_report(pipe_or_model, file, findings, partial)
     if not file.base.same_weights(here):
         warnings.warn(
             f"{file.path.name} was trained on {file.base.name!r} (fingerprint {file.base.fingerprint}), this base is "
@@ -191,11 +189,11 @@ def _attach(
             stacklevel=3,
         )
     adapter = inject_into(
-        model,
+        denoiser_of(pipe_or_model),
         fitted.config_of(file),
         {path: views[path] for path in fitted.tensors},
         name=name,
-        text_encoders=encoders,
+        text_encoders=text_encoders_of(pipe_or_model),
         parameters=fitted.tensors,
     )
     adapter.load(fitted.by_name())

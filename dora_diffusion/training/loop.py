@@ -110,13 +110,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def prepare(
-    config: TrainConfig, base: Base, accelerator: Accelerator, class_images: list[Path] | None = None
+    config: TrainConfig,
+    base: Base,
+    accelerator: Accelerator,
+    class_images: list[Path] | None = None,
+    starts: Starts | None = None,
 ) -> Training:
     """Read, check and encode the pictures, and settle what the configuration leaves to the base or to `start_from`.
 
-    Raises DataError, PromptError, ConfigError, AdapterFileError and BaseModelError.
+    `starts` is what `read_starts` gave, if it was read already. Raises DataError, PromptError, ConfigError,
+    AdapterFileError and BaseModelError.
     """
-    starts = read_starts(config)
+    starts = read_starts(config) if starts is None else starts
     config = _settled(config, base, starts)
     objective = objective_of(base.pipe.scheduler, config.timestep_sampling)
     size = config.resolution or base.size
@@ -152,7 +157,7 @@ def prepare(
         held_out=encode_images(base, held_out, buckets, cut_captions=config.cut_captions),
         class_images=encode_images(base, prior, square, mirrored=config.random_flip),
         ignored=folder.ignored,
-        cut=tuple(long_captions(base, [*kept, *held_out])),
+        cut=tuple(long_captions(base, [*kept, *held_out])) if config.cut_captions else (),  # else encoding refused them
         starts=starts,
         digest=_digest([*kept, *held_out, *prior], starts),
     )

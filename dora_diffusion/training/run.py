@@ -81,7 +81,7 @@ def _train(
     config: TrainConfig, resume: bool, overwrite: bool, base: Base | None, should_stop: Callable[[], bool]
 ) -> Iterator[Event]:
     list_pictures(config.images)  # a mistyped folder or file is said before anything is loaded
-    read_starts(config)
+    starts = read_starts(config)
     out = make_folder(config.out)
     check_folder(out, config, resume, overwrite)
     yield Preparing("loading the base model")
@@ -95,7 +95,7 @@ def _train(
     with accelerator.main_process_first():
         class_images = yield from _class_images(config, base, out)
     yield Preparing("reading and encoding the pictures")
-    training = prepare(config, base, accelerator, class_images)
+    training = prepare(config, base, accelerator, class_images, starts)
     config = training.config  # with all that was left to the base
     for kind, file in training.starts.items():
         yield Preparing(describe_start(file, base, kind))
@@ -147,7 +147,7 @@ def _train_one(
                 log.begin(base_loss)
             yield Measured(kind, 0, base_loss)
         loss = base_loss
-        if kind in training.starts and base_loss is not None:
+        if kind in training.starts and base_loss is not None and start == 0:
             yield Preparing(f"{KIND_LABEL[kind]}: held-out loss of what it goes on from {held_out_loss(training):.4f}")
         for step in steps(training, kind, adapter, optimizer, start):
             last = step.step == config.steps

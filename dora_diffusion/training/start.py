@@ -74,24 +74,24 @@ def config_from(config: TrainConfig, starts: Starts, base: Base) -> TrainConfig:
     if strange := encoders - base.text_encoders.keys():
         raise ConfigError(f"start_from: {file.path} adapts {', '.join(sorted(strange))}, which is not trained here.")
     axes = {each.norm_axis for each in starts.values()}
-    ours: dict[str, object] = {
+    shape: dict[str, object] = {
         "rank": file.config.rank,
         "alpha": file.config.alpha,
         "use_rslora": file.config.use_rslora,
         "norm_axis": next(iter(axes - {"none"}), config.norm_axis),
+    }
+    layers: dict[str, object] = {  # whichever the file has are trained
         "train_text_encoder": bool(encoders),
-        "train_feed_forward": False,  # whichever layers the file has are trained
+        "train_feed_forward": False,
         "train_convolutions": False,
         "target_modules": None,
     }
-    for key, value in ours.items():
+    for key, value in (shape | layers).items():
         given = getattr(config, key)
         if given not in (value, TrainConfig.model_fields[key].default):
-            said = (
-                f"has {key} = {value}" if key in ("rank", "alpha", "use_rslora", "norm_axis") else "has its own layers"
-            )
+            said = f"has {key} = {value}" if key in shape else "has its own layers"
             raise ConfigError(f"start_from: {file.path} {said}, and {key} = {given} was given. Leave {key} out.")
-    return config.model_copy(update=ours)
+    return config.model_copy(update=shape | layers)
 
 
 def describe_start(file: AdapterFile, base: Base, kind: Kind) -> str:

@@ -205,8 +205,7 @@ class CompareTab:
 
     def choices(self, chosen: str | None, page: gr.Request) -> object:
         """The adapters to choose from; one that is no longer there is let go."""
-        offered = [("none", ""), *((each.label, each.key) for each in self.studio.shelf.all(visitor_of(page)))]
-        return gr.update(choices=offered, value=chosen if chosen in {key for _, key in offered} else "")
+        return parts.adapter_choices(self.studio.shelf.all(visitor_of(page)), chosen, ("none", ""))
 
     def show_card(self, key: str | None, page: gr.Request) -> Update:
         try:

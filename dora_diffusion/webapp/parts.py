@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import gradio as gr
 
 from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.webapp.jobs import JobState
+from dora_diffusion.webapp.shelf import Shelved
 
 __all__ = [
     "LATEST",
     "QUIET",
+    "adapter_choices",
     "checklist",
     "chip",
     "error_panel",
@@ -84,6 +86,12 @@ def panel(error: DoraDiffusionError | None) -> object:
 
 def toast(error: DoraDiffusionError) -> None:
     gr.Warning(escape(str(error).partition("\n")[0]), title="That did not work")
+
+
+def adapter_choices(shelved: Sequence[Shelved], chosen: str | None, nothing: tuple[str, str]) -> object:
+    """A list to choose from, `nothing` first; what is chosen and no longer there is let go."""
+    offered = [nothing, *((each.label, each.key) for each in shelved)]
+    return gr.update(choices=offered, value=chosen if chosen in {key for _, key in offered} else "")
 
 
 def status_line(text: str, busy: bool = False) -> str:

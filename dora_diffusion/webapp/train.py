@@ -119,8 +119,7 @@ class TrainTab:
 
     def starts(self, chosen: str | None, page: gr.Request) -> object:
         """The adapters that can be gone on from."""
-        offered = [NEW, *((each.label, each.key) for each in self.studio.shelf.all(visitor_of(page)))]
-        return gr.update(choices=offered, value=chosen if chosen in {key for _, key in offered} else "")
+        return parts.adapter_choices(self.studio.shelf.all(visitor_of(page)), chosen, NEW)
 
     def check(self, page: gr.Request, table: Table, found: Pictures, *settings: Any) -> Update:
         """The checklist, and whether Train can be pressed."""
