@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID
 from rich.text import Text
 
 from dora_diffusion.comparison.compare import Cell, CompareRequest
 from dora_diffusion.injection import KIND_LABEL
+from dora_diffusion.screen import PlainColumn, Screen, Words, printable
 from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
 from dora_diffusion.training.loop import Step
 
@@ -32,12 +32,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _bars(console: Console) -> Progress:
+def _bars(console: Screen) -> Progress:
     return Progress(
-        TextColumn("{task.description:<12}"),
+        PlainColumn(width=12),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        PlainColumn("note"),
         TimeLeft(),
         console=console,
     )
@@ -46,7 +46,7 @@ def _bars(console: Console) -> Progress:
 class TrainingDisplay:
     """Shows each event; one bar for each kind of adapter."""
 
-    def __init__(self, console: Console, progress: Progress) -> None:
+    def __init__(self, console: Screen, progress: Progress) -> None:
         self.console = console
         self.progress = progress
         self.bars: dict[str, TaskID] = {}
@@ -56,34 +56,36 @@ class TrainingDisplay:
         # Without a terminal, bars are not drawn: then a line now and then says how far it is.
         self.plain = not console.is_terminal
 
+    def _say(self, *words: Words) -> None:
+        # Between bars that are drawn in place, a line may not be longer than the terminal is wide.
+        self.console.say(*words, soft_wrap=self.plain)
+
     def show(self, event: Event) -> None:
         match event:
             case Preparing(text, done, total):
                 if total == 0 or done in (0, total):
-                    self.console.print(f"[dim]{text}{f' ({done} of {total})' if total else ''}[/dim]")
+                    self._say((f"{text}{f' ({done} of {total})' if total else ''}", "dim"))
             case Resumed(kind, step, total):
-                self.console.print(f"{KIND_LABEL[kind]}: going on after step {step} of {total}")
+                self._say(f"{KIND_LABEL[kind]}: going on after step {step} of {total}")
             case Measured(kind, step, loss):
                 self.held_out.setdefault(kind, {})[step] = loss
                 if step == 0:
-                    self.console.print(f"{KIND_LABEL[kind]}: held-out loss of the base {loss:.4f}")
+                    self._say(f"{KIND_LABEL[kind]}: held-out loss of the base {loss:.4f}")
             case Step():
                 self._step(event)
             case Previewed(kind, _, paths):
-                self.console.print(f"[dim]{KIND_LABEL[kind]}: preview {paths[-1]}[/dim]")
+                self._say((f"{KIND_LABEL[kind]}: preview {printable(paths[-1])}", "dim"))
             case Saved(kind, step, path):
                 self.saved.setdefault(kind, {})[step] = path
-                self.console.print(f"[dim]{KIND_LABEL[kind]} after {step} steps: {path}[/dim]")
+                self._say((f"{KIND_LABEL[kind]} after {step} steps: {printable(path)}", "dim"))
             case Stopped(kind, step, total, checkpoint):
-                self.console.print(
-                    f"[yellow]stopped at step {step} of {total} of the {KIND_LABEL[kind]}, checkpoint saved:[/yellow] "
-                    f"{checkpoint}\nGo on with the same command and --resume."
-                )
+                stopped = f"stopped at step {step} of {total} of the {KIND_LABEL[kind]}, checkpoint saved:"
+                self._say((stopped, "yellow"), f" {printable(checkpoint)}\nGo on with the same command and --resume.")
             case Finished(kind, path, base_loss, loss):
                 losses = "" if loss is None or base_loss is None else f", held-out loss {base_loss:.4f} → {loss:.4f}"
-                self.console.print(f"[green]{KIND_LABEL[kind]} finished[/green]: {path}{losses}")
+                self._say((f"{KIND_LABEL[kind]} finished", "green"), f": {printable(path)}{losses}")
                 if earlier := self._was_better(kind):
-                    self.console.print(earlier)
+                    self._say(earlier)
 
     def _was_better(self, kind: str) -> str:
         """Where the held-out loss was lower than at the end: what came after was learning the pictures by heart."""
@@ -92,7 +94,7 @@ class TrainingDisplay:
         if best == 0 or losses[best] == losses[max(losses)]:
             return ""
         kept = self.saved.get(kind, {}).get(best)
-        where = f": {kept}" if kept else " (save_every keeps the adapters on the way)"
+        where = f": {printable(kept)}" if kept else " (save_every keeps the adapters on the way)"
         return f"Its held-out loss was lowest after {best} steps, {losses[best]:.4f}{where}"
 
     def _step(self, step: Step) -> None:
@@ -107,10 +109,10 @@ class TrainingDisplay:
         self.progress.update(self.bars[step.kind], completed=step.step, note=note, left=left)
         if self.plain and (step.step % max(1, step.total // 20) == 0 or step.step == step.total):
             label = KIND_LABEL[step.kind]
-            self.console.print(f"{label} {step.step}/{step.total}  {note}  {clock(left)} left")
+            self._say(f"{label} {step.step}/{step.total}  {note}  {clock(left)} left")
 
 
-def show_training(events: Iterable[Event], console: Console) -> list[Event]:
+def show_training(events: Iterable[Event], console: Screen) -> list[Event]:
     """Run the events to the end on the screen; returns all but the steps."""
     kept: list[Event] = []
     with _bars(console) as progress:
@@ -123,7 +125,7 @@ def show_training(events: Iterable[Event], console: Console) -> list[Event]:
     return kept
 
 
-def show_cells(cells: Iterable[Cell], request: CompareRequest, console: Console) -> Iterator[Cell]:
+def show_cells(cells: Iterable[Cell], request: CompareRequest, console: Screen) -> Iterator[Cell]:
     """Pass the cells on, with a bar."""
     total = len(request.rows) * len(request.columns)
     with _bars(console) as progress:
@@ -133,5 +135,5 @@ def show_cells(cells: Iterable[Cell], request: CompareRequest, console: Console)
             spent += cell.seconds
             progress.update(bar, completed=done, note=cell.caption, left=spent / done * (total - done))
             if not console.is_terminal:
-                console.print(f"drawing {done}/{total}  {cell.prompt}, {cell.caption}")
+                console.say(f"drawing {done}/{total}  {printable(cell.prompt)}, {printable(cell.caption)}")
             yield cell

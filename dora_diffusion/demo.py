@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from dora_diffusion.comparison.compare import Column, CompareRequest, compare
 from dora_diffusion.comparison.curves import read_curves
 from dora_diffusion.comparison.grid import draw_grid
@@ -16,6 +14,7 @@ from dora_diffusion.console import show_cells, show_training
 from dora_diffusion.errors import DataError
 from dora_diffusion.models.loading import ASSETS, Base, load_base
 from dora_diffusion.outputs import save_png, write_text
+from dora_diffusion.screen import Screen
 from dora_diffusion.training.config import TrainConfig, read_config
 from dora_diffusion.training.events import Stopped
 from dora_diffusion.training.run import train
@@ -65,7 +64,7 @@ def demo_config(out: Path, size: DemoSize, base: str) -> TrainConfig:
 
 
 def run_demo(
-    out: Path, size: DemoSize, console: Console, should_stop: Callable[[], bool], *, base_name: str = "emoji"
+    out: Path, size: DemoSize, console: Screen, should_stop: Callable[[], bool], *, base_name: str = "emoji"
 ) -> list[Path]:
     """Train, compare and report; returns the files made, or none when it was stopped."""
     config = demo_config(out, size, base_name)
@@ -92,7 +91,7 @@ def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
     return stopped, not stopped
 
 
-def _compare(base: Base, out: Path, size: DemoSize, console: Console) -> list[Path]:
+def _compare(base: Base, out: Path, size: DemoSize, console: Screen) -> list[Path]:
     request = CompareRequest(
         prompts=tuple(f"{name}, {STYLE} style" for name in PROMPTS[: size.prompts]),
         seeds=size.seeds,

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dora_diffusion.errors import OutputError
+from dora_diffusion.errors import ConfigError, OutputError
+from dora_diffusion.paths import fitting, obstacle
 
-__all__ = ["make_folder", "save_png", "whole_file", "write_text"]
+__all__ = ["check_output", "check_places", "make_folder", "save_png", "whole_file", "write_text"]
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the name when the block ends well. Raises OutputError."""
     try:
+        path = _replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}")
+        suffix = fitting(f".tmp{path.suffix}", "", 40)
+        prefix = fitting(f".{path.stem}", ".", 255 - 40 - 8)  # mkstemp adds eight letters
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -51,6 +55,49 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, str] | None = N
     with whole_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
     return path
+
+
+def _replaceable(path: Path) -> Path:
+    """The file that writing to `path` replaces: a link stays, and what it leads to is written.
+
+    Raises OutputError where something else than a file stands there: renaming would put a file in a device's place.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+    except ValueError:  # a NUL in it, which obstacle() says
+        target = path
+    if reason := obstacle(target):
+        raise OutputError(f"cannot write {path}: it {reason}. Choose another place.")
+    if target.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder. Give the name of a file, such as one in it.")
+    return target
+
+
+def check_output(path: Path, inputs: Iterable[Path] = ()) -> Path:
+    """Make sure, before any work, that a file can be written here and that it is none of `inputs`.
+
+    The folder is made if need be. Raises OutputError and ConfigError.
+    """
+    target = _replaceable(path)
+    if any(target.exists() and not obstacle(other) and other.exists() and target.samefile(other) for other in inputs):
+        raise ConfigError(f"{path} is what is read, and would be replaced. Give another name for what is written.")
+    make_folder(target.parent)
+    return path
+
+
+def check_places(folder: Path, files: Iterable[str], folders: Iterable[str]) -> None:
+    """Make sure that nothing in `folder` stands in the way of the files and folders that will be written there.
+
+    Raises OutputError.
+    """
+    for name in files:
+        _replaceable(folder / name)
+    for name in folders:
+        place = folder / name
+        if obstacle(place) or place.is_file():
+            raise OutputError(f"{place} is in the way, where a folder is needed. Move it, or give another folder.")
+        if place.is_dir():
+            make_folder(place)
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

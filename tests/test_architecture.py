@@ -15,6 +15,8 @@ ORDER = (
     "errors",
     "memory",
     "quiet",
+    "screen",
+    "paths",
     "outputs",
     "packed",
     "products",

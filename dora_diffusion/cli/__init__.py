@@ -5,6 +5,7 @@ torch and diffusers are imported inside the commands, so that --help and mistype
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
@@ -16,22 +17,30 @@ from dora_diffusion.cli import training, drawing, files, web  # noqa: F401
 from dora_diffusion.cli.terminal import app, errors
 from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.quiet import quieten
+from dora_diffusion.screen import encode_anything
 
 __all__ = ["app", "main"]
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_rest: object, **_more: object) -> None:
     if category is UserWarning:
-        errors.print(f"[yellow]note:[/yellow] {message}", soft_wrap=True)
+        errors.say(("note: ", "yellow"), str(message))
 
 
 def main() -> None:
     """The entry point: a user's mistake is a message and status 1, never a traceback."""
     quieten()
+    encode_anything()
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app()  # typer shows its own errors, about options, and exits
     except DoraDiffusionError as error:
-        errors.print("[red]error:[/red] ", end="")
-        errors.print(str(error), markup=False, soft_wrap=True)
+        errors.say(("error: ", "red"), str(error))
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read our lines has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # what the machine refuses and nothing above has foreseen
+        where = f"{error.filename}: " if error.filename else ""
+        errors.say(("error: ", "red"), f"{where}{error.strerror or error}. Check the path and its permissions.")
         sys.exit(1)

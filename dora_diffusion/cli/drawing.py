@@ -12,10 +12,13 @@ from dora_diffusion.cli.terminal import (
     QuantiseOption,
     SeedsOption,
     SizeOption,
-    app,
+    command,
     console,
+    path_argument,
+    path_option,
     whole_numbers,
 )
+from dora_diffusion.screen import printable
 
 # What both commands take.
 StrengthOption = Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")]
@@ -24,11 +27,13 @@ StepsOption = Annotated[int, typer.Option(help="Denoising steps.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")]
 
 
-@app.command()
+@command()
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to draw.")],
-    out: Annotated[Path, typer.Option("--out", help="A folder for the pictures.")] = Path("outputs/pictures"),
-    adapter: Annotated[list[Path] | None, typer.Option(help="An adapter file; repeat it to add several.")] = None,
+    out: Annotated[Path, path_option("--out", help="A folder for the pictures.")] = Path("outputs/pictures"),
+    adapter: Annotated[
+        list[Path] | None, path_option("--adapter", help="An adapter file; repeat it to add several.")
+    ] = None,
     strength: StrengthOption = None,
     seeds: SeedsOption = "1",
     base: BaseOption = "emoji",
@@ -40,11 +45,11 @@ def generate(
 ) -> None:
     """Draw pictures, with adapters or without."""
     from dora_diffusion.comparison.request import one_for_each, parse_size
-    from dora_diffusion.formats.files import load_adapter
+    from dora_diffusion.formats.files import check_adapter, load_adapter
     from dora_diffusion.generation import GenerationRequest
     from dora_diffusion.generation import generate as draw
     from dora_diffusion.models.loading import load_base
-    from dora_diffusion.outputs import make_folder, save_png
+    from dora_diffusion.outputs import check_places, make_folder, save_png
 
     strengths = one_for_each(adapter or [], strength)
     width, height = parse_size(size)
@@ -52,24 +57,26 @@ def generate(
         GenerationRequest(prompt, seed, negative_prompt, steps, guidance, width, height)
         for seed in whole_numbers(seeds)
     ]
-    make_folder(out)
+    for path in adapter or []:
+        check_adapter(path)
+    check_places(make_folder(out), [f"seed-{request.seed}.png" for request in requests], [])
     loaded = load_base(base, packing=quantise.value if quantise else None)
     for path, value in zip(adapter or [], strengths, strict=True):
-        console.print(str(load_adapter(loaded.pipe, path, strength=value)))
+        console.say(str(load_adapter(loaded.pipe, path, strength=value)))
     for request in requests:
         image = draw(loaded, request)
         metadata = {"prompt": prompt, "seed": str(request.seed), "base": loaded.label}
-        console.print(f"{save_png(image, out / f'seed-{request.seed}.png', metadata)}")
+        console.say(printable(save_png(image, out / f"seed-{request.seed}.png", metadata)))
 
 
-# Several files after one --adapters, as the README writes it, is not in typer's grammar: extra arguments are allowed,
-# and those that follow the options are further adapter files.
-@app.command(context_settings={"allow_interspersed_args": True})
+# Several files after one --adapters, as the README writes it, is not in typer's grammar: those that follow the options
+# are arguments, and further adapter files.
+@command()
 def compare(
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw; may be repeated.")],
-    adapters: Annotated[list[Path], typer.Option("--adapters", help="Adapter files: --adapters a b, or repeated.")],
-    more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
-    out: Annotated[Path, typer.Option("--out", help="A folder for the grid and the report.")] = Path("outputs/compare"),
+    adapters: Annotated[list[Path], path_option("--adapters", help="Adapter files: --adapters a b, or repeated.")],
+    more: Annotated[list[Path] | None, path_argument(help="Further adapter files.", hidden=True)] = None,
+    out: Annotated[Path, path_option("--out", help="A folder for the grid and the report.")] = Path("outputs/compare"),
     seeds: SeedsOption = "1",
     strength: StrengthOption = None,
     base: BaseOption = "emoji",
@@ -86,8 +93,10 @@ def compare(
     from dora_diffusion.comparison.report import write_report
     from dora_diffusion.comparison.request import parse_size
     from dora_diffusion.console import show_cells
+    from dora_diffusion.formats.files import check_adapter
     from dora_diffusion.models.loading import load_base
-    from dora_diffusion.outputs import make_folder, save_png, write_text
+    from dora_diffusion.outputs import check_places, make_folder, save_png, write_text
+    from dora_diffusion.paths import fitting
 
     width, height = parse_size(size)
     request = CompareRequest(
@@ -100,15 +109,20 @@ def compare(
         width=width,
         height=height,
     )
-    make_folder(out)
+    for text, seed in request.rows:
+        request.picture(text, seed)  # says what cannot be drawn before anything is loaded
+    for path in [*adapters, *(more or [])]:
+        check_adapter(path)
+    check_places(make_folder(out), ["comparison.png", "report.html"], ["pictures"])
     loaded = load_base(base, packing=quantise.value if quantise else None)
     cells = []
     for cell in show_cells(draw(loaded, request), request, console):
         column = request.columns[cell.column]
-        name = f"{cell.row + 1:02d}-{column.path.stem if column.path else 'base'}-seed{cell.seed}.png"
+        begin = f"{cell.column}-{cell.row + 1:02d}-{column.path.stem if column.path else 'base'}"
+        name = fitting(begin, f"-seed{cell.seed}.png")
         metadata = {"prompt": cell.prompt, "seed": str(cell.seed), "caption": cell.caption, "base": loaded.label}
-        save_png(cell.image, out / "pictures" / f"{cell.column}-{name}", metadata)
+        save_png(cell.image, out / "pictures" / name, metadata)
         cells.append(cell)
-    console.print(str(save_png(draw_grid(request, cells), out / "comparison.png")))
+    console.say(printable(save_png(draw_grid(request, cells), out / "comparison.png")))
     html = write_report("Side by side", request, cells, base_name=loaded.label)
-    console.print(str(write_text(out / "report.html", html)))
+    console.say(printable(write_text(out / "report.html", html)))

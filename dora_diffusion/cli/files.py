@@ -10,20 +10,25 @@ from typing import Annotated, Literal
 
 import typer
 
-from dora_diffusion.cli.terminal import BaseOption, app, console, say_next
+from dora_diffusion.cli.terminal import BaseOption, command, console, path_argument, path_option, say_next
 from dora_diffusion.errors import ConfigError
+from dora_diffusion.screen import printable
 
 # Weights are compared and written in float32, which a base on a GPU would not be in.
 EXACT: Literal["cpu"] = "cpu"
 
 
-@app.command(name="inspect")
+@command("inspect")
 def inspect_files(
-    files: Annotated[list[Path], typer.Argument(help="Adapter files, or models that were fine-tuned whole.")],
+    files: Annotated[
+        list[Path], path_argument(help="Adapter files, or models that were fine-tuned whole.", metavar="FILES...")
+    ],
     base: Annotated[
         str | None, typer.Option("--base", help="What they were trained from; turns the analysis on.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="A PNG with every layer's change; needs --base.")] = None,
+    plot: Annotated[
+        Path | None, path_option("--plot", help="A PNG with every layer's change; needs --base.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, for programs.")] = False,
 ) -> None:
     """Look inside adapter files: what they are and, with a base, what they changed in it."""
@@ -46,18 +51,18 @@ def inspect_files(
         if analysis is not None:
             tables.print_analysis(console, analysis)
     if plot is not None:
-        console.print(f"The plot is in {plot}.")
+        console.say(f"The plot is in {printable(plot)}.")
 
 
-@app.command()
+@command()
 def parity(
-    file: Annotated[Path, typer.Argument(help="An adapter file.")],
+    file: Annotated[Path, path_argument(help="An adapter file.", metavar="FILE")],
     base: BaseOption = "emoji",
     strength: Annotated[float, typer.Option(help="Compare at this strength too.")] = 1.0,
     repair: Annotated[
         str | None, typer.Option("--repair", help="Write the file that is right in this program.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The file to write, with --repair.")] = None,
+    out: Annotated[Path | None, path_option("--out", help="The file to write, with --repair.")] = None,
     form: Annotated[
         str | None, typer.Option("--form", help="How to write it; default: the smallest that is right.")
     ] = None,
@@ -79,7 +84,7 @@ def parity(
         line = (
             f"{made.path}: {made.form.name}, {made.form.meaning}. Relative error in {program.label}: {made.error:.0e}."
         )
-        console.print(line, markup=False, soft_wrap=True)
+        console.say(line)
         return
     found = compare_programs(file, loaded, strength)
     if as_json:
@@ -101,11 +106,11 @@ class Precision(str, Enum):
     bfloat16 = "bfloat16"
 
 
-@app.command()
+@command()
 def convert(
     file: Annotated[str, typer.Argument(help="An adapter of any dialect: a file, a PEFT folder or a hub id.")],
     to: Annotated[Layout, typer.Option("--to", help="diff and lora need the base.")],
-    out: Annotated[Path, typer.Option("--out", help="The file to write.")],
+    out: Annotated[Path, path_option("--out", help="The file to write.")],
     base: Annotated[
         str | None, typer.Option("--base", help="emoji, emoji-dit, a folder, a .safetensors file or a hub id.")
     ] = None,
@@ -127,13 +132,13 @@ def convert(
         alpha=alpha,
     )
     for line in made.report():
-        console.print(line, soft_wrap=True)
+        console.say(line)
 
 
-@app.command()
+@command()
 def merge(
-    adapters: Annotated[list[Path], typer.Argument(help="Adapter files; several add up.")],
-    out: Annotated[Path, typer.Option("--out", help="A new folder for the pipeline.")],
+    adapters: Annotated[list[Path], path_argument(help="Adapter files; several add up.", metavar="ADAPTERS...")],
+    out: Annotated[Path, path_option("--out", help="A new folder for the pipeline.")],
     base: BaseOption = "emoji",
     strength: Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")] = None,
     dtype: Annotated[Precision, typer.Option(help="Of the weights that are written.")] = Precision.float16,
@@ -146,5 +151,6 @@ def merge(
 
     strengths = one_for_each(adapters, strength)
     loaded = load_base(base, device=EXACT)
-    console.print(f"{save_merged(loaded, adapters, strengths, out, DTYPES[dtype.value])}: {type(loaded.pipe).__name__}")
+    made = save_merged(loaded, adapters, strengths, out, DTYPES[dtype.value])
+    console.say(f"{printable(made)}: {type(loaded.pipe).__name__}")
     say_next([shlex.join(["dora-diffusion", "generate", "--base", str(out), "--prompt", "..."])])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 
 from dora_diffusion.errors import ConfigError
+from dora_diffusion.paths import given_path
+from dora_diffusion.screen import Screen
 
 __all__ = [
     "BaseOption",
@@ -20,8 +24,11 @@ __all__ = [
     "SeedsOption",
     "SizeOption",
     "app",
+    "command",
     "console",
     "errors",
+    "path_argument",
+    "path_option",
     "say_next",
     "stop_on_ctrl_c",
     "whole_numbers",
@@ -35,12 +42,58 @@ app = typer.Typer(
     add_completion=False,
 )
 # Under `accelerate launch` only the first process speaks.
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
-errors = Console(stderr=True, highlight=False)
+console = Screen(quiet=os.environ.get("RANK", "0") != "0")
+errors = Screen(stderr=True)
 
 BaseOption = Annotated[
     str, typer.Option("--base", help="emoji or emoji-dit (embedded), a folder, a .safetensors file or a hub id.")
 ]
+
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+def command(name: str | None = None) -> Callable[[Function], Function]:
+    """Register a command of `app`; its values are checked for what no command could use, whatever it is."""
+
+    def register(function: Function) -> Function:
+        @functools.wraps(function)
+        def checked(**values: object) -> None:
+            for key, value in values.items():
+                for one in value if isinstance(value, list) else [value]:
+                    _check(f"--{key.strip('_').replace('_', '-')}", one)
+            function(**values)
+
+        app.command(name=name)(checked)
+        return function
+
+    return register
+
+
+def _check(option: str, value: object) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{option} is {value}; give a finite number.")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{option} is {str(value)[:30]}..., which is too large a number.")
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(f"{option} {value[:60]!r} is no UTF-8 text. Type it in a terminal that writes UTF-8.")
+
+
+def _parsed(text: str | Path) -> Path:
+    try:
+        return Path(given_path(text))
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def path_option(*names: str, help: str) -> Any:
+    """An option that takes a file or folder: ~ is expanded, and a name that nothing can have is refused."""
+    return typer.Option(*names, help=help, parser=_parsed, metavar="PATH")
+
+
+def path_argument(*, help: str, metavar: str = "PATH", hidden: bool = False) -> Any:
+    """The same without a name of its own."""
+    return typer.Argument(help=help, parser=_parsed, metavar=metavar, hidden=hidden)
 
 
 class PackingOption(str, Enum):
@@ -60,17 +113,20 @@ SizeOption = Annotated[
 
 def say_next(commands: Iterable[str]) -> None:
     """Commands that go on from here."""
-    console.print("\n[bold]Try next[/bold]")
-    for command in commands:
-        console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
+    console.say("\n", ("Try next", "bold"))
+    for line in commands:
+        console.say(f"  {line}")
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
     """`1,2,3`. Raises ConfigError."""
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise ConfigError(f"seeds is {text!r}; give whole numbers with commas between, such as 1,2,3.") from error
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        numbers = ()
+    if not numbers:
+        raise ConfigError(f"seeds is {text[:60]!r}; give whole numbers with commas between, such as 1,2,3.")
+    return numbers
 
 
 @contextmanager
@@ -83,7 +139,7 @@ def stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        errors.print("\n[yellow]stopping after this step; Ctrl-C again ends at once[/yellow]")
+        errors.say(("\nstopping after this step; Ctrl-C again ends at once", "yellow"))
 
     before = signal.signal(signal.SIGINT, ask)
     try:

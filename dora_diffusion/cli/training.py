@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dora_diffusion.cli.terminal import BaseOption, app, console, say_next, stop_on_ctrl_c
+from dora_diffusion.cli.terminal import BaseOption, command, console, path_argument, path_option, say_next, stop_on_ctrl_c
+from dora_diffusion.screen import printable
 
 if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
@@ -27,10 +28,10 @@ class NormAxisOption(str, Enum):
     input = "input"
 
 
-@app.command()
+@command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of ten; a rougher style.")] = False,
-    out: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("outputs/demo"),
+    out: Annotated[Path, path_option("--out", help="Where everything is written.")] = Path("outputs/demo"),
     base: BaseOption = "emoji",
 ) -> None:
     """Train a LoRA and a DoRA on a sample style and lay them beside the base. Needs no GPU and no network."""
@@ -40,15 +41,15 @@ def demo(
         made = run_demo(out, QUICK if quick else DEMO, console, should_stop, base_name=base)
     if not made:
         raise typer.Exit(130)
-    console.print("\n[bold]Look at[/bold]")
+    console.say("\n", ("Look at", "bold"))
     for path in reversed(made):
-        console.print(f"  {path}")
+        console.say(f"  {printable(path)}")
     say_next(next_commands(out, base))
 
 
-@app.command()
+@command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="A TOML file; options given beside it win.")] = None,
+    config: Annotated[Path | None, path_argument(help="A TOML file; options given beside it win.")] = None,
     images: Annotated[str | None, typer.Option(help="A folder of pictures.")] = None,
     instance_prompt: Annotated[
         str | None,
@@ -124,7 +125,7 @@ def train(
         )
     if any(isinstance(event, Stopped) for event in events):
         raise typer.Exit(130)
-    console.print(f"The whole configuration is in {Path(resolved.out) / 'config.toml'}.")
+    console.say(f"The whole configuration is in {Path(resolved.out) / 'config.toml'}.")
     made = [str(event.path) for event in events if isinstance(event, Finished)]
     if made:
         say_next(_after_training(resolved, made))

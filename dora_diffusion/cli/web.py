@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from dora_diffusion.cli.terminal import BaseOption, QuantiseOption, app
+from dora_diffusion.cli.terminal import BaseOption, QuantiseOption, command, path_option
 
 
-@app.command(name="app")
+@command("app")
 def web_app(
     base: BaseOption = "emoji",
     quantise: QuantiseOption = None,
-    outputs: Annotated[Path, typer.Option(help="Where runs and pictures are kept.")] = Path("outputs"),
-    port: Annotated[int, typer.Option(help="The port to listen at.")] = 7860,
+    outputs: Annotated[Path, path_option("--outputs", help="Where runs and pictures are kept.")] = Path("outputs"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 7860,
     host: Annotated[str | None, typer.Option(help="Another address to listen at; needs --auth.")] = None,
     auth: Annotated[str | None, typer.Option(help="USER:PASSWORD for everybody who opens it.")] = None,
     mcp: Annotated[bool, typer.Option("--mcp", help="Offer compare and train as tools to MCP clients too.")] = False,

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dora_diffusion.errors import DataError
+from dora_diffusion.paths import obstacle
 
 __all__ = ["ImageFolder", "TrainingImage", "first_caption", "list_pictures", "open_image", "read_folder"]
 
@@ -91,6 +92,8 @@ def first_caption(path: str | os.PathLike[str], instance_prompt: str | None = No
 def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
     """The picture files of a folder by name, not opened yet. Raises DataError when there are none."""
     folder = Path(path)
+    if reason := obstacle(folder):
+        raise DataError(f"no pictures at {folder}: it {reason}.")
     if not folder.exists():
         raise DataError(f"no folder at {folder}. Check the path given as images.")
     if not folder.is_dir():

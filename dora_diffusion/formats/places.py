@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from dora_diffusion.errors import AdapterFileError
+from dora_diffusion.paths import obstacle
 
 __all__ = ["find_file"]
 
@@ -18,6 +19,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.safetensors)(/(?!.*\.\.)[^\\]+\.safe
 def find_file(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
     """The adapter's file, and the text of PEFT's adapter_config.json if it is beside it. Raises AdapterFileError."""
     found = Path(path)
+    if reason := obstacle(found):
+        raise AdapterFileError(f"no adapter file at {found}: it {reason}.")
     if not found.exists() and isinstance(path, str) and _HUB_ID.fullmatch(path) and not found.parent.exists():
         found = _from_hub(path)
     if found.is_dir() and (found / PEFT_WEIGHTS).is_file():

@@ -24,7 +24,7 @@ from dora_diffusion.formats.original import is_flux2
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.storage import read_header, read_safetensors
 
-__all__ = ["Findings", "read_adapter_file", "read_with_findings", "some"]
+__all__ = ["Findings", "check_adapter", "read_adapter_file", "read_with_findings", "some"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # some programs save alpha as one
@@ -59,6 +59,11 @@ class Findings:
 def some(keys: list[str], between: str = ", ") -> str:
     more = f"{between}and {len(keys) - MENTIONED} more" if len(keys) > MENTIONED else ""
     return between.join(keys[:MENTIONED]) + more
+
+
+def check_adapter(path: str | os.PathLike[str]) -> None:
+    """Raise AdapterFileError where there is no sound safetensors file; only its header is read."""
+    read_header(find_file(path)[0])
 
 
 def read_adapter_file(

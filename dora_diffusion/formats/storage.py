@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError, OutputError, nearest
 from dora_diffusion.outputs import whole_file
+from dora_diffusion.paths import obstacle
 
 __all__ = ["Header", "read_header", "read_safetensors", "write_safetensors"]
 
@@ -109,6 +110,8 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _look(path: Path, what: str) -> None:
+    if reason := obstacle(path):
+        raise AdapterFileError(f"no {what} file at {path}: it {reason}.")
     if path.is_dir():
         inside = sorted(p.name for p in path.glob("*.safetensors"))
         hint = f" Did you mean {path / inside[0]}?" if inside else ""

@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dora_diffusion.inspection.analysis import Analysis
 from dora_diffusion.inspection.parity import RIGHT, Parity
 from dora_diffusion.inspection.programs import PROGRAMS
 from dora_diffusion.inspection.summary import Summary
+from dora_diffusion.screen import Screen, printable, styled
 
 __all__ = ["inspection_json", "parity_json", "print_analysis", "print_parity", "print_summary"]
 
@@ -22,7 +22,7 @@ Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | float | int | boo
 MOST_LAYERS = 8
 
 
-def print_parity(console: Console, found: Sequence[Parity], model: str) -> None:
+def print_parity(console: Screen, found: Sequence[Parity], model: str) -> None:
     """One row a program; below, the layer that is worst in each that is not right, and the versions.
 
     `model` is the class of the base's denoiser, for the programs whose names for its layers are not known.
@@ -36,32 +36,32 @@ def print_parity(console: Console, found: Sequence[Parity], model: str) -> None:
     table.add_column("what it makes of the file")
     for parity in found:
         errors = [parity.total, parity.worst.error, *([parity.total_at_strength] if strength != 1 else [])]
-        shown = ["-" if parity.stopped else _error(error) for error in errors]
+        shown = [styled("-") if parity.stopped else _error(error) for error in errors]
         table.add_row(parity.program.label, f"{parity.read} of {len(parity.layers)}", *shown, _verdict(parity))
     console.print(table)
     for parity in found:
         if not parity.stopped and parity.read and not parity.right:
-            note = escape(f" ({parity.worst.note})" if parity.worst.note else "")
-            console.print(f"{parity.program.label}: worst at {parity.worst.layer}{note}", soft_wrap=True)
+            note = f" ({parity.worst.note})" if parity.worst.note else ""
+            console.say(f"{parity.program.label}: worst at {printable(parity.worst.layer)}{note}")
     compared = {parity.program.name for parity in found}
     if unknown := [program.label for program in PROGRAMS if program.name not in compared]:
-        console.print(f"How {', '.join(unknown)} would name the layers of a {model} is not known here.", soft_wrap=True)
+        console.say(f"How {', '.join(unknown)} would name the layers of a {model} is not known here.")
     versions = "; ".join(f"{parity.program.label} {parity.program.version}" for parity in found)
-    console.print(
-        "[dim]error: ||what it adds to the weights - what the file means|| / ||what the file means||, over all layers "
-        f"and in the worst one.\nRules of {escape(versions)}.[/dim]",
-        soft_wrap=True,
+    explanation = (
+        "error: ||what it adds to the weights - what the file means|| / ||what the file means||, over all layers "
+        f"and in the worst one.\nRules of {versions}."
     )
+    console.say((explanation, "dim"))
 
 
-def _verdict(parity: Parity) -> str:
+def _verdict(parity: Parity) -> Text:
     if parity.stopped:
-        return f"[red]{escape(parity.stopped)}[/red]"
+        return styled((parity.stopped, "red"))
     if not parity.right:
-        return f"[red]{escape('; '.join(parity.reasons) or 'wrong')}[/red]"
+        return styled(("; ".join(parity.reasons) or "wrong", "red"))
     if not parity.right_at_strength:
-        return f"[yellow]right at strength 1; its strength {parity.strength:g} is another[/yellow]"
-    return "[green]right[/green]"
+        return styled((f"right at strength 1; its strength {parity.strength:g} is another", "yellow"))
+    return styled(("right", "green"))
 
 
 def parity_json(found: Sequence[Parity]) -> Json:
@@ -98,13 +98,13 @@ def parity_json(found: Sequence[Parity]) -> Json:
     ]
 
 
-def print_summary(console: Console, summary: Summary) -> None:
-    console.print(f"[bold]{escape(str(summary.path))}[/bold]", soft_wrap=True)
+def print_summary(console: Screen, summary: Summary) -> None:
+    console.say((printable(summary.path), "bold"))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in _facts(summary):
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     console.print(table)
 
 
@@ -126,26 +126,24 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     return facts
 
 
-def print_analysis(console: Console, analysis: Analysis) -> None:
+def print_analysis(console: Screen, analysis: Analysis) -> None:
     """The layers that changed most, and what holds for all."""
-    console.print("The layers that changed most")
+    console.say("The layers that changed most")
     heading = f"{'size':>8} {'magnitude':>10} {'direction':>10} {'eff. rank':>10} {f'top {analysis.rank}':>7}  layer"
-    console.print(f"[bold]{heading}[/bold]", soft_wrap=True)
+    console.say((heading, "bold"))
     for layer in analysis.largest[:MOST_LAYERS]:
-        console.print(
+        console.say(
             f"{100 * layer.relative_size:6.2f} % {layer.magnitude_change:10.3g} {layer.direction_change:10.3g} "
-            f"{layer.effective_rank:10.1f} {100 * layer.energy:5.1f} %  {layer.layer}",
-            soft_wrap=True,
-            markup=False,
+            f"{layer.effective_rank:10.1f} {100 * layer.energy:5.1f} %  {printable(layer.layer)}"
         )
     correlation = analysis.correlation
     text = "has no meaning here" if correlation is None else f"{correlation:+.3f} over {len(analysis.layers)} layers"
-    console.print(f"correlation of the changes of direction and magnitude: {text}")
-    console.print(
-        "[dim]size: ||dW|| / ||W0||; magnitude: mean |m' - m0| of the rows' norms; direction: mean 1 - cos; "
-        f"top {analysis.rank}: share of ||dW||^2 in the {analysis.rank} largest singular values[/dim]\n",
-        soft_wrap=True,
+    console.say(f"correlation of the changes of direction and magnitude: {text}")
+    explanation = (
+        "size: ||dW|| / ||W0||; magnitude: mean |m' - m0| of the rows' norms; direction: mean 1 - cos; "
+        f"top {analysis.rank}: share of ||dW||^2 in the {analysis.rank} largest singular values\n"
     )
+    console.say((explanation, "dim"))
 
 
 def inspection_json(summary: Summary, analysis: Analysis | None) -> Json:
@@ -171,12 +169,11 @@ def _counted(values: Mapping[int, int] | Mapping[float, int]) -> str:
     return ", ".join(f"{value:g} ({n} layers)" for value, n in sorted(values.items(), key=lambda item: -item[1]))
 
 
-def _error(value: float) -> str:
+def _error(value: float) -> Text:
     if not math.isfinite(value):
-        return "[red]not finite[/red]"
-    colour = "green" if value <= RIGHT else "red"
+        return styled(("not finite", "red"))
     text = f"{100 * value:.1f} %" if value > 0.0005 else f"{value:.0e}"
-    return f"[{colour}]{text}[/{colour}]"
+    return styled((text, "green" if value <= RIGHT else "red"))
 
 
 def _finite(value: float) -> float | None:

@@ -20,6 +20,7 @@ from dora_diffusion.formats.loading import text_encoders_of
 from dora_diffusion.memory import ran_out, within_memory
 from dora_diffusion.models.families import Family, family_of
 from dora_diffusion.models.quantising import Packing, base_label, quantise
+from dora_diffusion.paths import obstacle
 from dora_diffusion.quiet import quieten
 
 __all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "load_base", "pick_device", "ways_to_load_less"]
@@ -195,6 +196,8 @@ def ways_to_load_less(packing: Packing | None) -> list[str]:
 
 def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     path = Path(ASSETS / EMBEDDED[name].folder if name in EMBEDDED else name)
+    if reason := obstacle(path):
+        raise BaseModelError(f"no base model at {name!r}: it {reason}.")
     try:
         if path.is_file():
             return _load_single_file(path, dtype)
