@@ -26,9 +26,7 @@ def inspect_files(
     base: Annotated[
         str | None, typer.Option("--base", help="What they were trained from; turns the analysis on.")
     ] = None,
-    plot: Annotated[
-        Path | None, path_option("--plot", help="A PNG with every layer's change; needs --base.")
-    ] = None,
+    plot: Annotated[Path | None, path_option("--plot", help="A PNG with every layer's change; needs --base.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, for programs.")] = False,
 ) -> None:
     """Look inside adapter files: what they are and, with a base, what they changed in it."""

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dora_diffusion.cli.terminal import BaseOption, command, console, path_argument, path_option, say_next, stop_on_ctrl_c
+from dora_diffusion.cli.terminal import (
+    BaseOption,
+    command,
+    console,
+    path_argument,
+    path_option,
+    say_next,
+    stop_on_ctrl_c,
+)
 from dora_diffusion.screen import printable
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from dora_diffusion.formats.loading import text_encoders_of
 from dora_diffusion.memory import ran_out, within_memory
 from dora_diffusion.models.families import Family, family_of
 from dora_diffusion.models.quantising import Packing, base_label, quantise
-from dora_diffusion.paths import obstacle
+from dora_diffusion.paths import given_path, obstacle
 from dora_diffusion.quiet import quieten
 
 __all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "load_base", "pick_device", "ways_to_load_less"]
@@ -163,6 +163,9 @@ def load_base(
     read from safetensors only. Raises BaseModelError, NotEnoughMemoryError, and ConfigError for a packing that cannot
     be had.
     """
+    if not name.strip():
+        raise BaseModelError(f"no base model is named. Embedded bases: {', '.join(EMBEDDED)}.")
+    name = given_path(name) if name.startswith("~") else name
     target = pick_device(device)
     dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
     quieten()

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dora_diffusion.errors import ConfigError, nearest
 from dora_diffusion.injection import AdapterConfig, Kind, NormAxis
 from dora_diffusion.models.quantising import Packing
+from dora_diffusion.paths import given_path, obstacle
 from dora_diffusion.training.optimizers import OptimizerName
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - the same library under its older name
-    import tomli as tomllib
+from dora_diffusion.training.toml import read_toml, value_or_text
 
 if TYPE_CHECKING:
     from dora_diffusion.models.families import Family
@@ -27,22 +23,34 @@ if TYPE_CHECKING:
 __all__ = ["TimestepSampling", "TrainConfig", "parse_assignments", "read_config", "resolve_config"]
 
 TimestepSampling = Literal["uniform", "logit_normal"]
+MOST_SHOWN = 80  # characters of a value in a message
+
+
+def _path(text: str) -> str:
+    try:
+        return given_path(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error  # pydantic names the key
+
+
+# As given, with ~ expanded: relative to the folder that the command runs in, wherever the file lies.
+PathText = Annotated[str, AfterValidator(_path)]
 
 
 class TrainConfig(BaseModel):
     """Everything that decides a run. None means "what suits the base"; the run writes down what it took."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # What to train on what
-    images: str
-    out: str
-    base: str = "emoji"
+    images: PathText
+    out: PathText
+    base: PathText = "emoji"
     kind: Literal["dora", "lora", "both"] = "dora"
     instance_prompt: str | None = None
-    validation_images: str | None = None
+    validation_images: PathText | None = None
     held_out: int | None = Field(None, ge=0)
-    start_from: str | None = None
+    start_from: PathText | None = None
     quantise: Packing | None = None
     resolution: int | None = Field(None, ge=8, le=4096)
     aspect_ratio_bucketing: bool = True
@@ -119,6 +127,10 @@ class TrainConfig(BaseModel):
     @classmethod
     def from_values(cls, values: dict[str, object], source: str) -> TrainConfig:
         """Check values from a file or a command line; `source` names it in messages. Raises ConfigError."""
+        for key, value in values.items():
+            if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool:
+                # pydantic would take true for 1, which nobody means who writes steps = true.
+                raise ConfigError(f"{source}:\n  {key} = {str(value).lower()}: this key is no switch; give its value.")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -127,15 +139,8 @@ class TrainConfig(BaseModel):
 
 def read_config(path: str | os.PathLike[str], overrides: dict[str, object] | None = None) -> TrainConfig:
     """Read a TOML file; `overrides` win over it. Raises ConfigError."""
-    path = Path(path)
-    try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"no configuration file at {path}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no TOML file: {error}.") from error
+    path = Path(given_path(path))
+    values = read_toml(path)
     return TrainConfig.from_values({**values, **(overrides or {})}, str(path))
 
 
@@ -146,17 +151,14 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, object]:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {assignment!r}: write KEY=VALUE, such as --set dropout=0.1.")
-        try:
-            values[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[key.strip()] = text
+        values[key.strip()] = value_or_text(text)
     return values
 
 
 def resolve_config(path: Path | None, given: dict[str, object], *, resume: bool = False) -> TrainConfig:
     """The configuration of a command: a file, options that win over it, and when resuming the run's own file."""
-    written = Path(str(given["out"])) / "config.toml" if "out" in given else None
-    if path is None and resume and written is not None and written.exists():
+    written = Path(given_path(str(given["out"]))) / "config.toml" if "out" in given else None
+    if path is None and resume and written is not None and not obstacle(written) and written.exists():
         path = written
     return read_config(path, given) if path else TrainConfig.from_values(given, "command line")
 
@@ -168,13 +170,21 @@ def _explain(error: ValidationError, source: str) -> str:
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = nearest(key, TrainConfig.model_fields, 1)
+            if isinstance(problem["input"], dict):
+                lines.append(f"[{key}] is a table, and there are none here: write its keys without the line [{key}]")
+                continue
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(TrainConfig.model_fields)}"
             lines.append(f"unknown key {key!r}: {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{key!r} is missing" + _how_to_give(key))
         else:
-            lines.append(f"{key} = {problem['input']!r}: {problem['msg'].lower()}")
+            said = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key} = {_shortened(repr(problem['input']))}: {said[:1].lower()}{said[1:]}")
     return f"{source}:\n  " + "\n  ".join(lines)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def _how_to_give(key: str) -> str:
