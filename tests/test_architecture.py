@@ -16,6 +16,7 @@ ORDER = (
     "memory",
     "quiet",
     "screen",
+    "markdown",
     "paths",
     "outputs",
     "packed",

@@ -12,6 +12,7 @@ import typer
 
 from dora_diffusion.cli.terminal import BaseOption, command, console, path_argument, path_option, say_next
 from dora_diffusion.errors import ConfigError
+from dora_diffusion.paths import given_path
 from dora_diffusion.screen import printable
 
 # Weights are compared and written in float32, which a base on a GPU would not be in.
@@ -31,12 +32,17 @@ def inspect_files(
 ) -> None:
     """Look inside adapter files: what they are and, with a base, what they changed in it."""
     from dora_diffusion.inspection import look, tables
+    from dora_diffusion.inspection.changes import check_source
     from dora_diffusion.inspection.plots import draw_analyses
     from dora_diffusion.models.loading import load_base
-    from dora_diffusion.outputs import save_png
+    from dora_diffusion.outputs import check_output, save_png
 
     if plot is not None and base is None:
         raise ConfigError("--plot shows what changed in the base: give it with --base.")
+    for path in files:
+        check_source(path)
+    if plot is not None:
+        check_output(plot, files)
     looks = look.look_at(files, load_base(base, device=EXACT) if base is not None else None)
     analyses = [analysis for _, analysis in looks if analysis is not None]
     if plot is not None:
@@ -67,15 +73,20 @@ def parity(
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, for programs.")] = False,
 ) -> None:
     """Say what other programs make of an adapter file; write one that they get right."""
+    from dora_diffusion.formats.files import check_adapter
     from dora_diffusion.inspection import tables
     from dora_diffusion.inspection.parity import compare_programs
     from dora_diffusion.inspection.programs import program_named
     from dora_diffusion.inspection.repair import repair as write_repaired
     from dora_diffusion.models.loading import load_base
+    from dora_diffusion.outputs import check_output
 
     if (repair is None) != (out is None) or (form is not None and repair is None):
         raise ConfigError("--repair PROGRAM and --out FILE belong together, and --form to both.")
     program = program_named(repair) if repair is not None else None
+    check_adapter(file)
+    if out is not None:
+        check_output(out, [file])
     loaded = load_base(base, device=EXACT)
     if program is not None and out is not None:
         made = write_repaired(file, loaded, program, out, strength=strength, form=form)
@@ -117,14 +128,20 @@ def convert(
     alpha: Annotated[float | None, typer.Option(help="For files of programs that do not save it.")] = None,
 ) -> None:
     """Write an adapter in another dialect: for diffusers, for ComfyUI, Forge, A1111 and LyCORIS, or for everything."""
-    from dora_diffusion.formats.convert import convert_adapter
+    from dora_diffusion.formats.convert import check_options, convert_adapter
+    from dora_diffusion.formats.files import check_adapter
     from dora_diffusion.models.loading import load_base
+    from dora_diffusion.outputs import check_output
 
+    file = given_path(file)
+    check_options(to.value, dtype.value if dtype else None, rank, base is not None)
+    check_adapter(file)
+    check_output(out, [Path(file)])
     made = convert_adapter(
         file,
         out,
         to.value,
-        base=load_base(base, device=EXACT) if base else None,
+        base=load_base(base, device=EXACT) if base is not None else None,
         dtype=dtype.value if dtype else None,
         rank=rank,
         alpha=alpha,
@@ -144,10 +161,14 @@ def merge(
     """Write the base with adapters in its weights, as a diffusers pipeline that needs no adapter any more."""
     from dora_diffusion.comparison.request import one_for_each
     from dora_diffusion.formats.convert import DTYPES
+    from dora_diffusion.formats.files import check_adapter
     from dora_diffusion.models.loading import load_base
-    from dora_diffusion.models.merging import save_merged
+    from dora_diffusion.models.merging import check_new_folder, save_merged
 
     strengths = one_for_each(adapters, strength)
+    for path in adapters:
+        check_adapter(path)
+    check_new_folder(out)
     loaded = load_base(base, device=EXACT)
     made = save_merged(loaded, adapters, strengths, out, DTYPES[dtype.value])
     console.say(f"{printable(made)}: {type(loaded.pipe).__name__}")

@@ -23,7 +23,7 @@ from dora_diffusion.formats.reading import read_adapter_file
 from dora_diffusion.formats.writing import describe, file_layer, write_adapter_file
 from dora_diffusion.injection import AdapterConfig
 
-__all__ = ["DTYPES", "TARGETS", "Conversion", "Target", "convert_adapter"]
+__all__ = ["DTYPES", "TARGETS", "Conversion", "Target", "check_options", "convert_adapter"]
 
 Target = Literal["diffusers", "kohya", "diff", "lora"]
 TARGETS: tuple[Target, ...] = ("diffusers", "kohya", "diff", "lora")
@@ -70,12 +70,7 @@ def convert_adapter(
 
     Raises AdapterFileError for what the dialect cannot hold, ConfigError for options that cannot be used, OutputError.
     """
-    if to not in TARGETS:
-        raise ConfigError(f"to is {to!r}; it must be one of {', '.join(TARGETS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-    if rank is not None and (to != "lora" or rank < 1):
-        raise ConfigError(f"rank is {rank}; it goes with --to lora, and is at least 1.")
+    check_options(to, dtype, rank, base is not None)
     file = read_adapter_file(source, alpha=alpha)
     file.check_universal()
     residuals: dict[str, float] = {}
@@ -89,6 +84,18 @@ def convert_adapter(
     conversion |= {"worst_residual": max(residuals.values())} if residuals else {}
     path, notes = write_adapter_file(file, Path(out), "diffusers" if to == "diffusers" else "kohya", conversion)
     return Conversion(path, file, (*file.notes, *notes), residuals, rounding, worst)
+
+
+def check_options(to: str, dtype: str | None, rank: int | None, has_base: bool) -> None:
+    """Raise ConfigError for options that do not go together; nothing is read."""
+    if to not in TARGETS:
+        raise ConfigError(f"to is {to!r}; it must be one of {', '.join(TARGETS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    if rank is not None and (to != "lora" or rank < 1):
+        raise ConfigError(f"rank is {rank}; it goes with --to lora, and is at least 1.")
+    if to in ("diff", "lora") and not has_base:
+        raise ConfigError(f"--to {to} computes W' - W0 of each layer, so it needs the base: give --base.")
 
 
 def _with_base(file: AdapterFile, base: object) -> AdapterFile:
@@ -114,8 +121,6 @@ def _with_base(file: AdapterFile, base: object) -> AdapterFile:
 def _by_difference(
     file: AdapterFile, base: object, to: Target, rank: int | None
 ) -> tuple[AdapterFile, dict[str, float]]:
-    if base is None:
-        raise ConfigError(f"--to {to} computes W' - W0 of each layer, so it needs the base: give --base.")
     named = _with_base(file, base)
     rank = rank or file.config.rank
     adapter = attach(base, named)

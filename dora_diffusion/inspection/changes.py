@@ -15,14 +15,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
-from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.formats.files import check_adapter, load_adapter, read_adapter_file
 from dora_diffusion.frozen import FrozenLayer
 from dora_diffusion.injection import adaptable_layers
 from dora_diffusion.inspection.parity import refuse_marked
 from dora_diffusion.layers import LoRAUpdate
 from dora_diffusion.models.loading import Base, load_base
+from dora_diffusion.paths import obstacle
 
-__all__ = ["Change", "changes_of", "source_kind", "weight_files"]
+__all__ = ["Change", "changes_of", "check_source", "source_kind", "weight_files"]
 
 PARTS = ("unet", "transformer")
 
@@ -39,6 +40,8 @@ class Change:
 
 def source_kind(path: Path) -> Literal["adapter", "model", "checkpoint"]:
     """An adapter file, a fine-tuned UNet or transformer in diffusers' names (file or folder), or a whole checkpoint."""
+    if obstacle(path):
+        return "adapter"  # reading it says what
     if path.is_dir():
         return "model"
     if path.suffix != ".safetensors" or not path.is_file():
@@ -53,6 +56,14 @@ def source_kind(path: Path) -> Literal["adapter", "model", "checkpoint"]:
     return (
         "model" if any(key.endswith("attn1.to_q.weight") or key in ("conv_in.weight",) for key in keys) else "adapter"
     )
+
+
+def check_source(path: Path) -> None:
+    """Raise AdapterFileError where there is nothing that `changes_of` could read; only headers are read."""
+    if source_kind(path) == "adapter":
+        check_adapter(path)
+    else:
+        weight_files(path)
 
 
 @contextmanager

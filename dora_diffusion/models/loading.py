@@ -23,7 +23,7 @@ from dora_diffusion.models.quantising import Packing, base_label, quantise
 from dora_diffusion.paths import given_path, obstacle
 from dora_diffusion.quiet import quieten
 
-__all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "load_base", "pick_device", "ways_to_load_less"]
+__all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "find_base", "load_base", "pick_device", "ways_to_load_less"]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -163,9 +163,7 @@ def load_base(
     read from safetensors only. Raises BaseModelError, NotEnoughMemoryError, and ConfigError for a packing that cannot
     be had.
     """
-    if not name.strip():
-        raise BaseModelError(f"no base model is named. Embedded bases: {', '.join(EMBEDDED)}.")
-    name = given_path(name) if name.startswith("~") else name
+    name = find_base(name)
     target = pick_device(device)
     dtype = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
     quieten()
@@ -177,6 +175,33 @@ def load_base(
         target,
         ways_to_load_less(packing),
     )
+
+
+def find_base(name: str) -> str:
+    """The name with ~ expanded, of an embedded base, a file, a folder, or what may be a hub id; nothing is loaded.
+
+    Raises BaseModelError, and ConfigError for a path that cannot be one.
+    """
+    if not name.strip():
+        raise BaseModelError(f"no base model is named. Embedded bases: {', '.join(EMBEDDED)}.")
+    if name in EMBEDDED:
+        return name
+    name = given_path(name)
+    path = Path(name)
+    if reason := obstacle(path):
+        raise BaseModelError(f"no base model at {name!r}: it {reason}.")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise BaseModelError(
+            f"{path} is no base model: it has no model_index.json. Give the folder that a diffusers pipeline "
+            "was saved in, a .safetensors checkpoint, a hub id such as "
+            "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'emoji'."
+        )
+    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise BaseModelError(
+            f"no base model at {name!r}: no such file or folder, and no hub id (those look like 'owner/name'). "
+            f"Embedded bases: {', '.join(EMBEDDED)}."
+        )
+    return name
 
 
 def _load_base(name: str, device: torch.device, dtype: torch.dtype, packing: Packing | None) -> Base:
@@ -199,24 +224,11 @@ def ways_to_load_less(packing: Packing | None) -> list[str]:
 
 def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     path = Path(ASSETS / EMBEDDED[name].folder if name in EMBEDDED else name)
-    if reason := obstacle(path):
-        raise BaseModelError(f"no base model at {name!r}: it {reason}.")
     try:
         if path.is_file():
             return _load_single_file(path, dtype)
         if path.is_dir():
-            if not (path / "model_index.json").is_file():
-                raise BaseModelError(
-                    f"{path} is no base model: it has no model_index.json. Give the folder that a diffusers pipeline "
-                    "was saved in, a .safetensors checkpoint, a hub id such as "
-                    "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'emoji'."
-                )
             return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **_absent_parts(path))
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise BaseModelError(
-                f"no base model at {name!r}: no such file or folder, and no hub id (those look like 'owner/name'). "
-                f"Embedded bases: {', '.join(EMBEDDED)}."
-            )
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except BaseModelError:
         raise

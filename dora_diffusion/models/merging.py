@@ -13,14 +13,16 @@ from torch import nn
 
 from dora_diffusion.errors import ConfigError, OutputError
 from dora_diffusion.formats.files import load_adapter
+from dora_diffusion.markdown import code, plain
 from dora_diffusion.models.loading import Base
 from dora_diffusion.outputs import make_folder
+from dora_diffusion.paths import fitting, obstacle
 
-__all__ = ["save_merged"]
+__all__ = ["check_new_folder", "save_merged"]
 
-CARD = """# {base}, with adapters in its weights
+CARD = """# {title}, with adapters in its weights
 
-Made with DoRA Diffusion from the base `{base}` and
+Made with DoRA Diffusion from the base {base} and
 
 {adapters}
 
@@ -36,27 +38,37 @@ def save_merged(
     The folder appears when it is whole. Raises the errors of loading, ConfigError for a folder that holds something or
     a dtype that is too small for a weight, OutputError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} holds something already. Give another --out.")
-    make_folder(out.parent)
+    check_new_folder(out)
     loaded = [load_adapter(base, path, strength=value) for path, value in zip(adapters, strengths, strict=True)]
     loaded[0].merge(*loaded[1:])
     for name, part in base.pipe.components.items():
         if isinstance(part, nn.Module):
             _cast(part, name, dtype)
-    lines = "\n".join(f"- `{path.name}` at strength {value:g}" for path, value in zip(adapters, strengths, strict=True))
-    card = CARD.format(base=base.name, adapters=lines, dtype=str(dtype).removeprefix("torch."))
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    lines = "\n".join(
+        f"- {code(path.name)} at strength {value:g}" for path, value in zip(adapters, strengths, strict=True)
+    )
+    dtype_name = str(dtype).removeprefix("torch.")
+    card = CARD.format(title=plain(base.name), base=code(base.name), adapters=lines, dtype=dtype_name)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=fitting(f".{out.name}", ".", 200)))
     try:
         base.pipe.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         temporary.chmod(0o755)
-        os.replace(temporary, out)
+        os.replace(temporary, os.path.realpath(out))
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}. Choose a place with room left.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
+
+
+def check_new_folder(out: Path) -> None:
+    """Make sure that a folder can be made here. Raises ConfigError and OutputError."""
+    if reason := obstacle(out):
+        raise OutputError(f"cannot write {out}: it {reason}. Give another --out.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} holds something already. Give another --out.")
+    make_folder(out.parent)
 
 
 def _cast(part: nn.Module, name: str, dtype: torch.dtype) -> None:

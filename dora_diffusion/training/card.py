@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 from dora_diffusion.formats.files import AdapterFile
 from dora_diffusion.injection import KIND_LABEL
+from dora_diffusion.markdown import code, plain
 from dora_diffusion.models.loading import EMBEDDED, Base
 from dora_diffusion.training.config import TrainConfig
 
@@ -19,9 +21,9 @@ MADE_HERE = "trained with DoRA Diffusion"  # by which a card is known for one of
 LOAD = """```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained({base})
 pipe.load_lora_weights("THIS FOLDER OR REPOSITORY", weight_name="{file}")
-image = pipe("{prompt}").images[0]
+image = pipe({prompt}).images[0]
 ```
 """
 LOAD_BY_INPUT = """
@@ -31,9 +33,9 @@ Its norm runs by input, as ComfyUI, Forge, A1111 and InvokeAI compute it: put th
 from diffusers import DiffusionPipeline
 from dora_diffusion import load_adapter
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained({base})
 load_adapter(pipe, "THIS FOLDER/{file}")
-image = pipe("{prompt}").images[0]
+image = pipe({prompt}).images[0]
 ```
 """
 
@@ -50,17 +52,22 @@ def card_text(
     return "\n".join(
         (
             f"---\n{_front_matter(config, files, pictures)}\n---\n",
-            f"# {name}\n",
-            f"{kinds} for `{base.label}`, {MADE_HERE}.\n",
-            *(f"![{said}]({path.as_posix()})\n" for said, path in pictures.items()),
-            *([f"Say `{config.instance_prompt}`.\n"] if config.instance_prompt else []),
+            f"# {plain(name)}\n",
+            f"{kinds} for {code(base.label)}, {MADE_HERE}.\n",
+            *(f"![{plain(said)}]({path.as_posix()})\n" for said, path in pictures.items()),
+            *([f"Say {code(config.instance_prompt)}.\n"] if config.instance_prompt else []),
             "## Load\n",
-            load.lstrip().format(base=embedded, file=last.path.name, prompt=prompt.replace('"', "'")),
+            load.lstrip().format(base=_literal(embedded), file=last.path.name, prompt=_literal(prompt)),
             "What other programs make of it, and a file for each: `dora-diffusion parity` and `convert`.\n",
             "## Training\n",
             _table(files),
         )
     )
+
+
+def _literal(text: str) -> str:
+    """Text as Python code, in double quotes as the rest of the example; JSON's strings are Python's too."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _front_matter(config: TrainConfig, files: Sequence[AdapterFile], pictures: Mapping[str, Path]) -> str:
@@ -106,4 +113,4 @@ SAID = {
 
 
 def _written(value: object) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else plain(value)

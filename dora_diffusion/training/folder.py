@@ -17,13 +17,16 @@ from pathlib import Path
 
 from dora_diffusion.errors import TrainingError
 from dora_diffusion.injection import Kind
-from dora_diffusion.outputs import write_text
+from dora_diffusion.outputs import check_places, write_text
 from dora_diffusion.training.checkpoint import checkpoint_path
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import Step
 from dora_diffusion.training.start import start_path
 
 __all__ = ["Log", "adapter_path", "check_folder", "cleared", "preview_path", "step_path"]
+
+
+FOLDERS = ("steps", "previews", "checkpoints", "class_images")
 
 
 def adapter_path(out: Path, kind: Kind) -> Path:
@@ -39,6 +42,8 @@ def preview_path(out: Path, kind: Kind, step: int, prompt: int, seed: int) -> Pa
 
 
 def check_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
+    adapters = [adapter_path(out, kind).name for kind in config.kinds]
+    check_places(out, [*adapters, "config.toml", "log.jsonl", "README.md"], FOLDERS)
     if config.start_from and overwrite and not resume:
         starts = {Path(start_path(config, kind)).resolve() for kind in config.kinds}
         if replaced := starts & {path.resolve() for path in cleared(out, config)}:

@@ -80,7 +80,9 @@ def _ways_to_need_less(config: TrainConfig, base: Base | None) -> list[str]:
 def _train(
     config: TrainConfig, resume: bool, overwrite: bool, base: Base | None, should_stop: Callable[[], bool]
 ) -> Iterator[Event]:
-    list_pictures(config.images)  # a mistyped folder or file is said before anything is loaded
+    for folder in (config.images, config.validation_images):
+        if folder is not None:
+            list_pictures(folder)  # a mistyped folder or file is said before anything is loaded
     starts = read_starts(config)
     out = make_folder(config.out)
     check_folder(out, config, resume, overwrite)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dora_diffusion.errors import ConfigError
+from dora_diffusion.models.loading import find_base
 from dora_diffusion.models.quantising import Packing
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.api import add_endpoints
@@ -77,10 +79,14 @@ def launch(
 
     Raises ConfigError, and OutputError when nothing can be written to `outputs`.
     """
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"port is {port}; it must be between 1 and 65535.")
     address = host or LOOPBACK[0]
+    _check_address(address)
     login = _login(address, auth)
     if mcp and find_spec("mcp") is None:
         raise ConfigError("--mcp needs a package that is not installed: pip install 'dora-diffusion[mcp]'.")
+    base = find_base(base)
     _keep_quiet()
     _share_memory()
     studio = Studio.open(outputs, base, packing)
@@ -140,6 +146,13 @@ def _login(address: str, auth: str | None) -> tuple[str, str] | None:
     if auth is None and address not in LOOPBACK:
         raise ConfigError(f"--host {address} lets others reach this app: give --auth USER:PASSWORD with it.")
     return (user, password) if auth else None
+
+
+def _check_address(address: str) -> None:
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:  # too long for a name, or empty between dots
+        raise ConfigError(f"--host {address[:80]!r} is no address of this machine, such as 127.0.0.1.") from error
 
 
 def _hosts(address: str) -> list[str]:

@@ -1,0 +1,22 @@
+"""Text from outside in a Markdown file: it is shown as it was written, whatever Markdown would make of it."""
+
+from __future__ import annotations
+
+import re
+
+from dora_diffusion.screen import printable
+
+__all__ = ["code", "plain"]
+
+
+def plain(text: object) -> str:
+    """In one line, with a backslash before what Markdown or HTML would act on within a line (CommonMark 2.4)."""
+    return re.sub(r"([\\`*_\[\]<>&|~!#$:])", r"\\\1", printable(text))
+
+
+def code(text: object) -> str:
+    """As inline code, between more backticks than the text has in a row (CommonMark 6.1)."""
+    shown = printable(text)
+    ticks = "`" * (max((len(run) for run in re.findall("`+", shown)), default=0) + 1)
+    space = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
+    return f"{ticks}{space}{shown}{space}{ticks}"
