@@ -13,7 +13,7 @@ from dora_diffusion.comparison.report import write_report
 from dora_diffusion.console import show_cells, show_training
 from dora_diffusion.errors import DataError
 from dora_diffusion.models.loading import ASSETS, Base, load_base
-from dora_diffusion.outputs import save_png, write_text
+from dora_diffusion.outputs import check_places, make_folder, save_png, write_text
 from dora_diffusion.screen import Screen
 from dora_diffusion.training.config import TrainConfig, read_config
 from dora_diffusion.training.events import Stopped
@@ -50,17 +50,18 @@ def sample_folder(name: str = STYLE) -> Path:
 
 def demo_config(out: Path, size: DemoSize, base: str) -> TrainConfig:
     images = sample_folder()
-    return TrainConfig(
-        images=str(images),
-        validation_images=str(images / "held-out"),
-        out=str(out),
-        base=base,
-        kind="both",
-        steps=size.steps,
-        batch_size=size.batch_size,
-        random_flip=True,  # sixteen pictures are few
-        learning_rate=size.learning_rate,
-    )
+    values: dict[str, object] = {
+        "images": str(images),
+        "validation_images": str(images / "held-out"),
+        "out": str(out),
+        "base": base,
+        "kind": "both",
+        "steps": size.steps,
+        "batch_size": size.batch_size,
+        "random_flip": True,  # sixteen pictures are few
+        "learning_rate": size.learning_rate,
+    }
+    return TrainConfig.from_values(values, "demo")
 
 
 def run_demo(
@@ -68,6 +69,7 @@ def run_demo(
 ) -> list[Path]:
     """Train, compare and report; returns the files made, or none when it was stopped."""
     config = demo_config(out, size, base_name)
+    check_places(make_folder(out), ["comparison.png", "report.html"], [])
     base = load_base(config.base, device=config.device)
     resume, overwrite = _earlier_demo(config)
     events = show_training(

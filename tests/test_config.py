@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,75 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: bytes, expecte
         read_config(tmp_path / "c.toml")
     with pytest.raises(ConfigError, match="no configuration file"):
         read_config(tmp_path / "missing.toml")
+
+
+GOOD = b'images = "a"\nout = "b"\n'
+
+
+def read(tmp_path: Path, content: bytes) -> TrainConfig:
+    (tmp_path / "c.toml").write_bytes(content)
+    return read_config(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbf" + GOOD, GOOD.replace(b"\n", b"\r\n"), b"\t" + GOOD.replace(b" ", b"\t")]
+)
+def test_a_file_as_windows_editors_write_it_is_read(content: bytes, tmp_path: Path) -> None:
+    config = read(tmp_path, content)
+    assert (config.images, config.out) == ("a", "b")
+
+
+def test_home_is_expanded_in_every_path_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of-mine")
+    paths = ("images", "out", "base", "start_from", "validation_images")
+    config = TrainConfig.from_values({**dict.fromkeys(paths, "~/x"), "instance_prompt": "~/x"}, "x")
+    assert {getattr(config, name) for name in paths} == {"/home/of-mine/x"} and config.instance_prompt == "~/x"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'out = "b"\nimages = "C:\\Users"', r"line 2.*single quotes"),
+        (b'images = "C:\\temp"\nout = "b"', r"images = .*single quotes"),
+        (GOOD.decode().encode("utf-16"), "UTF-16"),
+        (GOOD.decode().encode("utf-16-le"), "UTF-16"),
+        (GOOD + "# ä".encode("latin-1"), "0xe4 in line 3"),
+        (GOOD + b"rank = 1\nrank = 2\n", "rank stands in line 3 and again in line 4"),
+        (b'{"images": "a"}', "JSON"),
+        (b"images: a", "line 1.*equals sign"),
+        (b"images = a", "line 1.*quotes"),
+        (b"[train]\n" + GOOD, r"without the line \[train\]"),
+        (b"x = " + b"[" * 100_000, "nested"),
+        (b"rank = " + b"1" * 5000, "digits"),
+        (GOOD + b"steps = true", "steps = true: this key is no switch"),
+        (GOOD + b"alpha = nan", "finite"),
+        (GOOD + b"learning_rate = inf", "finite"),
+        (b'images = ""\nout = "b"', "images = '': the path is empty"),
+        (b'images = "a\\u0000"\nout = "b"', "control character"),
+        (b'images = "a"\nout = "~nobody-of-this-name/b"', "no user"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_place_and_the_way_out(
+    content: bytes, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path, content)
+    assert re.search(expected, str(error.value), re.DOTALL) and str(tmp_path / "c.toml") in str(error.value)
+
+
+def test_what_is_no_file_is_no_configuration_and_is_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "config.toml").write_bytes(GOOD)
+    for name, expected in (
+        ("pipe", "named pipe"),
+        ("loop", "leads back"),
+        (".", "did you mean .*config.toml"),
+        ("config.toml/x", "through a file"),
+        ("a" * 300, "255"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            read_config(f"{tmp_path}/{name}")
 
 
 def test_assignments_are_read_as_toml_and_else_as_text() -> None:

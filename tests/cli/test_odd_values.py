@@ -156,10 +156,7 @@ def words(tmp_path: Path, pictures: Path, adapter_file: Path):  # type: ignore[n
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: f"{option.command}-{option.name}")
 def test_a_value_that_cannot_be_is_refused_before_any_work(option: Option, run, words, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    if option.kind is bool:
-        values = ["x"]
-    else:
-        values = bad_values(option, tmp_path)
+    values = ["x"] if option.kind is bool else bad_values(option, tmp_path)
     for value in values:
         ran = run(*words(option, value))
         assert ran.status in (1, 2), (value[:80], ran.out, ran.err)
