@@ -18,11 +18,13 @@ from dora_diffusion.models.loading import ASSETS, Base, load_base
 from dora_diffusion.outputs import save_png, write_text
 from dora_diffusion.training.config import TrainConfig, read_config
 from dora_diffusion.training.events import Stopped
+from dora_diffusion.training.folder import adapter_path
 from dora_diffusion.training.run import train
 
 __all__ = ["DEMO", "QUICK", "DemoSize", "demo_config", "run_demo", "sample_folder"]
 
 STYLE = "openmoji"
+REPORT = "report.html"  # the last thing that is made
 # None of these is in the style folder, neither to train on nor to measure on.
 PROMPTS = ("panda", "strawberry", "frog", "tulip", "hamburger", "crown")
 
@@ -76,7 +78,8 @@ def run_demo(
     )
     if any(isinstance(event, Stopped) for event in events):
         return []
-    return [out / "lora.safetensors", out / "dora.safetensors", *_compare(base, out, size, console)]
+    compared = _compare(base, out, size, console, should_stop)
+    return [out / "lora.safetensors", out / "dora.safetensors", *compared] if compared else []
 
 
 def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
@@ -88,18 +91,24 @@ def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
     if earlier.images != config.images:  # somebody's own run: let train() refuse
         return False, False
     same = (earlier.steps, earlier.base) == (config.steps, config.base)
-    stopped = same and any((out / "checkpoints").glob("*.safetensors"))
-    return stopped, not stopped
+    trained = [path for path in (adapter_path(out, kind) for kind in config.kinds) if path.exists()]
+    begun = any((out / "checkpoints").glob("*.safetensors")) or (bool(trained) and not (out / REPORT).exists())
+    return same and begun, not (same and begun)
 
 
-def _compare(base: Base, out: Path, size: DemoSize, console: Console) -> list[Path]:
+def _compare(base: Base, out: Path, size: DemoSize, console: Console, should_stop: Callable[[], bool]) -> list[Path]:
+    """The files made; none when it was stopped."""
     request = CompareRequest(
         prompts=tuple(f"{name}, {STYLE} style" for name in PROMPTS[: size.prompts]),
         seeds=size.seeds,
         adapters=(Column("LoRA", out / "lora.safetensors"), Column("DoRA", out / "dora.safetensors")),
         num_inference_steps=size.num_inference_steps,
     )
-    cells = list(show_cells(compare(base, request), request, console))
+    cells = []
+    for cell in show_cells(compare(base, request), request, console):
+        if should_stop():
+            return []
+        cells.append(cell)
     report = write_report(
         f"DoRA and LoRA on the {STYLE} style",
         request,
@@ -108,7 +117,7 @@ def _compare(base: Base, out: Path, size: DemoSize, console: Console) -> list[Pa
         curves=read_curves(out / "log.jsonl"),
         commands=next_commands(out, base.name),
     )
-    return [save_png(draw_grid(request, cells), out / "comparison.png"), write_text(out / "report.html", report)]
+    return [save_png(draw_grid(request, cells), out / "comparison.png"), write_text(out / REPORT, report)]
 
 
 def next_commands(out: Path, base_name: str) -> tuple[str, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Annotated
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 
 from dora_diffusion.errors import ConfigError
+from dora_diffusion.stopping import StopRequest, say_no_more, stop_request
 
 __all__ = [
     "BaseOption",
@@ -23,7 +23,7 @@ __all__ = [
     "console",
     "errors",
     "say_next",
-    "stop_on_ctrl_c",
+    "stop_when_asked",
     "whole_numbers",
 ]
 
@@ -74,19 +74,14 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C once asks the run to stop after its step, with a checkpoint; twice ends it at once."""
-    asked = False
+def stop_when_asked() -> Iterator[StopRequest]:
+    """Ctrl-C, SIGTERM or SIGHUP asks the run to stop after its step, with a checkpoint; again ends it at once."""
 
-    def ask(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        errors.print("\n[yellow]stopping after this step; Ctrl-C again ends at once[/yellow]")
+    def say(_number: int) -> None:
+        try:
+            errors.print("\n[yellow]stopping after this step; Ctrl-C again ends at once[/yellow]")
+        except OSError:
+            say_no_more(errors)
 
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with stop_request(say) as request:
+        yield request

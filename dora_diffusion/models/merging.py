@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dora_diffusion.errors import ConfigError, OutputError
+from dora_diffusion.errors import ConfigError
 from dora_diffusion.formats.files import load_adapter
 from dora_diffusion.models.loading import Base
-from dora_diffusion.outputs import make_folder
+from dora_diffusion.outputs import make_folder, scratch_folder, writing
 
 __all__ = ["save_merged"]
 
@@ -46,16 +43,11 @@ def save_merged(
             _cast(part, name, dtype)
     lines = "\n".join(f"- `{path.name}` at strength {value:g}" for path, value in zip(adapters, strengths, strict=True))
     card = CARD.format(base=base.name, adapters=lines, dtype=str(dtype).removeprefix("torch."))
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        base.pipe.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.chmod(0o755)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}. Choose a place with room left.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(out), scratch_folder(out) as scratch:
+        whole = scratch / "base"
+        base.pipe.save_pretrained(whole)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        whole.replace(out)
     return out
 
 

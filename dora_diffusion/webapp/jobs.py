@@ -256,10 +256,15 @@ class TrainingJobs:
         if job := self._last.get(owner):
             job.stop()
 
-    def close(self, seconds: float) -> bool:
-        """Stop what runs and wait for its checkpoint; whether it came in time."""
+    def stop_all(self) -> list[TrainingJob]:
+        """Ask all that run or wait for a stop; returns them."""
         jobs = [job for job in self._last.values() if not job.state.is_over]
         for job in jobs:
             job.stop()
+        return jobs
+
+    def close(self, seconds: float) -> bool:
+        """Stop what runs and wait for its checkpoint; whether it came in time."""
+        jobs = self.stop_all()
         deadline = time.monotonic() + seconds
         return all([job.wait(max(0.0, deadline - time.monotonic())) for job in jobs])

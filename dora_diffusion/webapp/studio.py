@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dora_diffusion.comparison.votes import Votes
 from dora_diffusion.models.quantising import Packing, base_label
-from dora_diffusion.outputs import make_folder
+from dora_diffusion.outputs import clear_left_overs, make_folder
 from dora_diffusion.webapp.drawing import Painter
 from dora_diffusion.webapp.jobs import TrainingJob, TrainingJobs
 from dora_diffusion.webapp.pictures import Albums
@@ -37,6 +37,7 @@ class Studio:
         """Raises OutputError when nothing can be written there."""
         outputs = make_folder(outputs).resolve()
         visitors = outputs / "web" / "visitors"
+        clear_left_overs(outputs / "web", depth=5)  # down to the folders in a run
         painter = Painter(base_name, packing)
         return cls(
             outputs,

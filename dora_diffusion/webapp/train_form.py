@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.errors import ConfigError
-from dora_diffusion.outputs import make_folder
+from dora_diffusion.outputs import make_folder, scratch_folder
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.uploads import Upload, put_into
 
@@ -156,11 +155,11 @@ class Costing:
             if not free:
                 return None
             work = make_folder(self.studio.outputs / "web")
-            with tempfile.TemporaryDirectory(dir=work) as folder, self.studio.painter.turn(lambda _: None) as base:
-                images = Path(folder) / "images"
+            with scratch_folder(work / "cost") as folder, self.studio.painter.turn(lambda _: None) as base:
+                images = folder / "images"
                 caption = form.prompt.strip() or "anything"
                 put_into(images, uploads[: int(form.batch_size)], caption)
-                config = form.config(images, Path(folder), self.studio.base_name, [caption])
+                config = form.config(images, folder, self.studio.base_name, [caption])
                 self.known[key] = estimate_run(config, base)
         return self.known[key]
 
