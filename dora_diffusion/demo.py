@@ -13,7 +13,7 @@ from dora_diffusion.comparison.curves import read_curves
 from dora_diffusion.comparison.grid import draw_grid
 from dora_diffusion.comparison.report import write_report
 from dora_diffusion.console import show_cells, show_training
-from dora_diffusion.errors import DataError
+from dora_diffusion.errors import ConfigError, DataError
 from dora_diffusion.models.loading import ASSETS, Base, load_base
 from dora_diffusion.outputs import save_png, write_text
 from dora_diffusion.training.config import TrainConfig, read_config
@@ -87,7 +87,12 @@ def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
     out = Path(config.out)
     if not (out / "config.toml").exists():
         return False, False
-    earlier = read_config(out / "config.toml")
+    try:
+        earlier = read_config(out / "config.toml")
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} So the earlier demo in {out} cannot be gone on with: give another --out."
+        ) from error
     if earlier.images != config.images:  # somebody's own run: let train() refuse
         return False, False
     same = (earlier.steps, earlier.base) == (config.steps, config.base)

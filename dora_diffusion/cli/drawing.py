@@ -14,6 +14,7 @@ from dora_diffusion.cli.terminal import (
     SizeOption,
     app,
     console,
+    say_cautions,
     whole_numbers,
 )
 
@@ -53,6 +54,7 @@ def generate(
         for seed in whole_numbers(seeds)
     ]
     make_folder(out)
+    say_cautions(quantise.value if quantise else None)
     loaded = load_base(base, packing=quantise.value if quantise else None)
     for path, value in zip(adapter or [], strengths, strict=True):
         console.print(str(load_adapter(loaded.pipe, path, strength=value)))
@@ -101,6 +103,7 @@ def compare(
         height=height,
     )
     make_folder(out)
+    say_cautions(quantise.value if quantise else None)
     loaded = load_base(base, packing=quantise.value if quantise else None)
     cells = []
     for cell in show_cells(draw(loaded, request), request, console):

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from dora_diffusion.errors import ConfigError
+from dora_diffusion.models.quantising import Packing
 from dora_diffusion.stopping import StopRequest, say_no_more, stop_request
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "app",
     "console",
     "errors",
+    "say_cautions",
     "say_next",
     "stop_when_asked",
     "whole_numbers",
@@ -63,6 +65,17 @@ def say_next(commands: Iterable[str]) -> None:
     console.print("\n[bold]Try next[/bold]")
     for command in commands:
         console.print(f"  {command}", soft_wrap=True, markup=False, highlight=False)
+
+
+def say_cautions(packing: Packing | None) -> None:
+    """What a packed base costs on this machine, before it is loaded."""
+    if packing is None:
+        return
+    from dora_diffusion.models.cautions import cautions
+    from dora_diffusion.models.loading import pick_device
+
+    for caution in cautions(pick_device(), packing):
+        errors.print(f"[yellow]note:[/yellow] {caution}", soft_wrap=True)
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

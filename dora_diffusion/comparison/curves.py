@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dora_diffusion.journal import read_log
 
-__all__ = ["COLOURS", "Curve", "draw_curves", "read_curves"]
+__all__ = ["COLOURS", "LABELS", "Curve", "draw_curves", "read_curves"]
 
 COLOURS = {"lora": "#d97706", "dora": "#2563eb", "base": "#6b7280"}
 LABELS = {"lora": "LoRA", "dora": "DoRA"}  # as injection.KIND_LABEL has them, without its import of torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -193,21 +194,15 @@ def resolve_config(path: Path | None, given: dict[str, object], *, resume: bool 
 
 def _own_config(written: Path, given: dict[str, object]) -> TrainConfig:
     """What a run wrote down of itself: its file or, where that is not sound, what stands in its checkpoint."""
-    try:
+    if _is_toml(written):
         return read_config(written, given)
-    except ConfigError as error:
-        for checkpoint in sorted((written.parent / "checkpoints").glob("*.safetensors")):
-            try:
-                values = json.loads(read_header(checkpoint, "checkpoint").metadata["config"])
-                config = TrainConfig.from_values({**values, **given}, str(checkpoint))
-            except (AdapterFileError, KeyError, TypeError, ValueError):
-                continue
-            if not written.exists() or not _is_toml(written):
-                warnings.warn(f"{error} The configuration in {checkpoint} is taken.", UserWarning, stacklevel=2)
-                return config
-        if not written.exists():
-            return TrainConfig.from_values(given, "command line")
-        raise
+    for checkpoint in sorted((written.parent / "checkpoints").glob("*.safetensors")):
+        with contextlib.suppress(AdapterFileError, KeyError, TypeError, ValueError):
+            values = json.loads(read_header(checkpoint, "checkpoint").metadata["config"])
+            said = f"{written} is missing or damaged; the configuration in {checkpoint} is taken."
+            warnings.warn(said, UserWarning, stacklevel=3)
+            return TrainConfig.from_values({**values, **given}, str(checkpoint))
+    return read_config(written, given) if written.exists() else TrainConfig.from_values(given, "command line")
 
 
 def _is_toml(path: Path) -> bool:

@@ -21,6 +21,7 @@ from dora_diffusion.formats.reading import some
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.injection import KIND_LABEL, Adapter, Kind
 from dora_diffusion.memory import not_enough, ran_out
+from dora_diffusion.models.cautions import cautions
 from dora_diffusion.models.loading import Base, load_base, pick_device
 from dora_diffusion.outputs import make_folder, save_png, write_text, writing
 from dora_diffusion.training.card import MADE_HERE, card_text
@@ -39,7 +40,7 @@ from dora_diffusion.training.loop import (
 )
 from dora_diffusion.training.start import describe_start, read_starts
 
-__all__ = ["train"]
+__all__ = ["cautions_for", "train"]
 
 
 def train(
@@ -64,19 +65,27 @@ def train(
         if not ran_out(error):
             raise
     device = pick_device(config.device) if base is None else base.device
-    raise not_enough("to train so", device, _ways_to_need_less(config, base))
+    raise not_enough("to train so", device, _ways_to_need_less(config, base, device))
 
 
-def _ways_to_need_less(config: TrainConfig, base: Base | None) -> list[str]:
+def cautions_for(config: TrainConfig, device: torch.device) -> tuple[str, ...]:
+    """What of this configuration costs more on this device than people expect of it."""
+    recomputes = config.gradient_checkpointing
+    return cautions(device, config.quantise, precision=config.mixed_precision, trains=True, recomputes=recomputes)
+
+
+def _ways_to_need_less(config: TrainConfig, base: Base | None, device: torch.device) -> list[str]:
     """The keys that are left to set, those first that cost the least."""
     ways = [] if config.gradient_checkpointing else ["gradient_checkpointing = true"]
     if config.batch_size > 1:
         same = config.batch_size * config.gradient_accumulation_steps
         ways.append(f"batch_size = 1 with gradient_accumulation_steps = {same}")
-    if not (config.offload or config.train_text_encoder):
-        ways.append("offload = true")
-    if config.quantise is None and (base is None or base.packing is None):
-        ways.append('quantise = "nf4"')
+    packed = config.quantise is not None or (base is not None and base.packing is not None)
+    if device.type == "cpu":  # where nothing can be put aside, and packing needs more
+        ways += ["no quantise"] * packed
+    else:
+        ways += ["offload = true"] * (not (config.offload or config.train_text_encoder))
+        ways += ['quantise = "nf4"'] * (not packed)
     ways.append(f"a resolution below {config.resolution}" if config.resolution else "a smaller resolution")
     return [*ways[:-1], f"{ways[-1]} (keys of the configuration, or --set KEY=VALUE)"]
 
@@ -92,6 +101,8 @@ def _train(
     if config.device != "auto":
         pick_device(config.device)  # says so if it is missing; accelerate would take another one
     accelerator = make_accelerator(config)
+    for caution in cautions_for(config, accelerator.device):
+        yield Preparing(f"note: {caution}")
     base = base or load_base(config.base, device=accelerator.device, packing=config.quantise)
     _check_packing(config, base)
     for prompt in config.preview_prompts:

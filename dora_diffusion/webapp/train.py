@@ -124,7 +124,7 @@ class TrainTab:
     def check(self, page: gr.Request, table: Table, found: Pictures, *settings: Any) -> Update:
         """The checklist, and whether Train can be pressed."""
         form = TrainForm(*settings)
-        lines = checks([row[2] for row in rows_of(table)], form, found, self.costing.of(form))
+        lines = checks([row[2] for row in rows_of(table)], form, found, self.costing.of(form), self.studio.cautions())
         job = self.studio.jobs.of(visitor_of(page))
         busy = job is not None and not job.snapshot().is_over
         ready = all(good is not False for good in lines.values())
