@@ -90,9 +90,7 @@ def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
     try:
         earlier = read_config(out / "config.toml")
     except ConfigError as error:
-        raise ConfigError(
-            f"{error} So the earlier demo in {out} cannot be gone on with: give another --out."
-        ) from error
+        raise ConfigError(f"{error} So an earlier demo in {out} cannot go on: give another --out.") from error
     if earlier.images != config.images:  # somebody's own run: let train() refuse
         return False, False
     same = (earlier.steps, earlier.base) == (config.steps, config.base)
