@@ -11,6 +11,7 @@ from rich.text import Text
 from dora_diffusion.comparison.compare import Cell, CompareRequest
 from dora_diffusion.injection import KIND_LABEL
 from dora_diffusion.screen import PlainColumn, Screen, Words, printable
+from dora_diffusion.stopping import say_no_more
 from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
 from dora_diffusion.training.loop import Step
 
@@ -119,7 +120,10 @@ def show_training(events: Iterable[Event], console: Screen) -> list[Event]:
         progress.live.auto_refresh = console.is_terminal
         display = TrainingDisplay(console, progress)
         for event in events:
-            display.show(event)
+            try:
+                display.show(event)
+            except OSError:  # the terminal is gone, and the training is not
+                say_no_more(console)
             if not isinstance(event, Step):
                 kept.append(event)
     return kept

@@ -11,17 +11,19 @@ from dora_diffusion.comparison.curves import read_curves
 from dora_diffusion.comparison.grid import draw_grid
 from dora_diffusion.comparison.report import write_report
 from dora_diffusion.console import show_cells, show_training
-from dora_diffusion.errors import DataError
+from dora_diffusion.errors import ConfigError, DataError
 from dora_diffusion.models.loading import ASSETS, Base, load_base
 from dora_diffusion.outputs import check_places, make_folder, save_png, write_text
 from dora_diffusion.screen import Screen
 from dora_diffusion.training.config import TrainConfig, read_config
 from dora_diffusion.training.events import Stopped
+from dora_diffusion.training.folder import adapter_path
 from dora_diffusion.training.run import train
 
 __all__ = ["DEMO", "QUICK", "DemoSize", "demo_config", "run_demo", "sample_folder"]
 
 STYLE = "openmoji"
+REPORT = "report.html"  # the last thing that is made
 # None of these is in the style folder, neither to train on nor to measure on.
 PROMPTS = ("panda", "strawberry", "frog", "tulip", "hamburger", "crown")
 
@@ -77,7 +79,8 @@ def run_demo(
     )
     if any(isinstance(event, Stopped) for event in events):
         return []
-    return [out / "lora.safetensors", out / "dora.safetensors", *_compare(base, out, size, console)]
+    compared = _compare(base, out, size, console, should_stop)
+    return [out / "lora.safetensors", out / "dora.safetensors", *compared] if compared else []
 
 
 def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
@@ -85,22 +88,31 @@ def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
     out = Path(config.out)
     if not (out / "config.toml").exists():
         return False, False
-    earlier = read_config(out / "config.toml")
+    try:
+        earlier = read_config(out / "config.toml")
+    except ConfigError as error:
+        raise ConfigError(f"{error} So an earlier demo in {out} cannot go on: give another --out.") from error
     if earlier.images != config.images:  # somebody's own run: let train() refuse
         return False, False
     same = (earlier.steps, earlier.base) == (config.steps, config.base)
-    stopped = same and any((out / "checkpoints").glob("*.safetensors"))
-    return stopped, not stopped
+    trained = [path for path in (adapter_path(out, kind) for kind in config.kinds) if path.exists()]
+    begun = any((out / "checkpoints").glob("*.safetensors")) or (bool(trained) and not (out / REPORT).exists())
+    return same and begun, not (same and begun)
 
 
-def _compare(base: Base, out: Path, size: DemoSize, console: Screen) -> list[Path]:
+def _compare(base: Base, out: Path, size: DemoSize, console: Screen, should_stop: Callable[[], bool]) -> list[Path]:
+    """The files made; none when it was stopped."""
     request = CompareRequest(
         prompts=tuple(f"{name}, {STYLE} style" for name in PROMPTS[: size.prompts]),
         seeds=size.seeds,
         adapters=(Column("LoRA", out / "lora.safetensors"), Column("DoRA", out / "dora.safetensors")),
         num_inference_steps=size.num_inference_steps,
     )
-    cells = list(show_cells(compare(base, request), request, console))
+    cells = []
+    for cell in show_cells(compare(base, request), request, console):
+        if should_stop():
+            return []
+        cells.append(cell)
     report = write_report(
         f"DoRA and LoRA on the {STYLE} style",
         request,
@@ -109,7 +121,7 @@ def _compare(base: Base, out: Path, size: DemoSize, console: Screen) -> list[Pat
         curves=read_curves(out / "log.jsonl"),
         commands=next_commands(out, base.name),
     )
-    return [save_png(draw_grid(request, cells), out / "comparison.png"), write_text(out / "report.html", report)]
+    return [save_png(draw_grid(request, cells), out / "comparison.png"), write_text(out / REPORT, report)]
 
 
 def next_commands(out: Path, base_name: str) -> tuple[str, ...]:

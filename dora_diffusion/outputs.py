@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,36 +18,141 @@ from PIL.PngImagePlugin import PngInfo
 from dora_diffusion.errors import ConfigError, OutputError
 from dora_diffusion.paths import fitting, obstacle
 
-__all__ = ["check_output", "check_places", "make_folder", "save_png", "whole_file", "write_text"]
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "check_output",
+    "check_places",
+    "clear_left_overs",
+    "copy_file",
+    "make_folder",
+    "save_png",
+    "scratch_folder",
+    "whole_file",
+    "write_text",
+    "writing",
+]
+
+# A scratch folder, or with a suffix a file as earlier versions wrote it.
+LEFT_OVER = re.compile(r"\..*\.[a-z0-9_]{8}\.tmp(\.\w+)?")
+CERTAINLY_DEAD = 24 * 3600  # seconds, where nobody can be asked whether the process lives
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the name when the block ends well. Raises OutputError."""
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against writing `path`, as an OutputError."""
     try:
-        path = _replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        suffix = fitting(f".tmp{path.suffix}", "", 40)
-        prefix = fitting(f".{path.stem}", ".", 255 - 40 - 8)  # mkstemp adds eight letters
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        yield
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}. Choose a place that you may write to, with room left."
         ) from error
 
 
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """An empty folder beside a path, which is gone when the block ends.
+
+    It is locked while this process works in it, so that what a killed one left is told from it. Raises OSError.
+    """
+    folder, lock = _new_scratch(beside)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _unlock(lock)
+
+
+def _new_scratch(beside: Path) -> tuple[Path, int | None]:
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=beside.parent, prefix=fitting(f".{beside.name}", ".", 200), suffix=".tmp"))
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):  # taken for a left over before it was locked
+            lock = _lock(folder)
+            if folder.exists():
+                return folder, lock
+            _unlock(lock)
+
+
+def clear_left_overs(folder: Path, depth: int = 1) -> None:
+    """Remove what killed processes were writing in this folder and, `depth` deep, in the folders in it.
+
+    What live ones write stays.
+    """
+    with contextlib.suppress(OSError):  # what cannot be looked at or removed is in nobody's way
+        for path in list(folder.iterdir()):
+            is_folder = path.is_dir() and not path.is_symlink()
+            if LEFT_OVER.fullmatch(path.name) and _is_left_over(path):
+                shutil.rmtree(path, ignore_errors=True) if is_folder else path.unlink(missing_ok=True)
+            elif is_folder and depth > 0:
+                clear_left_overs(path, depth - 1)
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether no process holds it any more."""
+    try:
+        lock = _lock(path)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # it was finished meanwhile
+        return False
+    if lock is None:
+        return time.time() - path.stat().st_mtime > CERTAINLY_DEAD
+    _unlock(lock)
+    return True
+
+
+def _lock(path: Path) -> int | None:
+    """Hold a file or folder, for as long as this process lives; None where that cannot be done.
+
+    Raises BlockingIOError while somebody else holds it.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # some network file systems
+        os.close(handle)
+        return None
+    return handle
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes the name when the block ends well. Raises OutputError."""
+    with writing(path):
+        path = _replaceable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(path) as scratch:
+            temporary = scratch / fitting(f"file{path.suffix}", "", 40)
+            yield temporary
+            temporary.chmod(0o644)
+            with temporary.open("rb+") as file:
+                os.fsync(file)  # a name that outlives a power cut, and bytes that do not, would be a file of zeros
+            temporary.replace(path)
+
+
 def write_text(path: Path, text: str) -> Path:
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def copy_file(source: Path, path: Path) -> Path:
+    """Raises OutputError."""
+    with whole_file(path) as temporary:
+        shutil.copyfile(source, temporary)
     return path
 
 
@@ -101,15 +210,20 @@ def check_places(folder: Path, files: Iterable[str], folders: Iterable[str]) -> 
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Create the folder if need be and make sure that it can be written to. Raises OutputError."""
+    """Create the folder if need be, make sure that it can be written to, and clear it of what killed processes left.
+
+    Raises OutputError.
+    """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # an empty file has room on a full disk too
+            file.flush()
     except OSError as error:
         raise OutputError(
             f"cannot write to {folder}: {error.strerror or error}. "
             "Choose an output folder of your own (--out; --outputs of the web app)."
         ) from error
+    clear_left_overs(folder)
     return folder

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training_helpers import HANGS
 
 from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.injection import AdapterConfig, inject_adapter
@@ -252,12 +253,12 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_ends_with_the_same_bits(tmp_path, 
         if line.startswith("LoRA 3/"):
             process.send_signal(signal.SIGINT)
             break
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 130, err
     assert "checkpoint saved" in out and "--resume" in out and "Traceback" not in err
     assert (tmp_path / "stopped" / "checkpoints" / "lora.safetensors").exists()
     for name, more in (("stopped", ("--resume",)), ("whole", ())):
-        done = subprocess.run(command(name, *more), capture_output=True, text=True, env=environment, timeout=200)
+        done = subprocess.run(command(name, *more), capture_output=True, text=True, env=environment, timeout=HANGS)
         assert done.returncode == 0, done.stderr
     files = [tmp_path / name / "lora.safetensors" for name in ("stopped", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -145,3 +145,30 @@ def test_the_reference_names_every_key_and_no_other() -> None:
     rows = [line.split("|")[1].strip().strip("`") for line in text.splitlines() if line.startswith("| `")]
     in_a_row = {"preview_seeds", "preview_every"}  # described beside preview_prompts
     assert set(rows) | in_a_row == set(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38, 0.0, -1.0, True])
+def test_a_learning_rate_that_is_none_is_refused_by_its_key(value: float) -> None:
+    for key in ("learning_rate", "text_encoder_learning_rate"):
+        with pytest.raises(ConfigError, match=rf"  {key} = "):
+            TrainConfig.from_values({**GIVEN, key: value}, "x")
+
+
+def test_every_number_with_a_fraction_must_be_finite() -> None:
+    floats = [key for key, field in TrainConfig.model_fields.items() if "float" in str(field.annotation)]
+    assert {"alpha", "dropout", "weight_decay", "max_grad_norm", "prior_loss_weight", "snr_gamma"} <= set(floats)
+    for key in floats:
+        for value in (float("inf"), float("-inf"), float("nan")):
+            with pytest.raises(ConfigError, match=f"{key} = .*finite"):
+                TrainConfig.from_values({**GIVEN, key: value}, "x")
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused_and_the_default_is_shorter() -> None:
+    for steps in (1, 5, 10):
+        with pytest.raises(ConfigError, match=r"warmup_steps = 10 with steps = .*before its learning rate is reached"):
+            TrainConfig.from_values({**GIVEN, "steps": steps, "warmup_steps": 10}, "x")
+        assert TrainConfig.from_values({**GIVEN, "steps": steps}, "x").warm_up == steps - 1
+    assert TrainConfig.from_values({**GIVEN, "steps": 500}, "x").warm_up == 10
+    assert (
+        TrainConfig.from_values({**GIVEN, "steps": 1, "warmup_steps": 10, "lr_scheduler": "constant"}, "x").steps == 1
+    )

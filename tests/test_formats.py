@@ -372,7 +372,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_output_error(tmp_path, unet, m
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     # Not by chmod, which does not bind root.
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     with pytest.raises(OutputError, match=r"cannot write .*: Permission denied\. Choose a place"):
         save_adapter(trained(unet), tmp_path / "a.safetensors")
 

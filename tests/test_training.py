@@ -24,7 +24,7 @@ from prodigyopt import Prodigy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from training_helpers import config, losses, stop_after
+from training_helpers import HANGS, config, losses, stop_after
 
 from dora_diffusion.data.cache import encode_images
 from dora_diffusion.data.folder import read_folder
@@ -626,9 +626,38 @@ def test_resuming_with_other_values_or_other_pictures_is_refused(
         list(train(settings, resume=True))
 
 
-def test_a_diverging_run_says_so(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
-    with pytest.raises(TrainingError, match="Lower the learning rate"):
-        list(train(config(pictures, tmp_path, sd_folder, kind="lora", learning_rate=1e30)))
+def test_a_diverging_run_ends_at_the_step_and_leaves_no_adapter(tmp_path: Path, pictures: Path, sd_base: Base) -> None:
+    settings = config(pictures, tmp_path, Path("base"), kind="lora", checkpoint_every=1, save_every=1, held_out=0)
+    events = []
+    with pytest.raises(TrainingError) as raised:
+        for event in train(settings, base=sd_base):
+            events.append(event)
+            if isinstance(event, Saved) and event.step == 3:  # as an update that is too large would leave them
+                next(p for n, p in sd_base.denoiser.named_parameters() if n.endswith("lora_B")).data[0] = 1e38
+    assert "LoRA: the loss is nan at step 3: the run has diverged. Try a learning_rate below 0.01" in str(raised.value)
+    assert "Kept from before: the checkpoint after step 3, steps/lora-00003.safetensors" in str(raised.value)
+    assert not (tmp_path / "lora.safetensors").exists() and len(losses(events, "lora")) == 3
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "steps/lora-00003.safetensors").values())
+
+
+def test_weights_that_overflow_are_found_in_the_step_that_made_them(
+    tmp_path: Path, pictures: Path, sd_base: Base
+) -> None:
+    settings = config(pictures, tmp_path, Path("base"), kind="dora", learning_rate=100, held_out=0, steps=2)
+    settings = settings.model_copy(update={"weight_decay": 1e38})  # beyond what a configuration may hold
+    with pytest.raises(TrainingError, match=r"DoRA: weights are no numbers any more at step [12]: the run has"):
+        list(train(settings, base=sd_base))
+    assert not list(tmp_path.rglob("dora*.safetensors"))
+
+
+def test_a_base_that_gives_no_numbers_is_told_from_a_run_that_diverges(
+    tmp_path: Path, pictures: Path, sd_base: Base
+) -> None:
+    with torch.no_grad():
+        sd_base.denoiser.conv_in.weight[0] = float("nan")
+    for held_out in (2, 0):
+        with pytest.raises(TrainingError, match="before any step was made, so it is the base that gives no numbers"):
+            list(train(config(pictures, tmp_path, Path("base"), held_out=held_out), base=sd_base, overwrite=True))
 
 
 def test_holding_out_every_picture_is_refused(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
@@ -655,7 +684,7 @@ def test_two_processes_share_the_batches_and_write_once(tmp_path: Path, pictures
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        timeout=150,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("DoRA finished") == 1

@@ -28,6 +28,9 @@ def config(pictures: Path, out: Path, base: Path, **values: object) -> TrainConf
     return TrainConfig.from_values({**defaults, **values}, "test")
 
 
+HANGS = 1500  # seconds; less than a test's own limit, and more than the busiest machine needs
+
+
 def losses(events: list[Event], kind: str) -> list[float]:
     return [event.loss for event in events if isinstance(event, Step) and event.kind == kind]
 

@@ -16,6 +16,7 @@ from dora_diffusion.cli.terminal import (
     console,
     path_argument,
     path_option,
+    say_cautions,
     whole_numbers,
 )
 from dora_diffusion.screen import printable
@@ -60,6 +61,7 @@ def generate(
     for path in adapter or []:
         check_adapter(path)
     check_places(make_folder(out), [f"seed-{request.seed}.png" for request in requests], [])
+    say_cautions(quantise.value if quantise else None)
     loaded = load_base(base, packing=quantise.value if quantise else None)
     for path, value in zip(adapter or [], strengths, strict=True):
         console.say(str(load_adapter(loaded.pipe, path, strength=value)))
@@ -114,6 +116,7 @@ def compare(
     for path in [*adapters, *(more or [])]:
         check_adapter(path)
     check_places(make_folder(out), ["comparison.png", "report.html"], ["pictures"])
+    say_cautions(quantise.value if quantise else None)
     loaded = load_base(base, packing=quantise.value if quantise else None)
     cells = []
     for cell in show_cells(draw(loaded, request), request, console):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -15,8 +14,10 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from dora_diffusion.errors import ConfigError
+from dora_diffusion.models.quantising import Packing
 from dora_diffusion.paths import given_path
 from dora_diffusion.screen import Screen
+from dora_diffusion.stopping import StopRequest, say_no_more, stop_request
 
 __all__ = [
     "BaseOption",
@@ -29,8 +30,9 @@ __all__ = [
     "errors",
     "path_argument",
     "path_option",
+    "say_cautions",
     "say_next",
-    "stop_on_ctrl_c",
+    "stop_when_asked",
     "whole_numbers",
 ]
 
@@ -118,6 +120,17 @@ def say_next(commands: Iterable[str]) -> None:
         console.say(f"  {line}")
 
 
+def say_cautions(packing: Packing | None) -> None:
+    """What a packed base costs on this machine, before it is loaded."""
+    if packing is None:
+        return
+    from dora_diffusion.models.cautions import cautions
+    from dora_diffusion.models.loading import pick_device
+
+    for caution in cautions(pick_device(), packing):
+        errors.say(("note: ", "yellow"), caution)
+
+
 def whole_numbers(text: str) -> tuple[int, ...]:
     """`1,2,3`. Raises ConfigError."""
     try:
@@ -130,19 +143,14 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 
 
 @contextmanager
-def stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C once asks the run to stop after its step, with a checkpoint; twice ends it at once."""
-    asked = False
+def stop_when_asked() -> Iterator[StopRequest]:
+    """Ctrl-C, SIGTERM or SIGHUP asks the run to stop after its step, with a checkpoint; again ends it at once."""
 
-    def ask(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        errors.say(("\nstopping after this step; Ctrl-C again ends at once", "yellow"))
+    def say(_number: int) -> None:
+        try:
+            errors.say(("\nstopping after this step; Ctrl-C again ends at once", "yellow"))
+        except OSError:
+            say_no_more(errors)
 
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with stop_request(say) as request:
+        yield request

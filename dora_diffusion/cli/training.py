@@ -17,7 +17,7 @@ from dora_diffusion.cli.terminal import (
     path_argument,
     path_option,
     say_next,
-    stop_on_ctrl_c,
+    stop_when_asked,
 )
 from dora_diffusion.screen import printable
 
@@ -45,10 +45,10 @@ def demo(
     """Train a LoRA and a DoRA on a sample style and lay them beside the base. Needs no GPU and no network."""
     from dora_diffusion.demo import DEMO, QUICK, next_commands, run_demo
 
-    with stop_on_ctrl_c() as should_stop:
+    with stop_when_asked() as should_stop:
         made = run_demo(out, QUICK if quick else DEMO, console, should_stop, base_name=base)
     if not made:
-        raise typer.Exit(130)
+        raise typer.Exit(should_stop.exit_code)
     console.say("\n", ("Look at", "bold"))
     for path in reversed(made):
         console.say(f"  {printable(path)}")
@@ -127,12 +127,12 @@ def train(
     }
     given = {key: value for key, value in options.items() if value is not None} | parse_assignments(set_ or [])
     resolved = resolve_config(config, given, resume=resume)
-    with stop_on_ctrl_c() as should_stop:
+    with stop_when_asked() as should_stop:
         events = show_training(
             run_training(resolved, resume=resume, overwrite=overwrite, should_stop=should_stop), console
         )
     if any(isinstance(event, Stopped) for event in events):
-        raise typer.Exit(130)
+        raise typer.Exit(should_stop.exit_code)
     console.say(f"The whole configuration is in {Path(resolved.out) / 'config.toml'}.")
     made = [str(event.path) for event in events if isinstance(event, Finished)]
     if made:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dora_diffusion.cli.terminal import BaseOption, QuantiseOption, command, path_option
+from dora_diffusion.cli.terminal import BaseOption, QuantiseOption, command, path_option, say_cautions
 
 
 @command("app")
@@ -26,6 +26,7 @@ def web_app(
     keep_inside(outputs)
     from dora_diffusion.webapp.app import launch
 
+    say_cautions(quantise.value if quantise else None)
     launch(
         base=base,
         packing=quantise.value if quantise else None,

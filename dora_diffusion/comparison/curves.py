@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["COLOURS", "Curve", "draw_curves", "read_curves"]
+from dora_diffusion.journal import read_log
+
+__all__ = ["COLOURS", "LABELS", "Curve", "draw_curves", "read_curves"]
 
 COLOURS = {"lora": "#d97706", "dora": "#2563eb", "base": "#6b7280"}
 LABELS = {"lora": "LoRA", "dora": "DoRA"}  # as injection.KIND_LABEL has them, without its import of torch
@@ -29,14 +30,13 @@ class Curve:
 
 
 def read_curves(log: Path) -> dict[str, Curve]:
-    """The curves of a run's log.jsonl, by kind; empty when there is none."""
+    """The curves of a run's log.jsonl, by kind; empty when there is none. What is not sound in it is left out."""
     curves: dict[str, Curve] = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        entry = json.loads(line)
-        curve = curves.setdefault(entry["kind"], Curve())
-        curve.loss += [entry["loss"]] if "loss" in entry else []
-        if "held_out_loss" in entry:
-            curve.held_out.append((entry["step"], entry["held_out_loss"]))
+    for entry in read_log(log).entries:
+        curve = curves.setdefault(entry.kind, Curve())
+        curve.loss += [entry.loss] if entry.loss is not None else []
+        if entry.held_out_loss is not None:
+            curve.held_out.append((entry.step, entry.held_out_loss))
     return curves
 
 

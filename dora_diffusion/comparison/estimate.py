@@ -72,7 +72,9 @@ def estimate_run(config: TrainConfig, base: Base) -> Estimate:
 
     A batch's worth of pictures is enough. Raises the errors of `prepare`; leaves the base as it was.
     """
-    short = config.model_copy(update={"steps": WARM_UP + MEASURED, "held_out": 0, "class_prompt": None})
+    short = config.model_copy(
+        update={"steps": WARM_UP + MEASURED, "warmup_steps": None, "held_out": 0, "class_prompt": None}
+    )
     with _watched_memory(base) as peak:
         training = prepare(short, base, make_accelerator(short))
         costs = {kind: _measure(training, kind) for kind in config.kinds}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from dora_diffusion.journal import append_entry, read_journal
 from dora_diffusion.outputs import make_folder
 
 __all__ = ["Choice", "Tally", "Vote", "Votes", "wilson_interval"]
@@ -65,15 +65,13 @@ class Votes:
     def add(self, vote: Vote) -> Tally:
         """Raises OutputError."""
         make_folder(self.path.parent)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(vote)) + "\n")
+        append_entry(self.path, asdict(vote))
         return self.tally(vote.first, vote.second)
 
     def tally(self, first: str, second: str) -> Tally:
         counts: dict[str, int] = {"first": 0, "second": 0, "same": 0}
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for line in lines:
-            vote = json.loads(line)
-            if (vote["first"], vote["second"]) == (first, second):
-                counts[vote["choice"]] += 1
+        for vote in read_journal(self.path).entries:
+            choice = vote.get("choice")
+            if (vote.get("first"), vote.get("second")) == (first, second) and choice in counts:
+                counts[str(choice)] += 1
         return Tally(**counts)

@@ -173,7 +173,7 @@ def load_base(
         lambda: _load_base(name, target, dtype, packing),
         f"to load the base {name!r}",
         target,
-        ways_to_load_less(packing),
+        ways_to_load_less(packing, target),
     )
 
 
@@ -213,13 +213,16 @@ def _load_base(name: str, device: torch.device, dtype: torch.dtype, packing: Pac
     return base
 
 
-def ways_to_load_less(packing: Packing | None) -> list[str]:
-    """What leaves more memory to a base that is loaded as `packing` says."""
+def ways_to_load_less(packing: Packing | None, device: torch.device) -> list[str]:
+    """What leaves more memory to a base that is loaded as `packing` says; on a CPU packing needs more, not less."""
+    others = "other programs closed that hold some of it"
+    if device.type == "cpu":
+        return [*(["the base without quantise"] if packing else []), others]
     packed = (
         'the base packed (--quantise nf4 of generate, compare and app, quantise = "nf4" of a training, '
         'packing="nf4" in Python)'
     )
-    return [*([] if packing == "nf4" else [packed]), "other programs closed that hold some of it"]
+    return [*([] if packing == "nf4" else [packed]), others]
 
 
 def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +13,8 @@ from dora_diffusion.errors import ConfigError, OutputError
 from dora_diffusion.formats.files import load_adapter
 from dora_diffusion.markdown import code, plain
 from dora_diffusion.models.loading import Base
-from dora_diffusion.outputs import make_folder
-from dora_diffusion.paths import fitting, obstacle
+from dora_diffusion.outputs import make_folder, scratch_folder, writing
+from dora_diffusion.paths import obstacle
 
 __all__ = ["check_new_folder", "save_merged"]
 
@@ -49,16 +47,11 @@ def save_merged(
     )
     dtype_name = str(dtype).removeprefix("torch.")
     card = CARD.format(title=plain(base.name), base=code(base.name), adapters=lines, dtype=dtype_name)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=fitting(f".{out.name}", ".", 200)))
-    try:
-        base.pipe.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.chmod(0o755)
-        os.replace(temporary, os.path.realpath(out))
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}. Choose a place with room left.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(out), scratch_folder(out) as scratch:
+        whole = scratch / "base"
+        base.pipe.save_pretrained(whole)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        whole.replace(os.path.realpath(out))
     return out
 
 

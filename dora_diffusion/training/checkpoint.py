@@ -5,7 +5,9 @@ Random numbers need no state: all that a step draws follows from the seed and th
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +16,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dora_diffusion.errors import AdapterFileError, TrainingError
-from dora_diffusion.formats.storage import read_safetensors, write_safetensors
-from dora_diffusion.injection import Adapter
+from dora_diffusion.formats.storage import read_header, read_safetensors, write_safetensors
+from dora_diffusion.injection import Adapter, Kind
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.optimizers import Numbers, group_numbers, set_group_numbers
 
-__all__ = ["Checkpoint", "checkpoint_path", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "checkpoint_path", "kept_step", "read_checkpoint", "write_checkpoint"]
+
+ANEW = "Start the run anew with --overwrite, or with another --out."
 
 # What may differ between a run and its continuation: where it lies and what is shown, nothing that changes a number.
 FREE_KEYS = {
@@ -46,6 +50,10 @@ class Checkpoint:
     groups: list[Numbers]
 
     def restore(self, adapter: Adapter, optimizer: Optimizer) -> None:
+        """Raises TrainingError for a checkpoint of another adapter."""
+        shapes = {name: p.shape for name, p in adapter.named_parameters().items()}
+        if shapes != {name: tensor.shape for name, tensor in self.adapter.items()}:
+            raise TrainingError(f"the checkpoint holds other parameters than the run's adapter. {ANEW}")
         adapter.load(self.adapter)
         names = list(adapter.named_parameters())
         state = optimizer.state_dict()
@@ -57,6 +65,14 @@ class Checkpoint:
         }
         optimizer.load_state_dict(state)
         set_group_numbers(optimizer, self.groups)
+
+
+def kept_step(out: Path, kind: Kind) -> int | None:
+    """How many steps are in the checkpoint of this kind; None where there is none that can be read."""
+    try:
+        return int(read_header(checkpoint_path(out, kind), "checkpoint").metadata["step"])
+    except (AdapterFileError, KeyError, ValueError):
+        return None
 
 
 def checkpoint_path(out: Path, kind: str) -> Path:
@@ -74,17 +90,13 @@ def write_checkpoint(
             tensors[f"moments/{name}/{key}"] = torch.as_tensor(value).cpu()
     header = {"format": "pt", "step": str(step), "config": config.model_dump_json(), "data": data}
     header["optimizer"] = json.dumps(group_numbers(optimizer))
+    header["sum"] = _sum(step, tensors)
     return write_safetensors(tensors, path, header)
 
 
 def read_checkpoint(path: Path, config: TrainConfig, data: str) -> Checkpoint:
     """Read a checkpoint of this very run. Raises TrainingError when it belongs to another configuration."""
-    try:
-        tensors, header = read_safetensors(path, "checkpoint")
-        step = int(header["step"])
-        before, groups = json.loads(header["config"]), json.loads(header.get("optimizer", "[]"))
-    except (AdapterFileError, KeyError, ValueError) as error:
-        raise TrainingError(f"cannot resume from {path}: {error}. Start the run anew with --overwrite.") from error
+    step, tensors, header, before, groups = _read(path)
     now = json.loads(config.model_dump_json())
     defaults = TrainConfig.model_construct(images="", out="").model_dump(mode="json")
     before = {**defaults, **before}  # a checkpoint of an earlier version lacks the keys that came since
@@ -104,5 +116,32 @@ def read_checkpoint(path: Path, config: TrainConfig, data: str) -> Checkpoint:
     parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "moments": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition("/")
-        parts[part][name] = tensor
+        parts.setdefault(part, {})[name] = tensor
     return Checkpoint(step, parts["adapter"], parts["moments"], groups)
+
+
+def _read(path: Path) -> tuple[int, dict[str, Tensor], dict[str, str], dict[str, object], list[Numbers]]:
+    """What is in the file: the step, tensors, the header, and in it the configuration and the optimizer's numbers."""
+    try:
+        tensors, header = read_safetensors(path, "checkpoint")
+        step = int(header["step"])
+        before, groups = json.loads(header["config"]), json.loads(header.get("optimizer", "[]"))
+        if not isinstance(before, dict) or not isinstance(groups, list):
+            raise ValueError("its header is not as it was written")
+        if not 0 < step < int(before["steps"]):
+            raise ValueError(f"it says that {step} of {before['steps']} steps were done")
+        if header.get("sum", found := _sum(step, tensors)) != found:  # earlier versions wrote none
+            raise ValueError("its numbers are not those that were written, so it is damaged")
+    except (AdapterFileError, KeyError, TypeError, ValueError, RecursionError) as error:
+        said = f"its header has no {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise TrainingError(f"cannot resume from {path}: {said}. {ANEW}") from error
+    return step, tensors, header, before, groups
+
+
+def _sum(step: int, tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the step and all numbers: a file whose bytes a disk has lost has its whole length all the same."""
+    digest = hashlib.sha256(str(step).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from dora_diffusion.errors import ConfigError, nearest
+from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
+from dora_diffusion.formats.storage import read_header
 from dora_diffusion.injection import AdapterConfig, Kind, NormAxis
 from dora_diffusion.models.quantising import Packing
 from dora_diffusion.paths import given_path, obstacle
@@ -36,6 +49,12 @@ def _path(text: str) -> str:
 # As given, with ~ expanded: relative to the folder that the command runs in, wherever the file lies.
 PathText = Annotated[str, AfterValidator(_path)]
 
+# Beyond these a float32 soon holds nothing, or a step changes nothing: a slip, and no training.
+SLOWEST, FASTEST = 1e-15, 100.0  # of a learning rate
+LARGEST = 1e6  # of what a loss, a gradient or an update is multiplied by
+MOST = 2**16  # of what is counted and held in memory
+WARM_UP = 10  # steps
+
 
 class TrainConfig(BaseModel):
     """Everything that decides a run. None means "what suits the base"; the run writes down what it took."""
@@ -57,8 +76,8 @@ class TrainConfig(BaseModel):
     random_flip: bool = False
 
     # The adapter
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(16.0, gt=0)
+    rank: int = Field(16, ge=1, le=MOST)
+    alpha: float = Field(16.0, gt=0, le=LARGEST)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | None = None
     use_rslora: bool = False
@@ -68,18 +87,18 @@ class TrainConfig(BaseModel):
     train_text_encoder: bool = False
 
     # Optimisation
-    steps: int = Field(500, ge=1)
-    batch_size: int = Field(4, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    steps: int = Field(500, ge=1, le=10_000_000)
+    batch_size: int = Field(4, ge=1, le=MOST)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=MOST)
     optimizer: OptimizerName = "adamw"
-    learning_rate: float | None = Field(None, gt=0)
-    text_encoder_learning_rate: float | None = Field(None, gt=0)
+    learning_rate: float | None = Field(None, ge=SLOWEST, le=FASTEST)
+    text_encoder_learning_rate: float | None = Field(None, ge=SLOWEST, le=FASTEST)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(10, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int | None = Field(None, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    max_grad_norm: float = Field(1.0, gt=0, le=LARGEST)
     timestep_sampling: TimestepSampling | None = None
-    snr_gamma: float | None = Field(None, gt=0)
+    snr_gamma: float | None = Field(None, gt=0, le=LARGEST)
     cut_captions: bool = False
     shuffle_tags_after: int | None = Field(None, ge=0)
     caption_dropout: float = Field(0.05, ge=0, le=1)
@@ -91,16 +110,37 @@ class TrainConfig(BaseModel):
 
     # Prior preservation: what the class looks like without the subject, drawn by the base
     class_prompt: str | None = None
-    num_class_images: int = Field(50, ge=1)
-    prior_loss_weight: float = Field(1.0, gt=0)
+    num_class_images: int = Field(50, ge=1, le=MOST)
+    prior_loss_weight: float = Field(1.0, gt=0, le=LARGEST)
 
     # What is shown and kept on the way
     preview_prompts: list[str] = Field(default_factory=list)
-    preview_seeds: list[int] = Field(default_factory=lambda: [1])
+    preview_seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(default_factory=lambda: [1])
     preview_every: int = Field(100, ge=1)
     validate_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(100, ge=1)
     save_every: int | None = Field(None, ge=1)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and not isinstance(cls.model_fields[str(info.field_name)].default, bool):
+            raise ValueError("this key is not one for true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _reaches_its_rate(self) -> TrainConfig:
+        if self.lr_scheduler != "constant" and self.warm_up >= self.steps:
+            raise ValueError(
+                f"warmup_steps = {self.warm_up} with steps = {self.steps}: the run would end before its learning rate "
+                "is reached. Give a warm-up that is shorter than the run, or leave it out"
+            )
+        return self
+
+    @property
+    def warm_up(self) -> int:
+        """Steps in which the learning rate rises: those given, or so many that the run has one step after them."""
+        return min(WARM_UP, self.steps - 1) if self.warmup_steps is None else self.warmup_steps
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -158,9 +198,30 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, object]:
 def resolve_config(path: Path | None, given: dict[str, object], *, resume: bool = False) -> TrainConfig:
     """The configuration of a command: a file, options that win over it, and when resuming the run's own file."""
     written = Path(given_path(str(given["out"]))) / "config.toml" if "out" in given else None
-    if path is None and resume and written is not None and not obstacle(written) and written.exists():
-        path = written
+    if path is None and resume and written is not None and not obstacle(written):
+        return _own_config(written, given)
     return read_config(path, given) if path else TrainConfig.from_values(given, "command line")
+
+
+def _own_config(written: Path, given: dict[str, object]) -> TrainConfig:
+    """What a run wrote down of itself: its file or, where that is not sound, what stands in its checkpoint."""
+    if _is_toml(written):
+        return read_config(written, given)
+    for checkpoint in sorted((written.parent / "checkpoints").glob("*.safetensors")):
+        with contextlib.suppress(AdapterFileError, KeyError, TypeError, ValueError):
+            values = json.loads(read_header(checkpoint, "checkpoint").metadata["config"])
+            said = f"{written} is missing or damaged; the configuration in {checkpoint} is taken."
+            warnings.warn(said, UserWarning, stacklevel=3)
+            return TrainConfig.from_values({**values, **given}, str(checkpoint))
+    return read_config(written, given) if written.exists() else TrainConfig.from_values(given, "command line")
+
+
+def _is_toml(path: Path) -> bool:
+    try:
+        read_toml(path)
+    except (ConfigError, OSError):
+        return False
+    return True
 
 
 def _explain(error: ValidationError, source: str) -> str:
@@ -177,6 +238,8 @@ def _explain(error: ValidationError, source: str) -> str:
             lines.append(f"unknown key {key!r}: {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{key!r} is missing" + _how_to_give(key))
+        elif not key:  # of several keys, which the message names
+            lines.append(str(problem["ctx"]["error"]))
         else:
             said = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{key} = {_shortened(repr(problem['input']))}: {said[:1].lower()}{said[1:]}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dora_diffusion.errors import TrainingError
 from dora_diffusion.injection import Kind
+from dora_diffusion.journal import append_entry, read_log
 from dora_diffusion.outputs import check_places, write_text
 from dora_diffusion.training.checkpoint import checkpoint_path
 from dora_diffusion.training.config import TrainConfig
@@ -64,29 +65,38 @@ def check_folder(out: Path, config: TrainConfig, resume: bool, overwrite: bool) 
 def cleared(out: Path, config: TrainConfig) -> list[Path]:
     """What another run's files are that --overwrite takes away."""
     per_kind = [
-        (adapter_path(out, kind), checkpoint_path(out, kind), *(out / "steps").glob(f"{kind}-*.safetensors"))
+        (
+            adapter_path(out, kind),
+            checkpoint_path(out, kind),
+            *(out / "steps").glob(f"{kind}-*.safetensors"),
+            *(out / "previews").glob(f"{kind}-*.png"),
+        )
         for kind in config.kinds
     ]
     return [path for paths in per_kind for path in paths] + [out / "log.jsonl"]
 
 
 class Log:
-    """log.jsonl: one line a step. Lines of steps that a resumed run does again are dropped first."""
+    """log.jsonl: one line a step. Lines of steps that a resumed run does again are dropped first.
+
+    `note` says what of an earlier file was not sound. Raises OutputError.
+    """
 
     def __init__(self, path: Path, kind: Kind, start: int) -> None:
         self.path, self.kind = path, kind
-        lines = path.read_text().splitlines() if path.exists() else []
-        entries = [json.loads(line) for line in lines]
-        kept = [line for line, e in zip(lines, entries, strict=True) if e["kind"] != kind or e["step"] <= start]
-        write_text(path, "".join(line + "\n" for line in kept))
-        self._begun = any(e["kind"] == kind and e["step"] == 0 for e in entries)
+        log = read_log(path)
+        kept = [entry for entry in log.entries if entry.kind != kind or entry.step <= start]
+        write_text(path, "".join(json.dumps(entry.written) + "\n" for entry in kept))
+        done = {entry.step for entry in kept if entry.kind == kind}
+        self._begun = 0 in done
+        self.note = _what_is_missing(path, log.unsound, start - len(done & set(range(1, start + 1))))
 
     def begin(self, base_loss: float) -> None:
         if not self._begun:
-            self._append({"kind": self.kind, "step": 0, "held_out_loss": base_loss})
+            append_entry(self.path, {"kind": self.kind, "step": 0, "held_out_loss": base_loss})
 
     def write(self, step: Step, held_out: float | None) -> None:
-        entry: dict[str, str | int | float] = {
+        entry: dict[str, object] = {
             "kind": step.kind,
             "step": step.step,
             "loss": step.loss,
@@ -94,8 +104,10 @@ class Log:
         }
         if held_out is not None:
             entry["held_out_loss"] = held_out
-        self._append(entry)
+        append_entry(self.path, entry)
 
-    def _append(self, entry: dict[str, str | int | float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+
+def _what_is_missing(path: Path, unsound: int, missing: int) -> str:
+    said = [f"{unsound} lines of it could not be read and were left out"] if unsound else []
+    said += [f"it lacks {missing} of the steps that are done, which the curves lack too"] if missing else []
+    return f"{path.name}: {'; '.join(said)}" if said else ""

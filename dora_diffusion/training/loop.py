@@ -23,12 +23,13 @@ from torch.optim import Optimizer
 from dora_diffusion.data.buckets import bucket_sizes
 from dora_diffusion.data.cache import EncodedImages, encode_images, long_captions
 from dora_diffusion.data.folder import TrainingImage, read_folder
-from dora_diffusion.errors import ConfigError, DataError, TrainingError
+from dora_diffusion.errors import ConfigError, DataError
 from dora_diffusion.formats.files import attach_trainable
 from dora_diffusion.injection import Adapter, Kind, inject_adapter
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.divergence import all_finite, diverged
 from dora_diffusion.training.objectives import Objective, objective_of
 from dora_diffusion.training.optimizers import make_optimizer, step_size
 from dora_diffusion.training.start import Starts, config_from, read_starts
@@ -99,14 +100,20 @@ def learning_rate_of(config: TrainConfig, base: Base) -> float:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Devices, processes and mixed precision are accelerate's; "auto" is bf16 on a GPU that has it."""
+    """Devices, processes and mixed precision are accelerate's; "auto" is bf16 on a GPU that has it.
+
+    Raises ConfigError for a precision that the device does not have.
+    """
     precision = config.mixed_precision
     if precision == "auto":
         on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
     # accelerate keeps the first precision of a process for good; a second run may want another one.
     AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
+    try:
+        return Accelerator(mixed_precision=precision, cpu=config.device == "cpu")
+    except ValueError as error:  # fp16 on a CPU, bf16 on a GPU that is too old for it
+        raise ConfigError(f"mixed_precision = {precision!r} cannot be had here: {error} Leave it at 'auto'.") from error
 
 
 def prepare(
@@ -173,6 +180,7 @@ def _settled(config: TrainConfig, base: Base, starts: Starts) -> TrainConfig:
             "learning_rate": learning_rate_of(config, base),
             "resolution": config.resolution or base.size,
             "target_modules": targets,
+            "warmup_steps": config.warm_up,
             "quantise": base.packing,
         }
     )
@@ -229,7 +237,7 @@ def new_adapter(training: Training, kind: Kind) -> tuple[Adapter, Optimizer]:
         rate = (config.text_encoder_learning_rate if in_encoder else None) or training.learning_rate
         groups.setdefault(rate, []).extend(update.parameters())
     try:
-        return adapter, make_optimizer(config.optimizer, groups, config.weight_decay, config.warmup_steps > 0)
+        return adapter, make_optimizer(config.optimizer, groups, config.weight_decay, config.warm_up > 0)
     except ConfigError:
         adapter.eject()
         raise
@@ -238,13 +246,13 @@ def new_adapter(training: Training, kind: Kind) -> tuple[Adapter, Optimizer]:
 def steps(training: Training, kind: Kind, adapter: Adapter, optimizer: Optimizer, start: int = 0) -> Iterator[Step]:
     """Train from step `start` to the end, yielding after each optimizer step; the caller may stop at any of them.
 
-    Raises TrainingError when the loss is no longer a number.
+    Raises TrainingError when the loss, the gradient or the weights are no longer numbers.
     """
     config, accelerator = training.config, training.accelerator
     wrapped = accelerator.prepare(optimizer)
     # The schedule as a function of the step alone, so that a resumed run needs no scheduler's state.
     schedule, *_ = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+        config.lr_scheduler, optimizer, num_warmup_steps=config.warm_up, num_training_steps=config.steps
     ).lr_lambdas
     parameters = list(adapter.parameters())
     began = time.monotonic()
@@ -257,20 +265,21 @@ def steps(training: Training, kind: Kind, adapter: Adapter, optimizer: Optimizer
             accelerator.backward(part / config.gradient_accumulation_steps)
             loss += part.detach().float().cpu() / config.gradient_accumulation_steps
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss of the {kind} is {loss.item()} at step {step + 1}: the run has diverged. "
-                "Lower the learning rate, or use bf16 instead of fp16."
-            )
+            raise diverged(config, accelerator.mixed_precision, kind, step, f"the loss is {loss.item()}")
         if accelerator.num_processes > 1:
             for parameter in (parameter for parameter in parameters if parameter.grad is not None):
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
-        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        if accelerator.scaler is None and not torch.isfinite(norm):  # fp16's scaler passes such a step over
+            raise diverged(config, accelerator.mixed_precision, kind, step, f"the gradient's norm is {norm.item()}")
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(step)
         wrapped.step()
         wrapped.zero_grad()
         loss = accelerator.reduce(loss.to(accelerator.device), reduction="mean").cpu()
         done = step + 1
+        if not all_finite(parameters):
+            raise diverged(config, accelerator.mixed_precision, kind, done, "weights are no numbers any more")
         left = (time.monotonic() - began) / (done - start) * (config.steps - done)
         yield Step(kind, done, config.steps, loss.item(), step_size(optimizer), left)
 

@@ -5,24 +5,29 @@ The command line, the web app and the tests all drive this generator. folder.py 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
 from dora_diffusion.data.folder import list_pictures
-from dora_diffusion.errors import ConfigError
+from dora_diffusion.errors import ConfigError, OutputError, TrainingError
 from dora_diffusion.formats.files import read_adapter_file, save_adapter
 from dora_diffusion.formats.reading import some
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.injection import KIND_LABEL, Adapter, Kind
 from dora_diffusion.memory import not_enough, ran_out
+from dora_diffusion.models.cautions import cautions
 from dora_diffusion.models.loading import Base, load_base, pick_device
-from dora_diffusion.outputs import make_folder, save_png, write_text
+from dora_diffusion.outputs import make_folder, save_png, write_text, writing
 from dora_diffusion.training.card import MADE_HERE, card_text
-from dora_diffusion.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
+from dora_diffusion.training.checkpoint import checkpoint_path, kept_step, read_checkpoint, write_checkpoint
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.divergence import diverged
 from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
 from dora_diffusion.training.folder import Log, adapter_path, check_folder, cleared, preview_path, step_path
 from dora_diffusion.training.loop import (
@@ -35,7 +40,7 @@ from dora_diffusion.training.loop import (
 )
 from dora_diffusion.training.start import describe_start, read_starts
 
-__all__ = ["train"]
+__all__ = ["cautions_for", "train"]
 
 
 def train(
@@ -60,19 +65,27 @@ def train(
         if not ran_out(error):
             raise
     device = pick_device(config.device) if base is None else base.device
-    raise not_enough("to train so", device, _ways_to_need_less(config, base))
+    raise not_enough("to train so", device, _ways_to_need_less(config, base, device))
 
 
-def _ways_to_need_less(config: TrainConfig, base: Base | None) -> list[str]:
+def cautions_for(config: TrainConfig, device: torch.device) -> tuple[str, ...]:
+    """What of this configuration costs more on this device than people expect of it."""
+    recomputes = config.gradient_checkpointing
+    return cautions(device, config.quantise, precision=config.mixed_precision, trains=True, recomputes=recomputes)
+
+
+def _ways_to_need_less(config: TrainConfig, base: Base | None, device: torch.device) -> list[str]:
     """The keys that are left to set, those first that cost the least."""
     ways = [] if config.gradient_checkpointing else ["gradient_checkpointing = true"]
     if config.batch_size > 1:
         same = config.batch_size * config.gradient_accumulation_steps
         ways.append(f"batch_size = 1 with gradient_accumulation_steps = {same}")
-    if not (config.offload or config.train_text_encoder):
-        ways.append("offload = true")
-    if config.quantise is None and (base is None or base.packing is None):
-        ways.append('quantise = "nf4"')
+    packed = config.quantise is not None or (base is not None and base.packing is not None)
+    if device.type == "cpu":  # where nothing can be put aside, and packing needs more
+        ways += ["no quantise"] * packed
+    else:
+        ways += ["offload = true"] * (not (config.offload or config.train_text_encoder))
+        ways += ['quantise = "nf4"'] * (not packed)
     ways.append(f"a resolution below {config.resolution}" if config.resolution else "a smaller resolution")
     return [*ways[:-1], f"{ways[-1]} (keys of the configuration, or --set KEY=VALUE)"]
 
@@ -90,6 +103,8 @@ def _train(
     if config.device != "auto":
         pick_device(config.device)  # says so if it is missing; accelerate would take another one
     accelerator = make_accelerator(config)
+    for caution in cautions_for(config, accelerator.device):
+        yield Preparing(f"note: {caution}")
     base = base or load_base(config.base, device=accelerator.device, packing=config.quantise)
     _check_packing(config, base)
     for prompt in config.preview_prompts:
@@ -110,7 +125,8 @@ def _train(
     if accelerator.is_main_process:
         if overwrite and not resume:
             for path in cleared(out, config):
-                path.unlink(missing_ok=True)
+                with writing(path):
+                    path.unlink(missing_ok=True)
         write_text(out / "config.toml", config.to_toml())
     accelerator.wait_for_everyone()
     if config.offload:
@@ -133,60 +149,106 @@ def _train(
 def _train_one(
     training: Training, kind: Kind, out: Path, resume: bool, should_stop: Callable[[], bool]
 ) -> Generator[Event, None, Stopped | None]:
-    config = training.config
-    main = training.accelerator.is_main_process  # the one that writes, where there are several
     adapter, optimizer = new_adapter(training, kind)
     try:
-        start, base_loss = 0, _base_loss(training, adapter)
+        base_loss, start = _base_loss(training, kind, adapter), 0
         if resume and checkpoint_path(out, kind).exists():
-            checkpoint = read_checkpoint(checkpoint_path(out, kind), config, training.digest)
+            checkpoint = read_checkpoint(checkpoint_path(out, kind), training.config, training.digest)
             checkpoint.restore(adapter, optimizer)
             start = checkpoint.step
-            yield Resumed(kind, start, config.steps)
-        log = Log(out / "log.jsonl", kind, start) if main else None
-        if base_loss is not None:
-            if log:
-                log.begin(base_loss)
-            yield Measured(kind, 0, base_loss)
-        loss = base_loss
-        if kind in training.starts and base_loss is not None and start == 0:
-            yield Preparing(f"{KIND_LABEL[kind]}: held-out loss of what it goes on from {held_out_loss(training):.4f}")
-        for step in steps(training, kind, adapter, optimizer, start):
-            last = step.step == config.steps
-            saving = config.save_every is not None and step.step % config.save_every == 0 and not last
-            measured = last or saving or step.step % config.validate_every == 0
-            loss = held_out_loss(training) if measured else loss
-            if log:
-                log.write(step, loss if measured else None)
-            yield step
-            if measured and loss is not None:
-                yield Measured(kind, step.step, loss)
-            if main and saving:
-                path = _save(training, adapter, step_path(out, kind, step.step), step.step, base_loss, loss)
-                yield Saved(kind, step.step, path)
-            if main and config.preview_prompts and (last or step.step % config.preview_every == 0):
-                yield _preview(training, kind, step.step, out)
-            stopping = not last and _anywhere(training, should_stop())
-            if stopping or (step.step % config.checkpoint_every == 0 and not last):
-                path = checkpoint_path(out, kind)
-                if main:
-                    write_checkpoint(path, step.step, adapter, optimizer, config, training.digest)
-                if stopping:
-                    stopped = Stopped(kind, step.step, config.steps, path)
-                    yield stopped
-                    return stopped
-        path = _save(training, adapter, adapter_path(out, kind), config.steps, base_loss, loss)
-        yield Finished(kind, path, base_loss, loss)
-        return None
+            yield Resumed(kind, start, training.config.steps)
+        with _saying_what_is_kept(out, kind):
+            log = None
+            if training.accelerator.is_main_process:  # the one that writes, where there are several
+                log = Log(out / "log.jsonl", kind, start)
+                if log.note:
+                    yield Preparing(log.note)
+            if base_loss is not None:
+                if log:
+                    log.begin(base_loss)
+                yield Measured(kind, 0, base_loss)
+            if kind in training.starts and base_loss is not None and start == 0:
+                loss = _measure(training, kind, 0)
+                yield Preparing(f"{KIND_LABEL[kind]}: held-out loss of what it goes on from {loss:.4f}")
+            return (yield from _go_through(training, kind, adapter, optimizer, start, base_loss, out, log, should_stop))
     finally:
         adapter.eject()
 
 
-def _base_loss(training: Training, adapter: Adapter) -> float | None:
+def _go_through(
+    training: Training,
+    kind: Kind,
+    adapter: Adapter,
+    optimizer: Optimizer,
+    start: int,
+    base_loss: float | None,
+    out: Path,
+    log: Log | None,
+    should_stop: Callable[[], bool],
+) -> Generator[Event, None, Stopped | None]:
+    """The steps from `start` on, and what is measured, shown and kept between them; `log` is the main process's."""
+    config, loss = training.config, base_loss
+    for step in steps(training, kind, adapter, optimizer, start):
+        last = step.step == config.steps
+        saving = config.save_every is not None and step.step % config.save_every == 0 and not last
+        measured = last or saving or step.step % config.validate_every == 0
+        loss = _measure(training, kind, step.step) if measured else loss
+        if log:
+            log.write(step, loss if measured else None)
+        yield step
+        if measured and loss is not None:
+            yield Measured(kind, step.step, loss)
+        if log and saving:
+            path = _save(training, adapter, step_path(out, kind, step.step), step.step, base_loss, loss)
+            yield Saved(kind, step.step, path)
+        if log and config.preview_prompts and (last or step.step % config.preview_every == 0):
+            yield _preview(training, kind, step.step, out)
+        stopping = not last and _anywhere(training, should_stop())
+        if stopping or (step.step % config.checkpoint_every == 0 and not last):
+            path = checkpoint_path(out, kind)
+            if log:
+                write_checkpoint(path, step.step, adapter, optimizer, config, training.digest)
+            if stopping:
+                stopped = Stopped(kind, step.step, config.steps, path)
+                yield stopped
+                return stopped
+    path = _save(training, adapter, adapter_path(out, kind), config.steps, base_loss, loss)
+    yield Finished(kind, path, base_loss, loss)
+    return None
+
+
+@contextmanager
+def _saying_what_is_kept(out: Path, kind: Kind) -> Iterator[None]:
+    """Of a run that ends in an error: the checkpoint to go on from, or the adapters kept before it diverged."""
+    try:
+        yield
+    except OutputError as error:
+        step = kept_step(out, kind)
+        way = "No checkpoint was written before." if step is None else f"The checkpoint after step {step} is whole: "
+        way += "" if step is None else "when there is room again, go on with --resume."
+        raise OutputError(f"{error} {way}") from error
+    except TrainingError as error:
+        kept = sorted(path.name for path in (out / "steps").glob(f"{kind}-*.safetensors"))
+        step = kept_step(out, kind)
+        found = [f"the checkpoint after step {step}"] if step else []
+        found += [f"steps/{kept[-1]}"] if kept else []
+        raise TrainingError(f"{error} {f'Kept from before: {some(found)}.' if found else ''}".strip()) from error
+
+
+def _measure(training: Training, kind: Kind, step: int) -> float | None:
+    """The held-out loss after `step` steps. Raises TrainingError when it is no number."""
+    loss = held_out_loss(training)
+    if loss is not None and not math.isfinite(loss):
+        precision = training.accelerator.mixed_precision
+        raise diverged(training.config, precision, kind, step, f"the held-out loss is {loss}")
+    return loss
+
+
+def _base_loss(training: Training, kind: Kind, adapter: Adapter) -> float | None:
     """The held-out loss of the base alone."""
     adapter.strength = 0.0
     try:
-        return held_out_loss(training)
+        return _measure(training, kind, 0)
     finally:
         adapter.strength = 1.0
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import socket
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.models.loading import find_base
 from dora_diffusion.models.quantising import Packing
+from dora_diffusion.stopping import stop_request
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.api import add_endpoints
 from dora_diffusion.webapp.compare import CompareTab
@@ -75,7 +78,9 @@ def launch(
     auth: str | None = None,
     mcp: bool = False,
 ) -> None:
-    """Serve the app until Ctrl-C. `auth` is USER:PASSWORD, which any host but this machine's own demands.
+    """Serve the app until Ctrl-C, SIGTERM or SIGHUP.
+
+    `auth` is USER:PASSWORD, which any host but this machine's own demands.
 
     Raises ConfigError, and OutputError when nothing can be written to `outputs`.
     """
@@ -126,9 +131,23 @@ def launch(
     if mcp:
         print(f"Its tools for MCP clients are at {url}gradio_api/mcp/", flush=True)
     studio.painter.warm_up()
-    page.block_thread()
-    if not studio.jobs.close(SECONDS_FOR_A_CHECKPOINT):
+    if not _serve_until_asked(page, studio):
         print("The training was ended without a last checkpoint.", flush=True)
+
+
+def _serve_until_asked(page: gr.Blocks, studio: Studio) -> bool:
+    """Whether all that was trained when Ctrl-C, SIGTERM or SIGHUP came has a checkpoint."""
+
+    def say(_number: int) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nclosing; a training saves a checkpoint first. Again ends at once.", flush=True)
+
+    with stop_request(say) as asked:
+        while not asked():
+            time.sleep(0.1)
+        studio.jobs.stop_all()
+        page.close(verbose=False)
+        return studio.jobs.close(SECONDS_FOR_A_CHECKPOINT)
 
 
 def example_paths() -> list[str]:

@@ -48,7 +48,11 @@ def _copy(base: Base) -> Base:
     from dora_diffusion.memory import within_memory
 
     task = "for a second copy of the base, which is trained while this one draws"
-    ways = ("the app started with --quantise nf4", "the training on the command line, with the app closed")
+    packed = base.device.type != "cpu" and base.packing is None
+    ways = (
+        *(["the app started with --quantise nf4"] if packed else []),
+        "the training on the command line, with the app closed",
+    )
     return within_memory(lambda: replace(base, pipe=copy.deepcopy(base.pipe)), task, base.device, ways)
 
 

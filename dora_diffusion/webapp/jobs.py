@@ -6,6 +6,7 @@ thing. Its folder says how it stands, so that a new server can go on with it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from dora_diffusion.training.events import Event
     from dora_diffusion.training.loop import Step
 
-__all__ = ["JobState", "TrainingJob", "TrainingJobs"]
+__all__ = ["JobState", "TrainingJob", "TrainingJobs", "earlier_previews"]
 
 BaseOf = Callable[[Callable[[str], None]], "Base"]  # a base of one's own; calls back while it makes one wait
 Phase = Literal["waiting", "preparing", "training", "finished", "stopped", "failed"]
@@ -79,6 +80,7 @@ class TrainingJob:
         self.state = JobState(self.name, "waiting", "waiting for its turn")
         if self.resume:
             self.curves = read_curves(Path(self.config.out) / "log.jsonl")
+            self.previews = earlier_previews(Path(self.config.out), self.album)
         self._stop = threading.Event()
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=f"training {self.name}", daemon=True)
@@ -108,7 +110,7 @@ class TrainingJob:
                 self._began = time.monotonic()
                 self._train()
         except _Stop:
-            self._over("stopped", "stopped before its turn came; nothing was trained")
+            self._over("stopped", f"stopped before its turn came; {self._nothing_done}")
         except DoraDiffusionError as error:
             self._fail(error)
         except Exception as error:
@@ -118,6 +120,10 @@ class TrainingJob:
     def _give_up_if_stopped(self, _why: str = "") -> None:
         if self._stop.is_set():
             raise _Stop
+
+    @property
+    def _nothing_done(self) -> str:
+        return "what was trained before is kept" if self.resume or self.state.adapters else "nothing was trained"
 
     def _wait(self, before: int) -> None:
         self._give_up_if_stopped()
@@ -133,7 +139,7 @@ class TrainingJob:
         from dora_diffusion.training.run import train
 
         self._set(phase="preparing", text="loading the base model")
-        self._save()
+        self._save()  # that it is under way; how far it came its log says (runs.py)
         base = self.base_of(self._give_up_if_stopped)
         events = train(
             self.config, resume=self.resume, overwrite=not self.resume, base=base, should_stop=self._stop.is_set
@@ -141,7 +147,7 @@ class TrainingJob:
         for event in events:
             self._take(event)
             if self._stop.is_set() and isinstance(event, Preparing):
-                self._over("stopped", "stopped before the first step; nothing was trained")
+                self._over("stopped", f"stopped before the first step; {self._nothing_done}")
                 return
         if not self.state.is_over:
             kinds = " and ".join(KIND_LABEL[kind] for kind in self.config.kinds)
@@ -160,6 +166,8 @@ class TrainingJob:
                 self._set(phase="preparing", text=self.log[-1])
             case Resumed(kind, step, total):
                 self._say(f"{KIND_LABEL[kind]}: goes on after step {step} of {total}")
+                self._set(step=step)
+                self.previews = [each for each in self.previews if each[0] != kind or each[1] <= step]
                 curve = self.curves.setdefault(kind, Curve())
                 del curve.loss[step:]
                 curve.held_out = [measured for measured in curve.held_out if measured[0] <= step]
@@ -227,6 +235,18 @@ class TrainingJob:
         self.state = replace(self.state, version=self.state.version + 1, **changes)  # type: ignore[arg-type]
 
 
+def earlier_previews(run: Path, album: Album) -> list[tuple[str, int, Path]]:
+    """The pictures of the first prompt and seed that a run has drawn, as (kind, step, copy in the album)."""
+    found: list[tuple[str, int, Path]] = []
+    for path in sorted((run / "previews").glob("*-prompt1-*.png")):
+        kind, _, rest = path.stem.partition("-")
+        step = rest.partition("-")[0]
+        if step.isdigit() and (kind, int(step)) not in {each[:2] for each in found}:
+            with contextlib.suppress(OSError, DoraDiffusionError):  # one that is damaged is not shown
+                found.append((kind, int(step), album.add_plain(path)))
+    return found
+
+
 class TrainingJobs:
     """The jobs of one server: at most one runs, a few wait, and each visitor's last one stays to be looked at."""
 
@@ -256,10 +276,15 @@ class TrainingJobs:
         if job := self._last.get(owner):
             job.stop()
 
-    def close(self, seconds: float) -> bool:
-        """Stop what runs and wait for its checkpoint; whether it came in time."""
+    def stop_all(self) -> list[TrainingJob]:
+        """Ask all that run or wait for a stop; returns them."""
         jobs = [job for job in self._last.values() if not job.state.is_over]
         for job in jobs:
             job.stop()
+        return jobs
+
+    def close(self, seconds: float) -> bool:
+        """Stop what runs and wait for its checkpoint; whether it came in time."""
+        jobs = self.stop_all()
         deadline = time.monotonic() + seconds
         return all([job.wait(max(0.0, deadline - time.monotonic())) for job in jobs])

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from dora_diffusion.outputs import make_folder, save_png, write_text
+from dora_diffusion.outputs import copy_file, make_folder, save_png, write_text
 
 __all__ = ["Album", "Albums", "url_of"]
 
@@ -39,7 +39,7 @@ class Album:
 
     def copy_in(self, path: Path) -> Path:
         """A file under a new name, to be downloaded."""
-        return Path(shutil.copyfile(path, self._new(path.suffix.lstrip("."))))
+        return copy_file(path, self._new(path.suffix.lstrip(".")))
 
     def _new(self, suffix: str) -> Path:
         return self.folder / f"{secrets.token_urlsafe(12)}.{suffix}"

@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.errors import TrainingError
+from dora_diffusion.comparison.curves import LABELS
+from dora_diffusion.errors import OutputError, TrainingError
+from dora_diffusion.journal import read_log
 from dora_diffusion.outputs import make_folder, write_text
 from dora_diffusion.webapp.heavy import ready
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the same library under its older name
+    import tomli as tomllib
 
 if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
@@ -137,15 +145,45 @@ def write_status(folder: Path, phase: str, text: str, error: str, config: TrainC
 
 
 def read_run(folder: Path) -> Run | None:
-    """The run in a folder, or None where there is none. A run that says it goes on is one whose server has ended."""
+    """The run in a folder, or None where there is none.
+
+    A run that says it goes on is one whose server has ended; how far it was its log says. Where status.json is not
+    sound the run is known by its config.toml.
+    """
     try:
         status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-        run = Run(folder, status["phase"], status["text"], status["error"], status["config"])
-    except (OSError, ValueError, KeyError, TypeError):
+        phase, text, error, config = (status[key] for key in ("phase", "text", "error", "config"))
+        if not (all(isinstance(each, str) for each in (phase, text, error)) and isinstance(config, dict)):
+            raise ValueError("not as it was written")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return _run_without_status(folder)
+    if phase in OVER:
+        return Run(folder, phase, text, error, config)
+    return Run(folder, "interrupted", f"interrupted when the server ended, {_reached(folder, config)}", error, config)
+
+
+def _run_without_status(folder: Path) -> Run | None:
+    try:
+        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    if run.phase in OVER:
-        return run
-    return Run(folder, "interrupted", f"interrupted when the server ended ({run.text})", run.error, run.config)
+    kinds = ("lora", "dora") if config.get("kind") == "both" else (config.get("kind", "dora"),)
+    if all((folder / f"{kind}.safetensors").exists() for kind in kinds):
+        return Run(folder, "finished", "finished; its status.json cannot be read", "", config)
+    text = f"interrupted, {_reached(folder, config)}; its status.json cannot be read"
+    return Run(folder, "interrupted", text, "", config)
+
+
+def _reached(folder: Path, config: dict[str, object]) -> str:
+    """How far a run came, by its log."""
+    try:
+        entries = read_log(folder / "log.jsonl").entries
+    except OutputError:
+        entries = ()
+    if not entries or entries[-1].step == 0:
+        return "before the first step" + (f" of the {LABELS[entries[-1].kind]}" if entries else "")
+    last = entries[-1]
+    return f"at step {last.step} of {config.get('steps', '?')} ({LABELS[last.kind]})"
 
 
 def _said(key: str, value: object) -> object:

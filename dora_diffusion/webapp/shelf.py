@@ -6,14 +6,13 @@ sends becomes a path.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.comparison.cache import file_digest
 from dora_diffusion.errors import AdapterFileError
-from dora_diffusion.outputs import make_folder, write_text
+from dora_diffusion.outputs import copy_file, make_folder, write_text
 from dora_diffusion.webapp.example import EXAMPLE
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.runs import SHARED, STEPS, Runs, started_by
@@ -91,7 +90,7 @@ class Shelf:
         path = folder / f"{file_digest(upload)[:16]}.safetensors"
         if not path.exists() and len(list(folder.glob("*.safetensors"))) >= MOST_UPLOADS:
             raise AdapterFileError(f"you have uploaded {MOST_UPLOADS} adapters, which is as many as are kept.")
-        shutil.copyfile(upload, path)
+        copy_file(upload, path)
         write_text(path.with_suffix(".txt"), upload.stem)
         return self._shelved(path, visitor)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from dora_diffusion.comparison.votes import Votes
 from dora_diffusion.models.quantising import Packing, base_label
-from dora_diffusion.outputs import make_folder
+from dora_diffusion.outputs import clear_left_overs, make_folder
 from dora_diffusion.webapp.drawing import Painter
+from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.jobs import TrainingJob, TrainingJobs
 from dora_diffusion.webapp.pictures import Albums
 from dora_diffusion.webapp.runs import Runs
@@ -37,6 +38,7 @@ class Studio:
         """Raises OutputError when nothing can be written there."""
         outputs = make_folder(outputs).resolve()
         visitors = outputs / "web" / "visitors"
+        clear_left_overs(outputs / "web", depth=5)  # down to the folders in a run
         painter = Painter(base_name, packing)
         return cls(
             outputs,
@@ -53,6 +55,16 @@ class Studio:
     def base_label(self) -> str:
         """The base as people should read it."""
         return base_label(self.base_name, self.packing)
+
+    def cautions(self) -> tuple[str, ...]:
+        """What a training costs here more than people expect of it."""
+        if self.packing is None:
+            return ()
+        ready()
+        from dora_diffusion.models.cautions import cautions
+        from dora_diffusion.models.loading import pick_device
+
+        return cautions(pick_device(), self.packing, trains=True)
 
     @property
     def cache(self) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.errors import DataError, DoraDiffusionError
-from dora_diffusion.outputs import make_folder
+from dora_diffusion.outputs import copy_file, make_folder
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.runs import START
@@ -124,7 +124,7 @@ class TrainTab:
     def check(self, page: gr.Request, table: Table, found: Pictures, *settings: Any) -> Update:
         """The checklist, and whether Train can be pressed."""
         form = TrainForm(*settings)
-        lines = checks([row[2] for row in rows_of(table)], form, found, self.costing.of(form))
+        lines = checks([row[2] for row in rows_of(table)], form, found, self.costing.of(form), self.studio.cautions())
         job = self.studio.jobs.of(visitor_of(page))
         busy = job is not None and not job.snapshot().is_over
         ready = all(good is not False for good in lines.values())
@@ -186,9 +186,9 @@ def _copy_start(path: Path, kind: str, run: Path) -> Path:
     twins = {each: path.with_name(re.sub("^(lora|dora)", each, path.name)) for each in ("lora", "dora")}
     if kind == "both" and len(set(twins.values())) == 2 and all(twin.is_file() for twin in twins.values()):
         for each, twin in twins.items():
-            shutil.copyfile(twin, folder / f"{each}.safetensors")
+            copy_file(twin, folder / f"{each}.safetensors")
         return folder
-    return Path(shutil.copyfile(path, folder / path.name))
+    return copy_file(path, folder / path.name)
 
 
 def rows_of(table: Sequence[Sequence[object]]) -> Table:

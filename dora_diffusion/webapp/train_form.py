@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.errors import ConfigError
-from dora_diffusion.outputs import make_folder
+from dora_diffusion.outputs import make_folder, scratch_folder
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.uploads import Upload, put_into
 
@@ -93,7 +92,7 @@ class TrainForm:
 
         limits = {"steps": (self.steps, MOST_STEPS), "rank": (self.rank, MOST_RANK)}
         for name, (value, most) in {**limits, "batch_size": (self.batch_size, MOST_BATCH)}.items():
-            if not value or value > most:
+            if not 1 <= value <= most:  # which what is no number is not
                 raise ConfigError(f"{name} is {value}; it must be between 1 and {most}.")
         preview = self.preview.strip() or next(iter(captions), "") or self.prompt.strip()
         values: dict[str, object] = {
@@ -108,7 +107,7 @@ class TrainForm:
             "norm_axis": self.norm_axis,
             "batch_size": int(self.batch_size),
             "learning_rate": _rate(self.rate),
-            "seed": int(self.seed or 0),
+            "seed": self.seed or 0,
             **{key: key in self.more for key in MORE},
             "save_every": max(10, int(self.steps) // 10) if self.keep else None,
             "preview_prompts": [preview] if preview else [],
@@ -156,11 +155,11 @@ class Costing:
             if not free:
                 return None
             work = make_folder(self.studio.outputs / "web")
-            with tempfile.TemporaryDirectory(dir=work) as folder, self.studio.painter.turn(lambda _: None) as base:
-                images = Path(folder) / "images"
+            with scratch_folder(work / "cost") as folder, self.studio.painter.turn(lambda _: None) as base:
+                images = folder / "images"
                 caption = form.prompt.strip() or "anything"
                 put_into(images, uploads[: int(form.batch_size)], caption)
-                config = form.config(images, Path(folder), self.studio.base_name, [caption])
+                config = form.config(images, folder, self.studio.base_name, [caption])
                 self.known[key] = estimate_run(config, base)
         return self.known[key]
 
@@ -170,7 +169,11 @@ class Costing:
 
 
 def checks(
-    captions: Sequence[str], form: TrainForm, pictures: Pictures, estimate: Estimate | None
+    captions: Sequence[str],
+    form: TrainForm,
+    pictures: Pictures,
+    estimate: Estimate | None,
+    cautions: Sequence[str] = (),
 ) -> dict[str, bool | None]:
     """What must be so before a run can start, in words, and whether it is; None for what is good to know."""
     if pictures.trouble:
@@ -197,6 +200,7 @@ def checks(
         lines["; ".join(more).capitalize()] = True
     if form.start:
         lines["an earlier adapter is trained on: its rank and layers are kept"] = True
+    lines |= dict.fromkeys(cautions)
     if estimate is not None:
         lines |= _cost(form, captions, estimate)
     return lines

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from PIL import Image, ImageOps
 from dora_diffusion.comparison.cache import file_digest
 from dora_diffusion.data.folder import SUFFIXES, ImageFolder, read_folder
 from dora_diffusion.errors import DataError
-from dora_diffusion.outputs import make_folder, write_text
+from dora_diffusion.outputs import copy_file, make_folder, write_text
 
 __all__ = [
     "ACCEPTED",
@@ -99,7 +98,7 @@ def put_into(folder: Path, uploads: Sequence[Upload], instance_prompt: str) -> I
     for number, upload in enumerate(uploads, 1):
         copy = folder / f"picture-{number:03d}{upload.path.suffix.lower()}"
         labels[copy.name] = upload.label
-        shutil.copyfile(upload.path, copy)
+        copy_file(upload.path, copy)
         if upload.caption.strip():
             write_text(copy.with_suffix(".txt"), upload.caption.strip() + "\n")
     try:

@@ -14,7 +14,7 @@ from dora_diffusion.errors import TrainingError
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.compare import CompareTab
 from dora_diffusion.webapp.header import Header
-from dora_diffusion.webapp.jobs import JobState, TrainingJob
+from dora_diffusion.webapp.jobs import JobState, TrainingJob, earlier_previews
 from dora_diffusion.webapp.pictures import url_of
 from dora_diffusion.webapp.runs import Run
 from dora_diffusion.webapp.studio import Studio
@@ -32,6 +32,7 @@ class Watch:
     def __init__(self, studio: Studio, header: Header, train: TrainLayout, compare: CompareTab) -> None:
         self.studio = studio
         self.compare = compare
+        self._shown: dict[Path, str] = {}
         self.outputs = [
             train.seen,
             header.brand,
@@ -80,7 +81,7 @@ class Watch:
             parts.job_panel(state),
             parts.panel(state.error),
             draw_curves(job.curves, job.config.steps),
-            _previews(job),
+            _previews(job.previews, job.config.preview_prompts),
             gr.update(value="\n".join(job.log[-LOG_TAIL:]), visible=True),
             gr.update(value=self._command(folder), visible=True),
             gr.update(value=_config_link(job), visible=True),
@@ -102,7 +103,7 @@ class Watch:
             parts.job_panel(state),
             parts.panel(error),
             draw_curves(read_curves(run.folder / "log.jsonl"), int(str(run.config.get("steps", 1)))),
-            gr.skip(),
+            self._earlier(run),
             gr.skip(),
             gr.update(value=self._command(run.folder), visible=True),
             gr.skip(),
@@ -113,6 +114,13 @@ class Watch:
             gr.skip(),
             gr.skip(),
         )
+
+    def _earlier(self, run: Run) -> str:
+        """The previews of an earlier server's run; copied for the pages once, however often these are loaded."""
+        if run.folder not in self._shown:
+            found = earlier_previews(run.folder, self.studio.albums.new())
+            self._shown[run.folder] = _previews(found, run.config.get("preview_prompts"))
+        return self._shown[run.folder]
 
     def _command(self, folder: Path) -> str:
         shown = self.studio.shown_path(folder)
@@ -137,20 +145,20 @@ def _stop_button(state: JobState) -> object:
     )
 
 
-def _previews(job: TrainingJob) -> str:
+def _previews(previews: Sequence[tuple[str, int, Path]], prompts: object) -> str:
     """A row for each kind, oldest first; all drawn from the same seed."""
-    if not job.previews:
+    if not previews or not isinstance(prompts, list) or not prompts:
         return ""
     rows = []
-    for kind in job.config.kinds:
+    for kind in ("lora", "dora"):
         pictures = "".join(
             f"<figure><img src='{url_of(path)}' alt='after {step} steps'><figcaption>{step}</figcaption></figure>"
-            for made, step, path in job.previews
+            for made, step, path in previews
             if made == kind
         )
         label = "LoRA" if kind == "lora" else "DoRA"
         rows.append(f"<div class='dd-strip'><b>{label}</b>{pictures}</div>" if pictures else "")
-    prompt = escape(job.config.preview_prompts[0])
+    prompt = escape(str(prompts[0]))
     return f"<div class='dd-previews'><p>“{prompt}”, the same seed, after so many steps</p>{''.join(rows)}</div>"
 
 

@@ -10,7 +10,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-SLOW = 180_000  # milliseconds; a machine that trains something else at the same time still gets there
+SLOW = 900_000  # milliseconds; a machine that trains something else at the same time still gets there
 OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 # Of axe-core's findings, those that keep somebody from using the page.
 GRAVE = ("serious", "critical")

@@ -31,7 +31,7 @@ from dora_diffusion.models.loading import load_base
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing: install Debian's package chromium"),
 ]
 

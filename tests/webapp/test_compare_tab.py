@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from web_helpers import make_pair, page_of
+from web_helpers import HANGS, make_pair, page_of
 from web_pages import ME, OTHER, PAGE, Tabs, draw, last_html, shown_in, until
 
 from dora_diffusion.errors import AdapterFileError, ConfigError, PromptError
@@ -171,7 +171,7 @@ def test_a_line_tells_everybody_their_place_and_refuses_when_it_is_full():
         with turns.turn_if_free() as free:
             assert not free
     for thread in threads:
-        thread.join(10)
+        thread.join(HANGS)
     assert set(places["b"]) == {1} and places["c"][0] == 2 and order == ["b", "c"] and not begun.is_set()
     with turns.turn_if_free() as free:
         assert free and turns.length == 1

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from web_helpers import ROOT, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 CLIENTS = 20
 SECONDS = float(os.environ.get("DORA_LOAD_SECONDS", "20"))  # for the record: DORA_LOAD_SECONDS=300
 

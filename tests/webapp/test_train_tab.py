@@ -10,7 +10,7 @@ import bases
 import gradio as gr
 import pytest
 from PIL import Image
-from web_helpers import sample_files
+from web_helpers import HANGS, sample_files
 from web_pages import ME, OTHER, PAGE, Tabs, draw, shown_in, start_job, until
 
 from dora_diffusion.comparison.curves import Curve, draw_curves
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:gradio")  # toasts,
 
 def test_a_job_trains_both_and_tells_how_it_ended(studio, few_pictures):
     job = start_job(studio, few_pictures, preview_prompts=["cat"], preview_every=2)
-    assert job.wait(120)
+    assert job.wait(HANGS)
     state = job.snapshot()
     assert state.phase == "finished", state
     assert state.text.startswith("finished: LoRA and DoRA, 3 steps each")
@@ -39,18 +39,18 @@ def test_a_job_trains_both_and_tells_how_it_ended(studio, few_pictures):
 
 def test_a_stopped_job_keeps_a_checkpoint_and_goes_on_to_the_same_bits(studio, few_pictures):
     whole = start_job(studio, few_pictures, kind="dora", steps=6)
-    assert whole.wait(120)
+    assert whole.wait(HANGS)
     job = start_job(studio, few_pictures, kind="dora", steps=6)
     until(lambda: job.state.step >= 2)
     job.stop()
-    assert job.wait(60)
+    assert job.wait(HANGS)
     state = job.snapshot()
     if state.phase == "stopped":  # a quick machine may have finished before it was asked
         assert state.text == f"stopped at {state.step} of 6 (DoRA), checkpoint saved"
         shutil.copytree(few_pictures, Path(job.config.out) / "images")
         assert studio.runs.find(job.name, ME).can_resume
         job = studio.resume(job.name, ME)
-        assert job.wait(120) and job.snapshot().phase == "finished", job.snapshot()
+        assert job.wait(HANGS) and job.snapshot().phase == "finished", job.snapshot()
     assert len(job.curves["dora"].loss) == 6
     files = [(Path(each.config.out) / "dora.safetensors").read_bytes() for each in (whole, job)]
     assert files[0] == files[1]
@@ -65,17 +65,17 @@ def test_a_training_that_begins_while_the_server_warms_up_has_a_whole_base(studi
     jobs.append(studio.jobs.start("second", config, other, studio.albums.new()))
     drawn = draw(Tabs(studio))
     for job in jobs:
-        assert job.wait(120) and job.snapshot().phase == "finished", job.snapshot()
+        assert job.wait(HANGS) and job.snapshot().phase == "finished", job.snapshot()
     assert shown_in(drawn).is_whole
 
 
 def test_stop_comes_within_two_steps(studio, few_pictures):
     job = start_job(studio, few_pictures, kind="dora", steps=5000)
     until(lambda: job.state.step >= 2)
-    before = job.state.step
     job.stop()
-    assert job.wait(60)
-    assert job.snapshot().step <= before + 2
+    asked_at = job.state.step  # read after asking: however long this thread had to wait before
+    assert job.wait(HANGS)
+    assert job.snapshot().step <= asked_at + 2
 
 
 def test_a_run_that_the_server_left_is_called_interrupted_and_can_be_resumed(tabs, studio, few_pictures):
@@ -89,12 +89,12 @@ def test_a_run_that_the_server_left_is_called_interrupted_and_can_be_resumed(tab
     assert all(update == gr.skip() for update in tabs.watch.look(("x", 0), OTHER)[2:])
     panel, _ = tabs.train.resume((folder.name,), PAGE)
     assert not panel["visible"]
-    assert studio.jobs.of(ME).wait(120) and studio.jobs.of(ME).snapshot().phase == "finished"
+    assert studio.jobs.of(ME).wait(HANGS) and studio.jobs.of(ME).snapshot().phase == "finished"
 
 
 def test_a_failed_job_is_called_failed_with_its_reason(tabs, studio, tmp_path):
     job = start_job(studio, tmp_path / "nowhere")
-    assert job.wait(60)
+    assert job.wait(HANGS)
     assert job.snapshot().phase == "failed" and isinstance(job.snapshot().error, DataError)
     run = studio.runs.find(job.name, ME)
     assert run.phase == "failed" and "no folder at" in run.error
@@ -107,7 +107,7 @@ def test_training_goes_on_from_an_earlier_run_and_offers_the_adapters_on_the_way
     files = sample_files(3)
     start(tabs, files, rows_of_files(files), prompt="disc", steps=12, keep=True)
     first = studio.jobs.of(ME)
-    assert first.wait(120) and first.snapshot().phase == "finished"
+    assert first.wait(HANGS) and first.snapshot().phase == "finished"
     labels = {each.key.rpartition("/")[2]: each.label for each in studio.shelf.all(ME) if "mine/" in each.key}
     assert sorted(labels) == ["dora", "dora-00010", "lora", "lora-00010"]
     assert labels["lora-00010"].startswith("LoRA trained ") and labels["lora-00010"].endswith(", after 10 steps")
@@ -119,7 +119,7 @@ def test_training_goes_on_from_an_earlier_run_and_offers_the_adapters_on_the_way
     assert "its rank and layers are kept" in checks and "eed-forward" not in checks and button["interactive"]
     start(tabs, files, rows_of_files(files), prompt="disc", rank=16, more=["train_feed_forward"], start=chosen["value"])
     second = studio.jobs.of(ME)
-    assert second is not first and second.wait(120) and second.snapshot().phase == "finished", second.state
+    assert second is not first and second.wait(HANGS) and second.snapshot().phase == "finished", second.state
     assert sum("goes on from" in line for line in second.log) == 2  # each twin from its own
     for kind in ("lora", "dora"):
         copied = Path(second.config.out) / "start" / f"{kind}.safetensors"
@@ -131,7 +131,7 @@ def test_training_goes_on_from_an_earlier_run_and_offers_the_adapters_on_the_way
     # A DoRA alone, as a LoRA: said before anything is trained.
     start(tabs, files, rows_of_files(files), prompt="disc", kind="lora", start=chosen["value"])
     third = studio.jobs.of(ME)
-    assert third.wait(60) and "is a DoRA, and a LoRA is to be trained" in str(third.snapshot().error)
+    assert third.wait(HANGS) and "is a DoRA, and a LoRA is to be trained" in str(third.snapshot().error)
     assert "no longer there" in start(tabs, files, rows_of_files(files), prompt="disc", start="mine/x/dora")[0]["value"]
 
 
@@ -146,7 +146,7 @@ def test_each_visitor_has_one_job_and_the_jobs_wait_for_each_other(studio, few_p
     until(lambda: waiting.state.text == "waiting: 1 training before this one")
     assert studio.jobs.of(ME) is job and studio.jobs.of(other) is waiting
     studio.jobs.stop(ME)
-    assert waiting.wait(120) and waiting.snapshot().phase == "finished"
+    assert waiting.wait(HANGS) and waiting.snapshot().phase == "finished"
 
 
 def rows_of_files(files: list[Path]) -> list[list[str]]:
@@ -311,9 +311,9 @@ def test_curves_of_nothing_and_of_one_step_draw():
 
 def test_history_lists_tells_apart_shares_and_deletes(tabs, studio, few_pictures):
     first, second = start_job(studio, few_pictures, steps=1), None
-    assert first.wait(120)
+    assert first.wait(HANGS)
     second = start_job(studio, few_pictures, steps=2, kind="dora")
-    assert second.wait(120)
+    assert second.wait(HANGS)
     *_, runs, other = tabs.history.list(None, PAGE)
     assert runs["value"] == second.name and other["value"] == first.name and "finished" in runs["choices"][0][0]
     facts = tabs.history.show(second.name, first.name, PAGE)[0]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import gradio as gr
-from web_helpers import page_of
+from web_helpers import HANGS, page_of
 
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.webapp.compare import CompareTab
@@ -60,7 +60,7 @@ def last_html(updates: list[tuple], place: int) -> str:
     return texts[-1]
 
 
-def until(condition: object, seconds: float = 60) -> None:
+def until(condition: object, seconds: float = HANGS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "waited too long"
