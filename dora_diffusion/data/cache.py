@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dora_diffusion.data.buckets import Size, nearest_bucket
-from dora_diffusion.data.folder import TrainingImage, open_image
+from dora_diffusion.data.folder import TrainingImage
+from dora_diffusion.data.pictures import open_image
 from dora_diffusion.errors import PromptError
 from dora_diffusion.generation import check_prompt
 from dora_diffusion.models.conditioning import Conditioning
