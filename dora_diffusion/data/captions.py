@@ -1,7 +1,7 @@
 """Which caption belongs to which picture: the one reader of captions, for a folder and for files from a browser.
 
-A caption stands, in this order, in cat.png.txt, cat.txt, cat.caption (as sd-scripts has it), or in the row of cat.png in
-metadata.jsonl or metadata.csv (as datasets' ImageFolder has them: "file_name" and "text", or "caption", or "prompt").
+A caption stands, in this order, in cat.png.txt, cat.txt, cat.caption (sd-scripts' other suffix), or in its row of
+metadata.jsonl or metadata.csv (of datasets' ImageFolder: "file_name", and "text", or "caption", or "prompt").
 Names match whatever their Unicode form, and whatever their case where no name matches better. What cannot be told is a
 problem, and no picture ever gets the caption of another.
 """
@@ -73,10 +73,8 @@ class _Desk:
             return
         self.unclear.update(places)
         names = [self.pictures[i].name for i in places]
-        if len(set(names)) == 1:
-            which = f"{len(names)} pictures are called {names[0]}"
-        else:
-            which = f"it fits {named(names)}"
+        alike = len(set(names)) == 1
+        which = f"{len(names)} pictures are called {names[0]}" if alike else f"it fits {named(names)}"
         self.problems.append(f"{offer.source}: {which}, and whose caption it is cannot be told. Rename them.")
 
 

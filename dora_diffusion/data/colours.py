@@ -86,10 +86,14 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image:
 
 def _converted(image: Image.Image, meaning: ImageCms.ImageCmsProfile) -> Image.Image:
     srgb = ImageCms.createProfile("sRGB")
-    transform = ImageCms.buildTransform(meaning, srgb, image.mode, "RGB", INTENT, FLAGS)
-    converted = ImageCms.applyTransform(image, transform)
+    # What is worked out beforehand for greys is too coarse in the dark; and they are 256, so each is worked out once.
+    grey = image.mode == "L"
+    how = ImageCms.Flags.NOOPTIMIZE if grey else ImageCms.Flags.HIGHRESPRECALC
+    asked = Image.frombytes("L", (256, 1), bytes(range(256))) if grey else image
+    transform = ImageCms.buildTransform(meaning, srgb, asked.mode, "RGB", INTENT, FLAGS | how)
+    converted = ImageCms.applyTransform(asked, transform)
     assert converted is not None  # it is None only where it works in place
-    return converted
+    return Image.fromarray(np.asarray(converted)[0][np.asarray(image)]) if grey else converted
 
 
 def primaries_of(info: Mapping[str | tuple[int, int], object], exif: Mapping[int, object]) -> Primaries | None:
@@ -102,12 +106,12 @@ def primaries_of(info: Mapping[str | tuple[int, int], object], exif: Mapping[int
     gamma, points = info.get("gamma"), info.get("chromaticity")
     if "srgb" in info or not (isinstance(gamma, float) and gamma > 0):
         return None
-    pairs = [SRGB.white, SRGB.red, SRGB.green, SRGB.blue]
+    white, red, green, blue = SRGB.white, SRGB.red, SRGB.green, SRGB.blue
     if isinstance(points, tuple) and len(points) == 8 and all(y > 0 for y in points[1::2]):
-        pairs = list(zip(points[::2], points[1::2], strict=True))
-    found = Primaries(*pairs, 1 / gamma)
-    like_srgb = np.abs(np.subtract(pairs, [SRGB.white, SRGB.red, SRGB.green, SRGB.blue])).max() < 2e-3
-    return None if like_srgb and abs(gamma - 0.45455) < NEAR else found
+        white, red, green, blue = zip(points[::2], points[1::2], strict=True)
+    away = np.subtract((white, red, green, blue), (SRGB.white, SRGB.red, SRGB.green, SRGB.blue))
+    is_srgb = np.abs(away).max() < 2e-3 and abs(gamma - 0.45455) < NEAR
+    return None if is_srgb else Primaries(white, red, green, blue, 1 / gamma)
 
 
 def from_primaries(image: Image.Image, primaries: Primaries) -> Image.Image:

@@ -1,9 +1,9 @@
 """Any picture file to the RGB that a person sees: the one reader of all pictures that come from outside.
 
 Upright as EXIF says, in sRGB as the colour profile says (colours.py), what is transparent laid on white, and of several
-frames the first. Greys of more than 8 bits are scaled by their range: 16 and 12 bits by all that they can count, floating
-point from 0 to 1, and whole numbers of 32 bits as 16, where they go no further; other numbers do not say what white is,
-and are refused.
+frames the first. Greys of more than 8 bits are scaled by their range: 16 and 12 bits by all that they can count,
+floating point from 0 to 1, and whole numbers of 32 bits as 16, where they use more than 8 and no more than 16; other
+numbers do not say what white is, and are refused.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def open_image(path: Path) -> Image.Image:
 def read_picture(path: Path, *, smallest: int = 1, about: int | None = None) -> Picture:
     """The picture as a person sees it, with what is to be said of it.
 
-    `smallest` is the shortest side in pixels that is useful; where a picture of `about` so many pixels a side is enough,
-    a JPEG is decoded quicker. Raises DataError, which names the file.
+    `smallest` is the shortest side in pixels that is useful; where a picture of `about` so many pixels a side is
+    enough, a JPEG is decoded quicker. Raises DataError, which names the file.
     """
     try:
         return _read(path, smallest, about)
@@ -199,7 +199,7 @@ def _parted(file: Image.Image, raw: str) -> tuple[Image.Image, Image.Image | Non
 
 
 def _in_eight_bits(clear: object, raw: str) -> object:
-    """The colour that is transparent, which PNG gives in as many bits as its samples have, as they are after loading."""
+    """The colour that is transparent as the samples are after loading; PNG gives it in as many bits as theirs."""
     if isinstance(clear, tuple) and ";16" in raw:
         return tuple(value >> 8 for value in clear)
     for bits in (2, 4):
@@ -230,7 +230,7 @@ def _white(values: np.ndarray, mode: str, bits: object, signed: bool) -> float:
     """The number that is white. Raises _Unusable where the file does not say it."""
     low, high = float(values.min()), float(values.max())
     if mode == "F":
-        if not (-0.001 <= low and high <= 1.001):
+        if not (low >= -0.001 and high <= 1.001):
             raise _Unusable(_numbers(low, high, "floating point, which is read from 0 (black) to 1 (white)"))
         return 1.0
     if mode.startswith("I;16"):
