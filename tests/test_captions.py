@@ -134,6 +134,7 @@ PROBLEMS: dict[str, tuple[dict[str, str | bytes], str]] = {
         "half of a character",
     ),
     "no such picture": ({"metadata.jsonl": jsonl({"file_name": "z.png", "text": "x"})}, "no picture 'z.png'"),
+    "a name that is too long": ({"metadata.jsonl": jsonl({"file_name": f"m/{'z' * 999}", "text": "x"})}, "no picture"),
     "twice": (
         {"metadata.jsonl": jsonl({"file_name": "a.png", "text": "x"}, {"file_name": "a.png", "text": "y"})},
         "a.png has more than one caption (metadata.jsonl, line 1, metadata.jsonl, line 2)",

@@ -165,10 +165,17 @@ def _take_metadata(desk: _Desk, path: Path, renamed: Callable[[str], str] | None
         inside = str(PurePosixPath(name))
         if places := desk.places(renamed(inside) if renamed else inside, lambda p: p.name):
             desk.give(places, _Offer(rank, caption, source))
-        elif not renamed and "/" in inside and (path.parent / inside).is_file():
+        elif not renamed and "/" in inside and _is_file(path.parent / inside):
             desk.elsewhere.append(inside)
         else:
             desk.problems.append(f"{source}: there is no picture {name!r}. Add it, or take the row out.")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # as of a name that is too long
+        return False
 
 
 def _json_rows(text: str) -> Iterator[tuple[str, dict[str, object] | str]]:

@@ -102,7 +102,13 @@ def first_caption(path: str | os.PathLike[str], instance_prompt: str | None = No
 
 def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
     """The picture files of a folder by name, not opened yet. Raises DataError when there are none."""
-    folder = Path(path)
+    try:
+        return _listed(Path(path))
+    except OSError as error:
+        raise DataError(f"cannot read the folder {path}: {error.strerror}. Check its name and permissions.") from error
+
+
+def _listed(folder: Path) -> list[Path]:
     if not folder.exists():
         raise DataError(f"no folder at {folder}. Check the path given as images.")
     if not folder.is_dir():
