@@ -18,7 +18,8 @@ from PIL import Image
 
 from dora_diffusion.data.buckets import bucket_sizes, nearest_bucket
 from dora_diffusion.data.cache import encode_images, tag_orders
-from dora_diffusion.data.folder import first_caption, open_image, read_folder
+from dora_diffusion.data.folder import first_caption, read_folder
+from dora_diffusion.data.pictures import open_image
 from dora_diffusion.errors import DataError, PromptError
 from dora_diffusion.models.loading import Base
 
@@ -177,6 +178,7 @@ def test_every_bad_picture_is_listed_with_its_reason(folder: Path) -> None:
         (lambda folder: folder / "missing", "no folder at"),
         (lambda folder: folder / "0.png", "is a file; images must be a folder"),
         (lambda folder: _mkdir(folder / "new"), "has no pictures"),
+        (lambda folder: folder / ("x" * 999), "cannot read the folder"),
         (lambda folder: _within(folder, "10_sks dog"), r"its subfolders have \(10_sks dog\): give one of these"),
     ],
 )
@@ -204,7 +206,7 @@ def _mkdir(path: Path) -> Path:
         ("0.txt", b"  \n", "is empty"),
         ("metadata.jsonl", b"{not json}", "line 1"),
         ("metadata.jsonl", b'{"file_name": "9.png", "text": "x"}', "no picture '9.png'"),
-        ("metadata.jsonl", b'{"file": "0.png"}', "KeyError"),
+        ("metadata.jsonl", b'{"file": "0.png"}', "no file_name"),
     ],
 )
 def test_a_bad_caption_file_is_named(folder: Path, name: str, content: bytes, expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -585,6 +586,18 @@ def test_prior_preservation_draws_class_images_and_adds_their_loss(
     prior = list(train(config(pictures, tmp_path / "prior", sd_folder, **values)))
     assert len(list((tmp_path / "prior" / "class_images").glob("*.png"))) == 2
     assert losses(prior, "lora")[0] > losses(plain, "lora")[0]
+
+
+def test_what_is_to_be_said_of_pictures_and_captions_is_said(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    """Of the pictures that are measured on, too."""
+    for name in ("images", "measured"):
+        shutil.copytree(pictures, tmp_path / name)
+        (tmp_path / name / f"stray-{name}.txt").write_text("whose?")
+    measured = str(tmp_path / "measured")
+    run = config(tmp_path / "images", tmp_path / "out", sd_folder, kind="lora", steps=1, validation_images=measured)
+    said = [event.text for event in train(run) if isinstance(event, Preparing)]
+    for name in ("images", "measured"):
+        assert f"captions not used, as no picture has their name: stray-{name}.txt" in said
 
 
 def test_the_base_is_left_as_it_was(tmp_path: Path, pictures: Path, sd_base: Base) -> None:

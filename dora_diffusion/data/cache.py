@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from dora_diffusion.data.buckets import Size, nearest_bucket
-from dora_diffusion.data.folder import TrainingImage, open_image
+from dora_diffusion.data.folder import TrainingImage
+from dora_diffusion.data.pictures import open_image
 from dora_diffusion.errors import PromptError
 from dora_diffusion.generation import check_prompt
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.loading import Base
 
-__all__ = ["EncodedImages", "encode_images", "long_captions", "tag_orders"]
+__all__ = ["EncodedImages", "encode_images", "long_captions", "tag_orders", "too_long"]
 
 BATCH = 4
 ORDERS = 8  # of shuffled tags, each encoded once
@@ -114,13 +116,22 @@ def tag_orders(caption: str, after: int | None) -> list[str]:
 
 def long_captions(base: Base, images: Sequence[TrainingImage]) -> dict[str, str]:
     """The pictures whose captions the base would cut, by their files' names, and what would be lost."""
+    problems = too_long(base.pipe, [image.caption for image in images])
+    return {image.path.name: problems[image.caption] for image in images if image.caption in problems}
+
+
+def too_long(pipe: DiffusionPipeline, captions: Iterable[str]) -> dict[str, str]:
+    """Those of the captions that the pipeline's text encoders would cut, and what would be lost.
+
+    A pipeline of tokenizers alone is enough (models/reading.py).
+    """
     problems: dict[str, str] = {}
-    for caption in dict.fromkeys(image.caption for image in images):
+    for caption in dict.fromkeys(captions):
         try:
-            check_prompt(base.pipe, caption)
+            check_prompt(pipe, caption)
         except PromptError as error:
             problems[caption] = str(error)
-    return {image.path.name: problems[image.caption] for image in images if image.caption in problems}
+    return problems
 
 
 @torch.inference_mode()

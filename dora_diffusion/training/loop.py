@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from dora_diffusion.data.buckets import bucket_sizes
 from dora_diffusion.data.cache import EncodedImages, encode_images, long_captions
-from dora_diffusion.data.folder import TrainingImage, read_folder
+from dora_diffusion.data.folder import ImageFolder, TrainingImage, read_folder, smallest_side
 from dora_diffusion.errors import ConfigError, DataError
 from dora_diffusion.formats.files import attach_trainable
 from dora_diffusion.injection import Adapter, Kind, inject_adapter
@@ -80,6 +80,7 @@ class Training:
     held_out: Buckets
     class_images: Buckets
     ignored: tuple[str, ...]
+    notes: tuple[str, ...]  # what is to be said of pictures and captions
     cut: tuple[str, ...]  # files whose captions the base does not read whole
     starts: Starts
     digest: str
@@ -143,8 +144,9 @@ def prepare(
         raise ConfigError("text_encoder_learning_rate is given, but train_text_encoder is false: set it to true.")
     if config.offload and config.train_text_encoder:
         raise ConfigError("offload puts the text encoders aside, and train_text_encoder trains them: leave one out.")
-    folder = read_folder(config.images, config.instance_prompt, smallest=max(16, size // 4))
-    kept, held_out = split_held_out(config, list(folder.images), smallest=max(16, size // 4))
+    folder = read_folder(config.images, config.instance_prompt, smallest=smallest_side(size))
+    measured = _measured_on(config, smallest_side(size))
+    kept, held_out = split_held_out(config, list(folder.images), measured)
     prior = [TrainingImage(path, config.class_prompt or "") for path in class_images or []]
     square = [(size, size)]
     buckets = bucket_sizes(size, base.multiple, base.largest) if config.aspect_ratio_bucketing else square
@@ -163,7 +165,8 @@ def prepare(
         ),
         held_out=encode_images(base, held_out, buckets, cut_captions=config.cut_captions),
         class_images=encode_images(base, prior, square, mirrored=config.random_flip),
-        ignored=folder.ignored,
+        ignored=folder.ignored + (measured.ignored if measured else ()),
+        notes=folder.notes + (measured.notes if measured else ()),
         cut=tuple(long_captions(base, [*kept, *held_out])) if config.cut_captions else (),  # else encoding refused them
         starts=starts,
         digest=_digest([*kept, *held_out, *prior], starts),
@@ -186,12 +189,19 @@ def _settled(config: TrainConfig, base: Base, starts: Starts) -> TrainConfig:
     )
 
 
+def _measured_on(config: TrainConfig, smallest: int) -> ImageFolder | None:
+    """The folder of pictures to measure on, if they have one of their own."""
+    if config.validation_images is None:
+        return None
+    return read_folder(config.validation_images, config.instance_prompt, smallest=smallest)
+
+
 def split_held_out(
-    config: TrainConfig, images: list[TrainingImage], smallest: int
+    config: TrainConfig, images: list[TrainingImage], measured: ImageFolder | None
 ) -> tuple[list[TrainingImage], list[TrainingImage]]:
     """Pictures to train on and pictures to measure on: a folder of its own, or a few of the images, by the seed."""
-    if config.validation_images is not None:
-        return images, list(read_folder(config.validation_images, config.instance_prompt, smallest=smallest).images)
+    if measured is not None:
+        return images, list(measured.images)
     count = held_out_count(config, len(images))
     if count >= len(images):
         raise DataError(

@@ -26,6 +26,7 @@ from dora_diffusion.models.loading import Base, load_base, pick_device
 from dora_diffusion.outputs import make_folder, save_png, write_text, writing
 from dora_diffusion.training.card import MADE_HERE, card_text
 from dora_diffusion.training.checkpoint import checkpoint_path, kept_step, read_checkpoint, write_checkpoint
+from dora_diffusion.training.class_images import class_images
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.divergence import diverged
 from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
@@ -110,9 +111,9 @@ def _train(
     for prompt in config.preview_prompts:
         check_prompt(base.pipe, prompt)
     with accelerator.main_process_first():
-        class_images = yield from _class_images(config, base, out)
+        prior = yield from class_images(config, base, out)
     yield Preparing("reading and encoding the pictures")
-    training = prepare(config, base, accelerator, class_images, starts)
+    training = prepare(config, base, accelerator, prior, starts)
     config = training.config  # with all that was left to the base
     for kind, file in training.starts.items():
         yield Preparing(describe_start(file, base, kind))
@@ -120,6 +121,8 @@ def _train(
         yield Preparing(_sizes(training))
     if training.ignored:
         yield Preparing(f"passed over, no pictures: {', '.join(training.ignored)}")
+    for note in training.notes:
+        yield Preparing(note)
     if training.cut:
         yield Preparing(f"read as far as the base can, {len(training.cut)} captions: {some(list(training.cut))}")
     if accelerator.is_main_process:
@@ -289,19 +292,6 @@ def _preview(training: Training, kind: Kind, step: int, out: Path) -> Previewed:
     if config.offload:
         training.base.put_aside()
     return Previewed(kind, step, tuple(paths))
-
-
-def _class_images(config: TrainConfig, base: Base, out: Path) -> Generator[Event, None, list[Path]]:
-    """Prior preservation's pictures, drawn by the base before anything is injected; those there already are kept."""
-    if config.class_prompt is None:
-        return []
-    paths = [out / "class_images" / f"{seed:04d}.png" for seed in range(config.num_class_images)]
-    for seed, path in enumerate(paths):
-        yield Preparing("drawing class images", seed, len(paths))
-        if not path.exists():
-            save_png(generate(base, GenerationRequest(config.class_prompt, seed)), path)
-    yield Preparing("drawing class images", len(paths), len(paths))
-    return paths
 
 
 def _save(

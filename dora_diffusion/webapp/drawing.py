@@ -6,6 +6,7 @@ that nobody finishes, and a turn in it would never be given back.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import queue
@@ -19,12 +20,14 @@ from typing import TYPE_CHECKING
 
 from dora_diffusion.comparison.cache import PictureCache
 from dora_diffusion.comparison.request import Cell, CompareRequest
-from dora_diffusion.errors import DoraDiffusionError
+from dora_diffusion.errors import BaseModelError, DoraDiffusionError
 from dora_diffusion.models.quantising import Packing
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.turns import QueueFullError, Turns
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from dora_diffusion.formats.files import Fit
     from dora_diffusion.models.loading import Base
 
@@ -120,6 +123,7 @@ class Painter:
         self.seconds_per_step: float | None = None  # of a picture, as lately measured
         self._turns = Turns(MOST_WAITING)
         self._base: Base | None = None
+        self._reader: DiffusionPipeline | None = None  # tokenizers alone
         self._loading = False
         self._drawings: dict[str, Drawing] = {}
 
@@ -140,6 +144,26 @@ class Painter:
     def stop(self, page: str) -> None:
         if drawing := self._drawings.get(page):
             drawing.stop()
+
+    def reader(self) -> DiffusionPipeline | None:
+        """What knows how the base reads prompts: the base, or its tokenizers while it is not loaded.
+
+        None where these cannot be had alone: then it is known with the base.
+        """
+        if self._base is not None:
+            return self._base.pipe
+        if self._reader is None:
+            ready()
+            from dora_diffusion.models.reading import load_tokenizers
+
+            with contextlib.suppress(BaseModelError):
+                self._reader = load_tokenizers(self.base_name)
+        return self._reader
+
+    @property
+    def size(self) -> int | None:
+        """The side of the pictures that the base was made for, in pixels; None while it is not loaded."""
+        return self._base.size if self._base is not None else None
 
     def warm_up(self) -> None:
         """Load the base and draw a few steps in a thread, so that the first comparison finds it ready."""

@@ -13,6 +13,7 @@ __all__ = ["ready"]
 
 MODULES = (
     "dora_diffusion.models.loading",
+    "dora_diffusion.models.reading",
     "dora_diffusion.generation",
     "dora_diffusion.comparison.compare",
     "dora_diffusion.comparison.card",

@@ -14,29 +14,32 @@ from typing import Any
 
 import gradio as gr
 
+from dora_diffusion.data.folder import smallest_side
 from dora_diffusion.errors import DataError, DoraDiffusionError
 from dora_diffusion.outputs import copy_file, make_folder
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.heavy import ready
+from dora_diffusion.webapp.lengths import refuse_long, too_long
 from dora_diffusion.webapp.runs import START
 from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.train_form import PRESETS, Costing, Pictures, TrainForm, checks
 from dora_diffusion.webapp.train_layout import HEADERS, NEW, TrainLayout
 from dora_diffusion.webapp.uploads import (
+    Sent,
     Upload,
     check_pictures,
+    chosen,
     duplicates,
     put_into,
-    read_uploads,
+    sort_files,
     thumbnail,
-    with_captions,
 )
 from dora_diffusion.webapp.visitors import visitor_of
 
 __all__ = ["TrainTab", "start_run"]
 
 Update = tuple[object, ...]
-Table = list[list[str]]
+Table = list[list[str]]  # as it comes from the page
 
 
 class TrainTab:
@@ -92,15 +95,22 @@ class TrainTab:
         found, table, error = Pictures(), [], None
         paths = [Path(file) for file in files or ()]
         try:
-            uploads = read_uploads(paths)
-            table = [[_picture_tag(upload), upload.label, upload.caption] for upload in uploads]
-            if uploads:
-                check_pictures(uploads)
-            found = Pictures(same=duplicates(uploads))
+            sent = sort_files(paths)
+            table = [[_picture_tag(upload), upload.label, upload.caption] for upload in sent.uploads]
+            found = self._look_over(sent)
+            if found.bad:
+                raise DataError(f"{found.trouble}\nReplace them, or delete their rows from the table.")
         except DoraDiffusionError as problem:
             parts.toast(problem)
-            found, error = Pictures(trouble=str(problem)), problem
+            error = problem
+            found = found if found.bad else Pictures(str(problem))
         return [str(path) for path in paths], gr.update(value=table, visible=bool(table)), found, parts.panel(error)
+
+    def _look_over(self, sent: Sent) -> Pictures:
+        """What is found out about the pictures once, so that they are not decoded again for every key."""
+        bad, notes = check_pictures(sent.uploads, smallest_side(self.studio.painter.size or 0))
+        labels = tuple(upload.label for upload in sent.uploads)
+        return Pictures("", labels, tuple(bad.items()), duplicates(sent.uploads), (*sent.problems, *sent.notes, *notes))
 
     def take_samples(self) -> Update:
         """The pictures that come with the package, as if they had been uploaded."""
@@ -124,7 +134,9 @@ class TrainTab:
     def check(self, page: gr.Request, table: Table, found: Pictures, *settings: Any) -> Update:
         """The checklist, and whether Train can be pressed."""
         form = TrainForm(*settings)
-        lines = checks([row[2] for row in rows_of(table)], form, found, self.costing.of(form), self.studio.cautions())
+        rows = rows_of(table)
+        long = too_long(self.studio, [*(caption for _, caption in rows), form.prompt, form.preview]) if rows else {}
+        lines = checks(rows, form, found, self.costing.of(form), long, self.studio.cautions())
         job = self.studio.jobs.of(visitor_of(page))
         busy = job is not None and not job.snapshot().is_over
         ready = all(good is not False for good in lines.values())
@@ -133,16 +145,17 @@ class TrainTab:
     def measure(self, files: list[str], table: Table, found: Pictures, *settings: Any) -> None:
         """Find out what a run like this costs, if that is not known; what cannot be measured is left out."""
         form = TrainForm(*settings)
-        if found.trouble or not files or self.costing.of(form) is not None:
+        bad = dict(found.bad)
+        if found.refused or not files or self.costing.of(form) is not None:
             return
         with contextlib.suppress(DoraDiffusionError):  # the start will say it, in the panel
-            self.costing.measure(form, read_uploads([Path(file) for file in files]))
+            uploads = chosen(sort_files([Path(file) for file in files]).uploads, rows_of(table))
+            self.costing.measure(form, [upload for upload in uploads if upload.label not in bad])
 
     def start(self, page: gr.Request, files: list[str], table: Table, *settings: Any) -> Update:
         """Start the job; what is wrong goes into the error panel and leaves the form as it is."""
-        captions = {row[1]: row[2] for row in rows_of(table)}
         try:
-            uploads = with_captions(read_uploads([Path(file) for file in files or ()]), captions)
+            uploads = chosen(sort_files([Path(file) for file in files or ()]).uploads, rows_of(table))
             start_run(self.studio, visitor_of(page), uploads, TrainForm(*settings))  # type: ignore[arg-type]
         except DoraDiffusionError as error:
             parts.toast(error)
@@ -170,10 +183,11 @@ def start_run(studio: Studio, visitor: str, uploads: Sequence[Upload], form: Tra
         raise DataError("there are no pictures. Add at least one; 10 to 20 of one style work well.")
     folder = studio.runs.new(visitor)
     try:
-        captions = [upload.caption.strip() for upload in uploads if upload.caption.strip()]
+        long = refuse_long(studio, uploads, form)
+        captions = [each for upload in uploads if (each := upload.caption.strip()) and each not in long]
         start = _copy_start(studio.shelf.find(form.start, visitor).path, form.kind, folder) if form.start else None
         config = form.config(folder / "images", folder, studio.base_name, captions, start)
-        put_into(folder / "images", uploads, form.prompt)
+        put_into(folder / "images", uploads, form.prompt, smallest_side(studio.painter.size or 0))
         studio.jobs.start(folder.name, config, visitor, studio.albums.new())
     except DoraDiffusionError:
         shutil.rmtree(folder, ignore_errors=True)  # it holds nothing but copies
@@ -191,9 +205,10 @@ def _copy_start(path: Path, kind: str, run: Path) -> Path:
     return copy_file(path, folder / path.name)
 
 
-def rows_of(table: Sequence[Sequence[object]]) -> Table:
-    """The table's rows that hold a picture: an empty table comes as one row of nothing."""
-    return [[str(cell or "") for cell in row] for row in table if len(row) == len(HEADERS) and row[1]]
+def rows_of(table: Sequence[Sequence[object]]) -> list[tuple[str, str]]:
+    """Label and caption of the table's rows that hold anything: an empty table comes as one row of nothing."""
+    rows = [(str(row[1] or ""), str(row[2] or "")) for row in table if len(row) == len(HEADERS)]
+    return [(label, caption) for label, caption in rows if label or caption.strip()]
 
 
 def _picture_tag(upload: Upload) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_diffusion.data.captions import named
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.outputs import make_folder, scratch_folder
 from dora_diffusion.webapp.heavy import ready
-from dora_diffusion.webapp.uploads import Upload, put_into
+from dora_diffusion.webapp.uploads import Upload, put_into, row_troubles
 
 if TYPE_CHECKING:
     from dora_diffusion.comparison.estimate import Estimate
@@ -60,10 +61,22 @@ DEFAULT = "Style"
 
 @dataclass(frozen=True)
 class Pictures:
-    """What was found out about the uploaded pictures, once: what is wrong with them, and which are the same."""
+    """What was found out about the uploaded pictures, once, by the names people know them by.
 
-    trouble: str = ""
+    `refused` is why none is taken; `bad` are those that cannot be used, with the reason, `same` those of the same bytes
+    as one before them, with that one in front, and `notes` what else is to be said.
+    """
+
+    refused: str = ""
+    labels: tuple[str, ...] = ()
+    bad: tuple[tuple[str, str], ...] = ()
     same: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trouble(self) -> str:
+        """All that is wrong, or ""."""
+        return "\n".join((*([self.refused] if self.refused else []), *(f"{name}: {why}" for name, why in self.bad)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,11 @@ class TrainForm:
     norm_axis: str = "output"
     start: str = ""  # an adapter's key, to go on from
     keep: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        """Whether captions that are too long are cut."""
+        return "cut_captions" in self.more
 
     def config(
         self, images: Path, out: Path, base_name: str, captions: Sequence[str] = (), start: Path | None = None
@@ -169,31 +187,23 @@ class Costing:
 
 
 def checks(
-    captions: Sequence[str],
+    rows: Sequence[tuple[str, str]],
     form: TrainForm,
     pictures: Pictures,
     estimate: Estimate | None,
+    long: Mapping[str, str] | None = None,
     cautions: Sequence[str] = (),
 ) -> dict[str, bool | None]:
-    """What must be so before a run can start, in words, and whether it is; None for what is good to know."""
-    if pictures.trouble:
-        return {pictures.trouble: False}
-    if not captions:
+    """What must be so before a run can start, in words, and whether it is; None for what is good to know.
+
+    `rows` are the table's, label and caption; `long` are the prompts that the base would cut, with what would be lost.
+    """
+    if pictures.refused:
+        return {pictures.refused: False}
+    if not rows:
         return {"Add at least one picture; 10 to 20 of one style, or 5 of one subject, work well.": False}
-    count = len(captions)
-    lines: dict[str, bool | None] = {f"{_many(count, 'picture')}, all readable and large enough": True}
-    if count < ENOUGH:
-        lines[f"only {_many(count, 'picture')}: {ENOUGH} or more work better"] = None
-    if pictures.same:
-        names = "; ".join(f"{second} is {first} again" for first, second in pictures.same[:3])
-        lines[f"{_many(len(pictures.same), 'duplicate')}: {names}"] = None
-    bare = sum(not caption.strip() for caption in captions)
-    if not bare:
-        lines["every picture has a caption"] = True
-    elif form.prompt.strip():
-        lines[f"{bare} of them with the caption “{form.prompt.strip()}”"] = True
-    else:
-        lines[f"{bare} without a caption: write it in the table, or one for all below it"] = False
+    captions = [caption for _, caption in rows]
+    lines = {**_pictures(rows, pictures), **_captions(rows, form, long or {})}
     lines[f"{int(form.steps or 0)} steps of {_many(int(form.batch_size or 0), 'picture')} each"] = True
     more = [says for key, says in MORE.items() if key in form.more and not (form.start and key in LAYERS)]
     if more:
@@ -203,6 +213,50 @@ def checks(
     lines |= dict.fromkeys(cautions)
     if estimate is not None:
         lines |= _cost(form, captions, estimate)
+    return lines
+
+
+def _pictures(rows: Sequence[tuple[str, str]], pictures: Pictures) -> dict[str, bool | None]:
+    """The checklist's lines on the pictures that stand in the table."""
+    labels = {label for label, _ in rows}
+    bad = {name: why for name, why in pictures.bad if name in labels}
+    lines: dict[str, bool | None] = {f"{name}: {why}; or delete its row": False for name, why in bad.items()}
+    if pictures.labels:
+        lines |= dict.fromkeys(row_troubles(rows, pictures.labels), False)
+    count = len(rows)
+    of_all = f"{count} of {len(pictures.labels)} pictures" if count < len(pictures.labels) else _many(count, "picture")
+    if not bad:
+        lines[f"{of_all}, all readable and large enough"] = True
+    if count < ENOUGH:
+        lines[f"only {_many(count, 'picture')}: {ENOUGH} or more work better"] = None
+    if same := [(first, second) for first, second in pictures.same if first in labels and second in labels]:
+        names = "; ".join(f"{second} is {first} again" for first, second in same[:3])
+        lines[f"{_many(len(same), 'duplicate')}: {names}"] = None
+    return lines | dict.fromkeys(pictures.notes, None)
+
+
+def _captions(rows: Sequence[tuple[str, str]], form: TrainForm, long: Mapping[str, str]) -> dict[str, bool | None]:
+    """The checklist's lines on captions and the preview prompt."""
+    lines: dict[str, bool | None] = {}
+    prompt = form.prompt.strip()
+    bare = sum(not caption.strip() for _, caption in rows)
+    if not bare:
+        lines["every picture has a caption"] = True
+    elif prompt:
+        lines[f"{bare} of them with the caption “{prompt}”"] = True
+    else:
+        lines[f"{bare} without a caption: write it in the table, or one for all below it"] = False
+    cut = [label for label, caption in rows if (caption.strip() or prompt) in long]
+    if cut and form.cuts:
+        lines[f"captions that are cut, as this base does not read them whole: {named(cut)}"] = None
+    elif cut:
+        whole = {label: caption.strip() or prompt for label, caption in rows}
+        lines[
+            f"{_many(len(cut), 'caption')} too long for this base ({named(cut)}): shorten them, or choose "
+            f"“{MORE['cut_captions']}” under Advanced. {cut[0]}: {long[whole[cut[0]]]}"
+        ] = False
+    if form.preview.strip() in long:
+        lines[f"the preview prompt is too long: {long[form.preview.strip()]}"] = False
     return lines
 
 

@@ -43,7 +43,7 @@ class TrainLayout:
 
     def _build_pictures(self) -> None:
         self.files = gr.File(
-            label="Pictures, and captions as .txt",
+            label="Pictures, and captions as .txt, .caption or metadata.jsonl",
             file_count="multiple",
             file_types=ACCEPTED,
             height=130,
@@ -61,7 +61,7 @@ class TrainLayout:
             column_count=3,
             static_columns=[0, 1],
             column_widths=["64px", "38%", "auto"],
-            label="Captions (click one to edit it)",
+            label="Captions (click one to edit it; a picture whose row is deleted is not trained on)",
             max_height=280,
             wrap=True,
             visible=False,

@@ -344,6 +344,15 @@ def test_a_bad_folder_is_named_and_keeps_every_form_value(page, tmp_path: Path):
     assert page.is_checked("#kind label:has-text('DoRA') input")
 
 
+def test_a_deleted_row_is_a_picture_less(page):
+    upload_samples(page, 3)
+    page.get_by_text("birthday cake, openmoji style", exact=True).last.click(button="right")
+    page.get_by_text("Delete row").first.click()
+    page.wait_for_function(
+        "() => document.querySelector('#checks').innerText.includes('2 of 3 pictures, all readable')"
+    )
+
+
 # Everywhere
 
 

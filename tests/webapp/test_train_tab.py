@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from web_helpers import HANGS, sample_files
 from web_pages import ME, OTHER, PAGE, Tabs, draw, shown_in, start_job, until
 
 from dora_diffusion.comparison.curves import Curve, draw_curves
+from dora_diffusion.data.cache import long_captions
+from dora_diffusion.data.folder import TrainingImage
 from dora_diffusion.errors import DataError, TrainingError
 from dora_diffusion.formats.files import read_adapter_file
 from dora_diffusion.webapp import parts, uploads
@@ -165,7 +168,7 @@ def test_from_upload_to_adapters_chosen_in_compare(tabs, studio):
     kept, table, found, _ = train.take_pictures([str(path) for path in files])
     rows = table["value"]
     checks, button = train.check(PAGE, rows, found, *form)
-    assert found == Pictures() and button["interactive"] and "3 pictures, all readable" in checks
+    assert not found.trouble and not found.notes and button["interactive"] and "3 pictures, all readable" in checks
     assert rows[0][1:] == ["automobile.png", "automobile, openmoji style"] and "data:image/png" in rows[0][0]
     train.measure(kept, rows, found, *form)
     checks, _ = train.check(PAGE, rows, found, *form)
@@ -250,6 +253,126 @@ def test_a_broken_picture_is_named_as_the_visitor_knows_it(tabs, tmp_path):
     checks, button = tabs.train.check(PAGE, [["", "holiday.png", ""]], found, "x", "both", 2, 2, 2, "", "", 0)
     assert "holiday.png: is damaged" in found.trouble and "holiday.png" in panel["value"] and "holiday.png" in checks
     assert not button["interactive"] and "picture-001" not in found.trouble and str(tmp_path) not in found.trouble
+
+
+def test_the_table_is_the_list_of_what_is_trained_on(tabs, studio):
+    """A row that is deleted is no picture of the run; the rest keep their captions however the table is sorted."""
+    files = sample_files(3)
+    form = ("", "both", 2, 2, 2, "", "", 0)
+    kept, table, found, _ = tabs.train.take_pictures([str(path) for path in files])
+    rows = table["value"][::-1]
+    del rows[1]
+    rows[1][2] = "a red car"
+    checks, button = tabs.train.check(PAGE, rows, found, *form)
+    assert "2 of 3 pictures, all readable" in checks and button["interactive"]
+    assert not start(tabs, kept, rows)[0]["visible"]
+    job = studio.jobs.of(ME)
+    assert job.wait(120) and job.snapshot().phase == "finished", job.state
+    trained = sorted(Path(job.config.images).iterdir())
+    assert [path.name for path in trained if path.suffix == ".png"] == ["picture-001.png", "picture-002.png"]
+    assert [path.read_bytes() for path in trained if path.suffix == ".png"] == [files[i].read_bytes() for i in (0, 2)]
+    assert [path.read_text().strip() for path in trained if path.suffix == ".txt"] == ["a red car", rows[0][2]]
+    assert read_adapter_file(Path(job.config.out) / "lora.safetensors").description.training["images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([["", "automobile.png", "a"], ["", "automobile.png", "b"]], "automobile.png more than once"),
+        ([["", "automobile.png", "a"], ["", "other.png", "b"]], "names 'other.png', which is none of the pictures"),
+        ([["", "automobile.png", "a"], ["", "", "a caption alone"]], "a caption and no picture ('a caption alone')"),
+        ([["", "", ""]], "no pictures"),
+    ],
+)
+def test_rows_that_fit_no_picture_are_said_before_and_at_the_start(tabs, studio, rows, said):
+    files = sample_files(2)
+    _, _, found, _ = tabs.train.take_pictures([str(path) for path in files])
+    checks, button = tabs.train.check(PAGE, rows, found, "x", "both", 2, 2, 2, "", "", 0)
+    assert not button["interactive"]
+    panel, _ = start(tabs, files, rows, prompt="x")
+    assert panel["visible"] and html.escape(said) in panel["value"] and studio.jobs.of(ME) is None
+    assert said == "no pictures" or html.escape(said) in checks
+
+
+def test_a_broken_picture_whose_row_is_deleted_stops_nothing(tabs, studio, tmp_path):
+    broken = tmp_path / "holiday.png"
+    broken.write_bytes(sample_files(1)[0].read_bytes()[:300])
+    files = [broken, *sample_files(2)]
+    kept, table, found, panel = tabs.train.take_pictures([str(path) for path in files])
+    form = ("x", "lora", 2, 2, 2, "", "", 0)
+    assert "holiday.png: is damaged" in panel["value"] and "delete their rows" in panel["value"]
+    assert not tabs.train.check(PAGE, table["value"], found, *form)[1]["interactive"]
+    rows = [row for row in table["value"] if row[1] != "holiday.png"]
+    checks, button = tabs.train.check(PAGE, rows, found, *form)
+    assert button["interactive"] and "holiday.png" not in checks and "2 of 3 pictures" in checks
+    tabs.train.measure(kept, rows, found, *form)
+    assert tabs.train.costing.of(TrainForm(*form)) is not None
+    assert not start(tabs, kept, rows, kind="lora", steps=1)[0]["visible"]
+    assert studio.jobs.of(ME).wait(120) and studio.jobs.of(ME).snapshot().phase == "finished"
+
+
+def test_what_a_folder_holds_beside_its_pictures_is_said_and_stops_nothing(tabs, tmp_path):
+    (tmp_path / ".DS_Store").write_bytes(b"Bud1")
+    (tmp_path / "._automobile.png").write_bytes(b"no picture")
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "birthday-cake.txt").write_bytes(b"caf\xe9")
+    files = [*tmp_path.iterdir(), *sample_files(2, captions=False)]
+    _, table, found, panel = tabs.train.take_pictures([str(path) for path in files if path.is_file()])
+    assert not panel["visible"] and [row[1:] for row in table["value"]] == [
+        ["automobile.png", ""],
+        ["birthday-cake.png", ""],
+    ]
+    checks, button = tabs.train.check(PAGE, table["value"], found, "x", "both", 2, 2, 2, "", "", 0)
+    assert button["interactive"]
+    assert "passed over, no pictures: notes.md" in checks and "birthday-cake.txt is not UTF-8" in checks
+
+
+LONG = "a red apple on a green table, " * 30
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_captions_that_are_too_long_are_found_before_the_start_as_the_run_finds_them(tabs, studio, loaded):
+    if loaded:
+        with studio.painter.turn(lambda _: None):
+            pass
+    files = sample_files(3)
+    kept, table, found, _ = tabs.train.take_pictures([str(path) for path in files])
+    rows = table["value"]
+    rows[1][2] = LONG
+    form = ("", "lora", 1, 2, 2, "", "", 0)
+    checks, button = tabs.train.check(PAGE, rows, found, *form, [])
+    assert not button["interactive"] and "1 caption too long for this base (birthday-cake.png)" in checks
+    panel, _ = start(tabs, kept, rows)
+    assert "1 of 3 captions are too long for this base (birthday-cake.png)" in panel["value"]
+    assert (studio.painter._base is not None) == loaded and studio.jobs.of(ME) is None
+    with studio.painter.turn(lambda _: None) as base:
+        problem = html.escape(long_captions(base, [TrainingImage(Path("a.png"), LONG.strip())])["a.png"])
+    assert problem in checks and problem in panel["value"]
+
+    checks, button = tabs.train.check(PAGE, rows, found, *form, ["cut_captions"])
+    assert button["interactive"] and "does not read them whole: birthday-cake.png" in checks
+    checks, button = tabs.train.check(PAGE, rows[:1], found, *form[:-2], LONG, 0, ["cut_captions"])
+    assert not button["interactive"] and "the preview prompt is too long" in checks
+    assert "preview prompt is too long" in start(tabs, kept, rows[:1], preview=LONG)[0]["value"]
+
+
+def test_a_run_that_cuts_captions_is_previewed_with_one_that_is_read_whole(tabs, studio):
+    files = sample_files(2)
+    kept, table, _, _ = tabs.train.take_pictures([str(path) for path in files])
+    rows = table["value"]
+    rows[0][2] = LONG
+    assert not start(tabs, kept, rows, kind="lora", steps=1, more=["cut_captions"])[0]["visible"]
+    job = studio.jobs.of(ME)
+    assert job.wait(120) and job.snapshot().phase == "finished", job.state
+    assert job.config.preview_prompts == [rows[1][2]]
+
+
+def test_pictures_too_small_for_the_base_are_found_before_the_start(tabs, studio, tmp_path, monkeypatch):
+    """A quarter of the side that the base was made for is the least, here as in the run."""
+    monkeypatch.setattr(type(studio.painter), "size", property(lambda _: 512))
+    Image.new("RGB", (100, 200)).save(tmp_path / "small.png")
+    _, _, found, _ = tabs.train.take_pictures([str(tmp_path / "small.png")])
+    assert "small.png: 100 x 200 is too small; the shorter side must have at least 128 pixels" in found.trouble
 
 
 def test_duplicates_are_named(tabs, tmp_path):
