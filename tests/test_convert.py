@@ -19,7 +19,7 @@ from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.convert import best_low_rank, convert_adapter
 from dora_diffusion.formats.description import Description, identify_base
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
-from dora_diffusion.formats.original import unet_original
+from dora_diffusion.formats.unet_names import unet_original
 from dora_diffusion.formats.writing import save_adapter
 from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter, inject_into
 

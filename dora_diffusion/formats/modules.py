@@ -102,5 +102,15 @@ def cannot_fall_apart(tensors: Mapping[str, Tensor], rows: Sequence[Rows]) -> st
     return ""
 
 
-def cut(parameter: str, tensor: Tensor, rows: Rows) -> Tensor:
-    return rows.cut(tensor) if parameter in BY_ROW else tensor
+def cut(tensors: Mapping[str, Tensor], rows: Sequence[Rows]) -> list[dict[str, Tensor]]:
+    """The parts of a fused layer's update, each with its rows; of one that was put together of several, their ranks."""
+    parts = [{p: part.cut(t) if p in BY_ROW else t for p, t in tensors.items()} for part in rows]
+    if len(parts) < 2 or not tensors.keys() >= {"lora_A", "alpha"}:
+        return parts
+    used = [part["lora_B"].flatten(1).ne(0).any(dim=0) for part in parts]  # [rank] of each
+    if not torch.stack(used).sum(dim=0).eq(1).all() or not all(columns.any() for columns in used):
+        return parts
+    for part, columns in zip(parts, used):
+        part["lora_A"], part["lora_B"] = part["lora_A"][columns], part["lora_B"][:, columns]
+        part["alpha"] = part["alpha"].double() * (columns.sum() / columns.numel())  # s stays
+    return parts
