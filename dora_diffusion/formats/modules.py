@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.original import Rows
 
-__all__ = ["cannot_fall_apart", "check_module", "cut", "one_form"]
+__all__ = ["cannot_fall_apart", "check_module", "cut", "foreign_kind", "one_form"]
 
 MAGNITUDES = ("magnitude", "unscaled_magnitude", "dora_scale")
 BY_ROW = ("lora_B", "magnitude", "unscaled_magnitude", "difference")
@@ -36,6 +36,16 @@ def check_module(held: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     if sum(p in held for p in MAGNITUDES) > 1:
         wrong.append("two magnitudes")
     return [], wrong + _alpha_problems(held)
+
+
+def foreign_kind(held: Mapping[str, Tensor]) -> str:
+    """What a module is that is sound and not read here; empty for one that is read, or broken."""
+    dims = {held[p].dim() for p in ("lora_A", "lora_B", "difference") if p in held}
+    if dims == {1} and "difference" in held:
+        return "a change of normalisation weights or biases"
+    if dims and dims <= {3, 5}:
+        return "an update of convolutions along one axis or three, as models for sound and video have them"
+    return ""
 
 
 def _pair_up(A: Tensor, B: Tensor, mid: Tensor | None) -> bool:

@@ -18,8 +18,8 @@ from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.configs import read_description
 from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.findings import Findings, some
-from dora_diffusion.formats.leaves import NOT_READ, Leaf, dialect_of, split_key
-from dora_diffusion.formats.modules import check_module, one_form
+from dora_diffusion.formats.leaves import Leaf, dialect_of, foreign, split_key
+from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
 from dora_diffusion.formats.storage import read_header, read_safetensors
@@ -76,7 +76,11 @@ def _sound(
     """The modules whose tensors go together, in one form, and what is worth saying of them."""
     findings.total = len(modules)
     sound, said = {}, []
+    others = {module: kind for module, held in modules.items() if (kind := foreign_kind(held))}
+    findings.add_foreign(others)
     for module, held in modules.items():
+        if module in others:
+            continue
         missing, misshapen = check_module(held)
         findings.missing += [f"{module}: {what}" for what in missing]
         findings.misshapen += [f"{module}: {what}" for what in misshapen]
@@ -94,21 +98,22 @@ def _check_dtypes(path: Path) -> None:
     ]
     if wrong:
         raise AdapterFileError(
-            f"{path} holds numbers of a kind that no adapter has: {some(wrong)}. It is read in float32, float16, "
-            "bfloat16 or float64: write it again in one of these."
+            f"{path} holds numbers of a kind that is not read here: {some(wrong)}. Adapters are read in float32, "
+            "float16, bfloat16 or float64: save it again in one of these."
         )
 
 
 def _by_module(raw: Mapping[str, Tensor], findings: Findings) -> tuple[dict[str, dict[str, Tensor]], set[Leaf]]:
     modules: dict[str, dict[str, Tensor]] = {}
     leaves: set[Leaf] = set()
-    foreign: set[str] = set()  # modules of a method that is not read: what else they have is none of ours
+    others: dict[str, str] = {}  # modules of a method that is not read: what else they have is none of ours
     for key, tensor in raw.items():
         split = split_key(key)
         if split is None:
-            end = next((end for end in NOT_READ if key.endswith("." + end)), None)
-            findings.unexpected.append(key + (f": {NOT_READ[end]}, which is not read here" if end else ""))
-            foreign |= {key.removesuffix(f".{end}")} if end else set()
+            if other := foreign(key):
+                others.setdefault(*other)
+            else:
+                findings.unexpected.append(key)
             continue
         module, leaf = split
         leaves.add(leaf)
@@ -116,9 +121,10 @@ def _by_module(raw: Mapping[str, Tensor], findings: Findings) -> tuple[dict[str,
         if leaf.holds in held:
             findings.unexpected.append(f"{key}: {module} has its {leaf.holds} twice")
         held[leaf.holds] = tensor
-    for module in foreign & modules.keys():
+    for module in others.keys() & modules.keys():
         if not modules[module].keys() & {"lora_A", "lora_B", "difference"}:
             del modules[module]
+    findings.add_foreign(others)
     return modules, leaves
 
 
@@ -126,8 +132,9 @@ def _dialect(
     path: Path, leaves: set[Leaf], header: Mapping[str, str], modules: Mapping[str, object], findings: Findings
 ) -> str:
     if not modules:
+        held = some(findings.all()) or "it has no tensors"
         raise AdapterFileError(
-            f"{path} is no adapter that this version reads: {some(findings.unexpected) or 'it has no tensors'}. "
+            f"{path} is no adapter that this version reads: {held}. "
             "Give a LoRA or DoRA file of PEFT, diffusers, kohya, LyCORIS, OneTrainer, ai-toolkit or NVlabs, or "
             "differences."
         )
