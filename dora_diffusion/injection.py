@@ -26,6 +26,7 @@ __all__ = [
     "ATTENTION_TARGETS",
     "FEED_FORWARD_TARGETS",
     "KIND_LABEL",
+    "MAX_ALPHA",
     "TEXT_ENCODER_TARGETS",
     "Adapter",
     "AdapterConfig",
@@ -46,6 +47,8 @@ KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA", "full": "full diff
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD_TARGETS = ("ff.net.0.proj", "ff.net.2")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the same, as CLIP's text model names them
+MAX_ALPHA = 1e6  # no training is near it, and what is scaled by it stays a number
+MAX_STRENGTH = 1e6
 NORM_AXES: dict[str, str] = {"output": "magnitude", "input": "input_magnitude"}  # and DoRA's parameter for it
 
 
@@ -81,8 +84,11 @@ class AdapterConfig:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"rank is {rank!r}; it must be a whole number of at least 1 (4 to 64 is usual).")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not _is_number(alpha) or alpha <= 0:
-                raise ConfigError(f"alpha is {alpha!r}; it must be a number above 0 (often equal to the rank).")
+            if not _is_number(alpha) or not 0 < alpha <= MAX_ALPHA:
+                raise ConfigError(
+                    f"alpha is {alpha!r}; it must be a number above 0 (often equal to the rank), and at most "
+                    f"{MAX_ALPHA:,.0f}."
+                )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
         if not self.target_modules or not all(isinstance(t, str) and t for t in self.target_modules):
@@ -373,11 +379,11 @@ def _leaf(path: str) -> str:
 
 
 def check_strength(value: float) -> float:
-    """The strength as a float. Raises ConfigError when it is no finite number."""
-    if not _is_number(value):
+    """The strength as a float. Raises ConfigError when it is no finite number, or beyond all reason."""
+    if not _is_number(value) or abs(value) > MAX_STRENGTH:
         raise ConfigError(f"strength is {value!r}; it must be a finite number, usually between 0 and 1.5.")
     return float(value)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf  # type: ignore[operator]

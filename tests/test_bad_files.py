@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import resource
 import signal
 import struct
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +18,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutants import Tiny, entry_of, mutant, pack, reference_deltas, seeds, weights_of, write
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
 from torch import nn
 
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.formats.patterns import Patterns
 from dora_diffusion.formats.storage import MAX_HEADER
 from dora_diffusion.layers import AdaptedLayer
 
@@ -187,13 +190,87 @@ def test_a_header_that_is_no_table_of_tensors_is_named(tmp_path, model, text):
     refused(with_header(tmp_path, text), model, "is no sound safetensors file")
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+b", "((x*)*)*", "(.*a){20}", "a" * 400])
-def test_a_pattern_that_could_take_for_ever_is_refused(tmp_path, model, pattern):
-    text = json.dumps({"unet.lora_alpha": 6, "unet.alpha_pattern": {pattern: 3}})
-    path = file_of(tmp_path, {}, kind=4, lora_adapter_metadata=text)
-    started = time.perf_counter()
-    refused(path, model, "could take for ever to match")
-    assert time.perf_counter() - started < 5
+LONG = "a" * 250
+ENDLESS = ["(a+)+$", "(a|aa)+b", "((a+)b?)+c", "(a+b?)+c", "(.*a){20}b", "((((a{99}){99}){99}){99})", "(a|b)*" * 60]
+
+
+def pattern_file(tmp_path: Path, name: str, patterns: dict[str, object]) -> Path:
+    tensors = {f"unet.{name}.lora_A.weight": torch.ones(4, 6), f"unet.{name}.lora_B.weight": torch.ones(6, 4)}
+    text = json.dumps({"unet.lora_alpha": 6, "unet.alpha_pattern": patterns})
+    save_file(tensors, tmp_path / "p.safetensors", metadata={"lora_adapter_metadata": text})
+    return tmp_path / "p.safetensors"
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_a_pattern_that_could_take_for_ever_is_refused_or_matched_at_once(tmp_path, pattern):
+    """By re these take years, and then the test's own limit ends it. None of them fits but with its `$`."""
+    path = pattern_file(tmp_path, LONG, {pattern: 3})
+    try:
+        assert read_adapter_file(path).config.alpha_of(LONG) == (3 if pattern.endswith("$") else 6)
+    except AdapterFileError as error:
+        assert "could take for ever to match" in str(error)
+
+
+def test_many_patterns_for_many_layers_are_looked_up(tmp_path):
+    """As a file with an alpha of each layer's own has them; one by one that would be ninety thousand expressions."""
+    names = [f"down_blocks.{i}.attentions.{j}.to_q" for i in range(6) for j in range(50)]
+    tensors = {f"unet.{n}.lora_A.weight": torch.ones(1, 1) for n in names}
+    tensors |= {f"unet.{n}.lora_B.weight": torch.ones(1, 1) for n in names}
+    patterns = {f"^{re.escape(name)}": i + 1 for i, name in enumerate(names)}
+    text = json.dumps({"unet.lora_alpha": 6, "unet.alpha_pattern": patterns})
+    save_file(tensors, tmp_path / "m.safetensors", metadata={"lora_adapter_metadata": text})
+    config = read_adapter_file(tmp_path / "m.safetensors").config
+    assert [config.alpha_of(name) for name in names] == list(range(1, len(names) + 1))
+
+
+PATTERNS = [
+    ["to_q"],
+    ["attn1.to_q", "to_q"],
+    ["to_q", "attn1.to_q"],
+    ["^down_blocks.0.attn1.to_q", "to_k"],
+    [r"^down_blocks\.0\.attn1\.to_q$", r"attn1\.to_k"],
+    ["down_blocks"],
+    ["o_q"],
+    [".*attn1.*", "to_q"],
+    [r"down_blocks\.\d+\..*to_(q|k)", "mid_block.attn1.to_q"],
+    ["mid_block.attn1.to_.", "(a+)+$"],
+    ["attn..to_q"],
+    ["to_[qk]", "attn2.to_q"],
+    ["[^.]+", "to_q"],
+    ["", "to_q"],
+]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS, ids=str)
+def test_patterns_fit_as_in_peft(patterns):
+    names = [
+        f"{block}.{attention}.{layer}"
+        for block in ("down_blocks.0", "down_blocks.11", "mid_block")
+        for attention in ("attn1", "attn2")
+        for layer in ("to_q", "to_k", "to_out.0")
+    ]
+    ours = Patterns(patterns)
+    for name in [*names, "to_q", "attn1_to_q"]:
+        found = ours.first(name)
+        assert (name if found is None else patterns[found]) == get_pattern_key(patterns, name), name
+
+
+@pytest.mark.parametrize("value", ["1e308", "1e7", "0", "-1", "NaN", "Infinity", "true", '"8"', "[8]", "1" * 400])
+@pytest.mark.parametrize("key", ['"unet.lora_alpha": {}', '"unet.alpha_pattern": {{"to_q": {}}}'])
+def test_an_alpha_that_no_training_has_is_named(tmp_path, model, key, value):
+    path = file_of(tmp_path, {}, kind=4, lora_adapter_metadata="{" + key.format(value) + "}")
+    refused(path, model, "has a damaged header", "it must be a number above 0 and at most 1,000,000")
+
+
+@pytest.mark.parametrize("value", ['"false"', '"true"', "0", "1", "[]"])
+def test_a_stabilised_scale_is_said_by_true_or_false(tmp_path, model, value):
+    text = f'{{"unet.lora_alpha": 6, "unet.use_rslora": {value}}}'
+    refused(file_of(tmp_path, {}, kind=4, lora_adapter_metadata=text), model, "use_rslora is", "must be true or false")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"unet.lora_alpha": ' + "[" * 100_000, "7", '{"unet.r": 1'])
+def test_a_configuration_that_is_none_is_named(tmp_path, model, text):
+    refused(file_of(tmp_path, {}, kind=4, lora_adapter_metadata=text), model, "has a damaged header")
 
 
 def test_partial_has_its_limits(tmp_path, model):

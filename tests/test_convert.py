@@ -8,8 +8,18 @@ from pathlib import Path
 import bases
 import pytest
 import torch
-from dialect_files import dora_delta, flat, fresh, input_axis_delta, kohya_dora, kohya_input_axis, make
-from oracles import output_of, perturb, relative_error
+from dialect_files import (
+    dora_delta,
+    flat,
+    fresh,
+    input_axis_delta,
+    kohya_dora,
+    kohya_input_axis,
+    lora_delta,
+    make,
+    peft,
+)
+from oracles import dora_weight, lora_weight, output_of, perturb, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,7 +29,7 @@ from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.convert import best_low_rank, convert_adapter
 from dora_diffusion.formats.description import Description, identify_base
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
-from dora_diffusion.formats.original import unet_original
+from dora_diffusion.formats.unet_names import unet_original
 from dora_diffusion.formats.writing import save_adapter
 from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter, inject_into
 
@@ -418,3 +428,38 @@ def test_the_command_converts(tmp_path, sd_folder, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "of the update left out on average" in said and str(out) in said and "rounding" in said
     assert read_adapter_file(out).config.rank == 8
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_sd3_gets_the_names_of_sd_scripts_which_forge_reads_too(tmp_path, kind):
+    """Forge looks for the checkpoint's own names alone, where q, k and v are one layer: each keeps its ranks in it."""
+    model = bases.sd3_transformer()
+    paths = [path for path in adaptable_layers(model) if path.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    adapter = perturb(inject_adapter(model, AdapterConfig(kind=kind, rank=4, alpha=6.0, target_modules=tuple(paths))))
+    deltas = {path: update.delta_weight().detach() for path, update in adapter.updates().items()}
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    adapter.eject()
+    convert_adapter(tmp_path / "a.safetensors", tmp_path / "k.safetensors", "kohya")
+    held = bits(tmp_path / "k.safetensors")
+    names = {key.partition(".")[0] for key in held}
+    assert names == {f"lora_unet_joint_blocks_{i}_x_block_attn_{layer}" for i in range(2) for layer in ("qkv", "proj")}
+    name, blocks = "lora_unet_joint_blocks_1_x_block_attn_qkv", "transformer_blocks.1.attn"
+    W0 = torch.cat([model.get_submodule(f"{blocks}.to_{x}").weight for x in "qkv"]).detach()
+    A, B = held[f"{name}.lora_down.weight"], held[f"{name}.lora_up.weight"]
+    s = float(held[f"{name}.alpha"]) / A.shape[0]
+    fused = (
+        dora_weight(W0, A, B, held[f"{name}.dora_scale"].flatten(), s) if kind == "dora" else lora_weight(W0, A, B, s)
+    )
+    expected = torch.cat([deltas[f"{blocks}.to_{x}"] for x in "qkv"])
+    assert relative_error(fused - W0.double(), expected) < 1e-5
+    convert_adapter(tmp_path / "k.safetensors", tmp_path / "back.safetensors", "diffusers")
+    assert_same_bits(tmp_path / "back.safetensors", tmp_path / "a.safetensors")
+
+
+def test_sd3_layers_without_an_original_name_of_their_own_are_said(tmp_path):
+    model = bases.sd3_transformer()
+    made = make(model, ["transformer_blocks.0.attn.to_q"], lambda p: f"transformer.{p}", peft, lora_delta, s=1.0)
+    path = made.save(tmp_path / "a.safetensors")
+    conversion = convert_adapter(path, tmp_path / "k.safetensors", "kohya", base=model)
+    assert any("1 layers of Stable Diffusion 3" in note and "Forge not" in note for note in conversion.notes)
+    assert set(bits(conversion.path)) >= {"lora_transformer_transformer_blocks_0_attn_to_q.alpha"}

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
-from dora_diffusion.formats import original
+from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.formats.names import locate, unflatten
+from dora_diffusion.formats.unet_names import unet_original
 from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter
 from dora_diffusion.layers import InputAxisDoRAUpdate
 from dora_diffusion.variants import DifferenceUpdate, UnscaledNormDoRAUpdate
@@ -259,7 +260,7 @@ def test_sdxl_blocks_by_their_original_names(tmp_path):
     paths = [path for path in adaptable_layers(pipe.unet) if path != "conv_norm_out"]
 
     def name(path: str) -> str:
-        return "lora_unet_" + original.unet_original(path, n, (0,)).replace(".", "_")
+        return "lora_unet_" + unet_original(path, n, (0,)).replace(".", "_")
 
     made = make(pipe.unet, paths, name, files.kohya_dora, files.dora_delta)
     assert any("input_blocks_1_1_transformer_blocks_0_attn1_to_q" in key for key in made.tensors)
@@ -285,9 +286,9 @@ SDXL_NAMES = {  # from sd-scripts' own UNet and diffusers' conversion tables
 
 @pytest.mark.parametrize("theirs, ours", SDXL_NAMES.items())
 def test_sdxl_names_go_there_and_back(theirs, ours):
-    (part,) = locate("lora_unet_" + theirs.replace(".", "_")).parts
+    (part,) = locate("lora_unet_" + theirs.replace(".", "_"), Anatomy("unet", 2)).parts
     assert part.layer == ours
-    assert original.unet_original(ours) == theirs
+    assert unet_original(ours) == theirs
 
 
 QKV = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]

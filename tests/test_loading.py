@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dora_diffusion.errors import BaseModelError
-from dora_diffusion.formats.original import unet_original
+from dora_diffusion.formats.unet_names import unet_original
 from dora_diffusion.models.loading import load_base
 from dora_diffusion.training.objectives import DiffusionObjective, objective_of
 

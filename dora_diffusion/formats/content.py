@@ -9,10 +9,29 @@ from pathlib import Path
 from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError
+from dora_diffusion.formats.anatomy import Model
 from dora_diffusion.formats.description import MADE_FOR_KEY, BaseIdentity, Description
 from dora_diffusion.injection import AdapterConfig
 
-__all__ = ["AdapterFile", "by_layer"]
+__all__ = ["AdapterFile", "Raw", "by_layer"]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A file's sound modules by their names in it, before anybody knows which layers these mean.
+
+    `keys` are all keys of the file with their modules ("" for none), `peft_config` the text of PEFT's
+    adapter_config.json beside it, `alpha` what the user said of it, `placed` the tensors that were made of it: an
+    AdapterFile with other tensors has left it behind.
+    """
+
+    modules: Mapping[str, Mapping[str, Tensor]]
+    keys: Mapping[str, str]
+    peft_named: bool
+    peft_config: str | None
+    alpha: float | None
+    notes: tuple[str, ...] = ()
+    placed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -22,7 +41,8 @@ class AdapterFile:
     `tensors` by `<layer>.<parameter>`: lora_A and lora_B, with one of magnitude, input_magnitude (the norm runs over
     the other axis) and unscaled_magnitude (ai-toolkit's norm); or difference. A layer is the path in the denoiser, or
     a text encoder's behind "text_encoder.". `written` has the modules' names in the file, `flat` the layers whose name
-    only a model can take apart, `notes` what is worth saying of the file, `left_out` the keys not read (partial=True).
+    only a model can take apart, `notes` what is worth saying of the file, `left_out` the keys not read (partial=True),
+    `models` the families of denoisers that its names leave open, and `raw` what a model leads to its own layers.
     """
 
     path: Path
@@ -36,6 +56,8 @@ class AdapterFile:
     flat: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    models: tuple[Model, ...] = ("other",)
+    raw: Raw | None = None
 
     @property
     def layers(self) -> list[str]:

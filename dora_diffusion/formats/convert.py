@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError, ConfigError
+from dora_diffusion.formats import kohya
+from dora_diffusion.formats.anatomy import MODEL_LABEL, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import identify_base
-from dora_diffusion.formats.loading import attach
+from dora_diffusion.formats.findings import some
+from dora_diffusion.formats.loading import attach, by_the_models_names, denoiser_of
+from dora_diffusion.formats.placing import open_names
 from dora_diffusion.formats.reading import read_adapter_file
-from dora_diffusion.formats.writing import describe, file_layer, write_adapter_file
+from dora_diffusion.formats.writing import Layout, describe, file_layer, write_adapter_file
 from dora_diffusion.injection import AdapterConfig
 
 __all__ = ["DTYPES", "TARGETS", "Conversion", "Target", "check_options", "convert_adapter"]
@@ -74,15 +78,18 @@ def convert_adapter(
     file = read_adapter_file(source, alpha=alpha)
     file.check_universal()
     residuals: dict[str, float] = {}
+    layout: Layout = "diffusers" if to == "diffusers" else "kohya"
     if to in ("diff", "lora"):
         file, residuals = _by_difference(file, base, to, rank)
     elif base is not None:
         file = _with_base(file, base)
+    else:
+        _check_told(file, layout)
     file, rounding, worst = _rounded(file, dtype)
     conversion: dict[str, str | int | float | None] = {"from": file.dialect, "to": to}
     conversion |= {"dtype": dtype, "rounding": rounding} if dtype else {}
     conversion |= {"worst_residual": max(residuals.values())} if residuals else {}
-    path, notes = write_adapter_file(file, Path(out), "diffusers" if to == "diffusers" else "kohya", conversion)
+    path, notes = write_adapter_file(file, Path(out), layout, conversion)
     return Conversion(path, file, (*file.notes, *notes), residuals, rounding, worst)
 
 
@@ -100,21 +107,35 @@ def check_options(to: str, dtype: str | None, rank: int | None, has_base: bool) 
 
 def _with_base(file: AdapterFile, base: object) -> AdapterFile:
     """The file with its layers by the base's own paths, and the base described."""
-    adapter = attach(base, file)
-    paths = dict(zip(file.layers, adapter.layers))
-    identity = identify_base(adapter.model)
-    adapter.eject()
-    renamed = {layer: file_layer(path) for layer, path in paths.items()}
-    tensors = {f"{renamed[la]}.{p}": t for la, held in by_layer(file.tensors).items() for p, t in held.items()}
+    here = by_the_models_names(base, file)
+    renamed = {layer: file_layer(layer) for layer in here.layers}
+    tensors = {f"{renamed[la]}.{p}": t for la, held in by_layer(here.tensors).items() for p, t in held.items()}
     config = replace(
-        file.config,
-        rank_pattern={renamed[la]: r for la, r in file.config.rank_pattern.items()},
-        alpha_pattern={renamed[la]: a for la, a in file.config.alpha_pattern.items()},
+        here.config,
+        dropout=file.config.dropout,
+        rank_pattern={renamed[la]: r for la, r in here.config.rank_pattern.items()},
+        alpha_pattern={renamed[la]: a for la, a in here.config.alpha_pattern.items()},
     )
-    named = replace(file, tensors=tensors, config=config, flat=frozenset(), written={})
+    identity = identify_base(denoiser_of(base))
+    named = replace(here, tensors=tensors, config=config, written={}, models=(model_of(identity.model_class),))
     identity = identity.model_copy(update={"name": file.base.name}) if file.base.name != "unknown" else identity
     training = file.description.training if file.description else None
     return replace(named, description=describe(named, identity, training))
+
+
+def _check_told(file: AdapterFile, layout: Layout) -> None:
+    """Raises AdapterFileError where nothing in the file says which layers its names mean, or how to name them."""
+    models = [MODEL_LABEL[model] for model in file.models]
+    if unclear := open_names(file):
+        raise AdapterFileError(
+            f"{file.path}: {some(unclear)} would be other layers in {' than in '.join(models)}, and nothing in the "
+            "file says which it is for. Give the base with --base."
+        )
+    if layout == "kohya" and len({tuple(kohya.to_keys(replace(file, models=(m,)))[0]) for m in file.models}) > 1:
+        raise AdapterFileError(
+            f"{file.path} has layers that {' and '.join(models)} all have, and each goes by other names in kohya's "
+            "layout. Give the base with --base."
+        )
 
 
 @torch.no_grad()

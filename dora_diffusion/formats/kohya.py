@@ -1,9 +1,10 @@
 """The kohya / LyCORIS dialect: `lora_unet_<path with _>.lora_down.weight`, `.lora_up.weight`, `.alpha`, `.dora_scale`.
 
 Read by ComfyUI, Forge, A1111, sd-scripts and LyCORIS. A magnitude is written with the weight's number of axes, [out, 1]
-or [1, in]: with one axis it would be spread over the wrong one on square layers. SDXL's UNet has the original names
-there, as sd-scripts trains it. The layers of SD3 and FLUX.1 have diffusers' names behind `lora_transformer_`, those of
-later transformers behind `lycoris_`, as ComfyUI looks for them; parts of fused layers are put together again.
+or [1, in]: with one axis it would be spread over the wrong one on square layers. SDXL's UNet and SD3 have the original
+names there, as sd-scripts trains them and as Forge looks for SD3; q, k and v of SD3 are put together, each with its own
+ranks. The layers of FLUX.1 have diffusers' names behind `lora_transformer_`, those of later transformers behind
+`lycoris_`, as ComfyUI looks for them; parts that came from one fused layer are put together again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.original import FLUX, FLUX2, SD3, Z_IMAGE, Transformer, unet_original
+from dora_diffusion.formats.original import FLUX, TRANSFORMERS, Transformer
+from dora_diffusion.formats.unet_names import unet_original
 
 __all__ = ["is_xl", "to_keys"]
 
@@ -28,16 +30,16 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by the keys of a file, and what is worth saying of them."""
     layers = by_layer(file.tensors)
     keys: dict[str, Tensor] = {}
-    model = _transformer(file)
+    model = TRANSFORMERS.get(file.models[0], FLUX)
     groups = dict(_fused_groups(file, layers, model))
     in_groups = {layer for _, members in groups.values() for layer in members}
     for name, (held, members) in groups.items():
         keys |= dict(_module(f"lora_unet_{name.replace('.', '_')}", held, file.scale_of(members[0])))
     for layer, held in layers.items():
         if layer not in in_groups:
-            name, held = _named(file, layer, held, model, original=bool(groups))
+            name, held = _named(file, layer, held, model, original=bool(groups) or "sd3" in file.models)
             keys |= dict(_module(name, held, file.scale_of(layer)))
-    return keys, _notes(file)
+    return keys, _notes(file, keys)
 
 
 def _module(name: str, held: Held, scale: float) -> Iterator[tuple[str, Tensor]]:
@@ -62,7 +64,7 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
     if file.prefix == "transformer":
         theirs = model.original(layer) if original else None
         if theirs is None:
-            return _transformer_prefix(file, model) + layer.replace(".", "_"), held
+            return _transformer_prefix(file) + layer.replace(".", "_"), held
         if theirs in model.swapped:
             held = {p: torch.cat(t.chunk(2)[::-1]) if p in ("lora_B", "magnitude") else t for p, t in held.items()}
         return "lora_unet_" + theirs.replace(".", "_"), held
@@ -73,30 +75,15 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
 
 
 def _encoder_prefix(file: AdapterFile, component: str) -> str:
-    """One text encoder is `lora_te_`, several are numbered; FLUX's T5, the second, is sd-scripts' third."""
+    """One text encoder is `lora_te_`, several are numbered; a T5 is sd-scripts' third, whatever it is in diffusers."""
     if file.prefix == "transformer":
-        is_flux = any(layer.startswith("single_transformer_blocks.") for layer in file.layers)
-        return "lora_te3_" if component == "text_encoder_2" and is_flux else ENCODER_PREFIX[component]
+        t5 = {"flux": "text_encoder_2", "chroma": "text_encoder"}.get(file.models[0])
+        return "lora_te3_" if component == t5 else ENCODER_PREFIX[component]
     return ENCODER_PREFIX[component] if component != "text_encoder" or is_xl(file) else "lora_te_"
 
 
-def _transformer_prefix(file: AdapterFile, model: Transformer) -> str:
-    if file.base.model_class == "unknown":
-        first = model in (SD3, FLUX)
-    else:
-        first = file.base.model_class in ("SD3Transformer2DModel", "FluxTransformer2DModel")
-    return "lora_transformer_" if first else "lycoris_"
-
-
-def _transformer(file: AdapterFile) -> Transformer:
-    """Whose original names a transformer's layers have: SD3's and FLUX's are the same in diffusers."""
-    layers = file.layers
-    if any(layer.startswith(("layers.", "noise_refiner.", "context_refiner.")) for layer in layers):
-        return Z_IMAGE
-    if any(layer.endswith((".to_qkv_mlp_proj", ".linear_in", ".linear_out")) for layer in layers):
-        return FLUX2
-    is_sd3 = file.base.model_class == "SD3Transformer2DModel" or any("joint_blocks" in n for n in file.written.values())
-    return SD3 if is_sd3 else FLUX
+def _transformer_prefix(file: AdapterFile) -> str:
+    return "lora_transformer_" if file.models[0] in ("sd3", "flux") else "lycoris_"
 
 
 def is_xl(file: AdapterFile) -> bool:
@@ -130,16 +117,45 @@ def _fuse(file: AdapterFile, layers: Mapping[str, Held], members: list[str]) -> 
     parts = [layers[member] for member in members]
     first = parts[0]
     alike = all(part.keys() == first.keys() for part in parts) and len({file.scale_of(m) for m in members}) == 1
-    if not alike or not first.keys() <= {"lora_A", "lora_B", "magnitude"}:
+    if not alike or not first.keys() <= {"lora_A", "lora_B", "magnitude", "difference"}:
         return None
-    if not all(torch.equal(part["lora_A"], first["lora_A"]) for part in parts):
-        return None
-    cut = {p: torch.cat([part[p] for part in parts]) for p in first if p != "lora_A"}
-    return {"lora_A": first["lora_A"], **cut}
+    if "lora_A" not in first:
+        return {p: torch.cat([part[p] for part in parts]) for p in first} if _always_fused(file) else None
+    if all(torch.equal(part["lora_A"], first["lora_A"]) for part in parts):
+        return {
+            "lora_A": first["lora_A"],
+            **{p: torch.cat([part[p] for part in parts]) for p in first if p != "lora_A"},
+        }
+    return _side_by_side(parts) if _always_fused(file) else None
 
 
-def _notes(file: AdapterFile) -> list[str]:
+def _always_fused(file: AdapterFile) -> bool:
+    """Whether programs that read this model's files know fused layers alone, so that the parts have to be one."""
+    return file.models[0] == "sd3"
+
+
+def _side_by_side(parts: list[Held]) -> Held | None:
+    """The parts as one low-rank update of the sum of their ranks: B has each part's in its own rows and columns.
+
+    None for a part that is zero, whose columns nothing would tell from the others'.
+    """
+    if not all(part["lora_B"].dim() == 2 and part["lora_B"].ne(0).any(dim=0).all() for part in parts):
+        return None
+    fused = {"lora_A": torch.cat([part["lora_A"] for part in parts])}
+    fused["lora_B"] = torch.block_diag(*(part["lora_B"] for part in parts))
+    if "magnitude" in parts[0]:
+        fused["magnitude"] = torch.cat([part["magnitude"] for part in parts])
+    return fused
+
+
+def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
     notes = []
+    apart = [key for key in keys if "sd3" in file.models and key.startswith("lora_transformer_")]
+    if apart:
+        notes.append(
+            f"{len({key.partition('.')[0] for key in apart})} layers of Stable Diffusion 3 have no name of the "
+            "original checkpoint of their own, and keep diffusers' (lora_transformer_): ComfyUI reads them, Forge not"
+        )
     if file.config.use_rslora:
         notes.append("alpha / sqrt(rank) is written as the alpha that gives the same with alpha / rank")
     if "input" in file.norm_axis or file.norm_axis == "mixed":

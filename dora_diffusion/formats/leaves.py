@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["LEAVES", "NOT_READ", "Leaf", "dialect_of", "split_key"]
+__all__ = ["LEAVES", "Leaf", "dialect_of", "foreign", "split_key"]
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,35 @@ LEAVES = {
 }
 # Old diffusers joined the first of these to the layer with an underscore: "to_q_lora.down.weight".
 _JOINED = re.compile(r"(.+)_lora\.(down|up)\.weight")
-# What keys end with that no adapter read here has, and what writes it.
-NOT_READ = {
-    "diff_b": "a change of biases",
-    "w_norm": "a change of normalisation weights",
-    "b_norm": "a change of normalisation biases",
-    "hada_w1_a": "LyCORIS LoHa",
-    "hada_w2_a": "LyCORIS LoHa",
-    "lokr_w1": "LyCORIS LoKr",
-    "lokr_w1_a": "LyCORIS LoKr",
-    "lokr_w2": "LyCORIS LoKr",
-    "lokr_w2_a": "LyCORIS LoKr",
-    "oft_blocks": "LyCORIS OFT",
-    "oft_diag": "LyCORIS OFT",
-    "on_input": "LyCORIS IA3",
-    "a1.weight": "LyCORIS GLoRA",
-    "lora_B.bias": "a trained bias (PEFT's lora_bias)",
-    "lora_embedding_A": "PEFT's embedding LoRA",
+# What keys end with (after a dot) that no adapter read here has, and what it is.
+_FOREIGN = {
+    r"diff_b": "a change of biases",
+    r"w_norm|[qk]_norm\.scale|(?:query|key)_norm\.scale": "a change of normalisation weights",
+    r"b_norm": "a change of normalisation biases",
+    r"hada_[wt][12](?:_[ab])?": "LyCORIS LoHa",
+    r"lokr_[wt][12](?:_[ab])?": "LyCORIS LoKr",
+    r"oft_blocks|oft_diag|rescale": "LyCORIS OFT",
+    r"oft_R(?:\.\w+)?\.weight|oft_R": "PEFT's OFT",
+    r"on_input": "LyCORIS IA3",
+    r"(?:[ab][12]|bm)\.weight": "LyCORIS GLoRA",
+    r"lora_B\.bias": "a trained bias (PEFT's lora_bias)",
+    r"lora_embedding_[AB]": "PEFT's embedding LoRA",
+    r"lora_[AB]\.\w+\.weight": "a LoRA as DiffSynth names it, with an adapter's name in its keys",
+    r"\w+_lora[12]\.(?:down|up)\.weight": "a FLUX LoRA of XLabs",
+    r"set_weight|reshape_weight": "a weight that ComfyUI replaces whole",
+    r"emb_params|string_to_param|clip_[lg]|t5": "an embedding (textual inversion)",
 }
+_FOREIGN_KEYS = [(re.compile(rf"(?:(.*)\.)?(?:{ending})"), kind) for ending, kind in _FOREIGN.items()]
+
+
+def foreign(key: str) -> tuple[str, str] | None:
+    """The module of a key of a method that is not read here, and what it is; None for any other key."""
+    for pattern, kind in _FOREIGN_KEYS:
+        if found := pattern.fullmatch(key):
+            return found[1] or key, kind
+    return None
+
+
 _LONGEST_FIRST = sorted(LEAVES, key=len, reverse=True)
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
-from dora_diffusion.formats import original
+from dora_diffusion.formats.anatomy import Anatomy, anatomy_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import BaseIdentity, identify_base
-from dora_diffusion.formats.names import FLAT_PREFIXES, TEXT_ENCODERS, unflatten
-from dora_diffusion.formats.reading import Findings, read_with_findings, some
+from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.names import TEXT_ENCODERS
+from dora_diffusion.formats.placing import place_again
+from dora_diffusion.formats.reading import read_with_findings
 from dora_diffusion.frozen import FrozenLayer
 from dora_diffusion.injection import (
     Adapter,
@@ -32,6 +34,7 @@ __all__ = [
     "Fit",
     "attach",
     "attach_trainable",
+    "by_the_models_names",
     "check_fits",
     "denoiser_of",
     "fit_of",
@@ -80,8 +83,9 @@ def load_adapter(
     AdapterMismatchError when any of its layers is not in the model or has another shape: nothing is loaded in part,
     unless `partial` asks for it. Warns when the base has other weights.
     """
-    file, findings = read_with_findings(path, alpha=alpha)
-    return _attach(pipe_or_model, file, findings, strength, name, partial)
+    views, anatomy = _look_at(pipe_or_model)
+    file, findings = read_with_findings(path, alpha=alpha, anatomy=anatomy)
+    return _attach(pipe_or_model, _fit_or_report(pipe_or_model, views, file, findings, partial), strength, name)
 
 
 def attach(
@@ -93,25 +97,35 @@ def attach(
     partial: bool = False,
 ) -> Adapter:
     """`load_adapter` for a file that was read already."""
-    return _attach(pipe_or_model, file, Findings(), strength, name, partial)
+    return _attach(pipe_or_model, _fitted(pipe_or_model, file, partial), strength, name)
 
 
 def check_fits(pipe_or_model: object, file: AdapterFile) -> None:
     """Raises AdapterMismatchError unless every layer of the file is in the model with its shape, and AdapterFileError
     for a file that was bent for one program."""
-    _fit_or_report(pipe_or_model, file, Findings(), partial=False)
+    _fitted(pipe_or_model, file)
+
+
+def by_the_models_names(pipe_or_model: object, file: AdapterFile) -> AdapterFile:
+    """The file with its layers by their paths in this model. Raises AdapterMismatchError where not all of it fits."""
+    fitted = _fitted(pipe_or_model, file)
+    return replace(fitted.file, tensors=fitted.by_name(), config=fitted.config(), flat=frozenset(), raw=None)
+
+
+def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> _Fitted:
+    """A file that was read without the model, led to the model's layers; all that does not fit is raised or warned."""
+    views, anatomy = _look_at(pipe_or_model)
+    return _fit_or_report(pipe_or_model, views, *place_again(file, anatomy), partial)
 
 
 def _fit_or_report(
-    pipe_or_model: object, file: AdapterFile, findings: Findings, partial: bool
-) -> tuple[dict[str, FrozenLayer], BaseIdentity, _Fitted]:
-    """The layers that may change, the base's identity and what fits; all that does not is raised or warned of."""
+    pipe_or_model: object, views: Mapping[str, FrozenLayer], file: AdapterFile, findings: Findings, partial: bool
+) -> _Fitted:
     file.check_universal()
-    views, here = _views(pipe_or_model, file)
-    fitted = _fit(file, views, here)
+    fitted = _fit(file, views)
     if fitted.problems or findings:
-        _report(file, fitted, findings, identify_base(denoiser_of(pipe_or_model)), partial)
-    return views, here, fitted
+        _report(fitted, findings, identify_base(denoiser_of(pipe_or_model)), partial)
+    return fitted
 
 
 @torch.no_grad()
@@ -129,12 +143,12 @@ def attach_trainable(
     A LoRA goes on as a DoRA (`kind`, `norm_axis`) with the magnitudes of W0 + s B A, so that the model is the same.
     Raises AdapterMismatchError when it does not fit whole.
     """
-    views, _, fitted = _fit_or_report(pipe_or_model, file, Findings(), partial=False)
-    config, becomes_dora = fitted.config_of(file), file.config.kind != kind
+    fitted = _fitted(pipe_or_model, file)
+    config, becomes_dora = fitted.config(), file.config.kind != kind
     adapter = inject_into(
         denoiser_of(pipe_or_model),
         replace(config, kind=kind, norm_axis=norm_axis if becomes_dora else config.norm_axis, dropout=dropout),
-        {path: views[path] for path in fitted.tensors},
+        {path: fitted.views[path] for path in fitted.tensors},
         name=name,
         text_encoders=text_encoders_of(pipe_or_model),
     )
@@ -161,27 +175,38 @@ class Fit:
 
 def fit_of(pipe_or_model: object, file: AdapterFile) -> Fit:
     """What `attach` would find, with nothing loaded. Raises AdapterMismatchError where there is no model to look at."""
-    views, here = _views(pipe_or_model, file)
-    fitted = _fit(file, views, here)
-    total = len(fitted.tensors) + len(fitted.problems)
-    return Fit(len(fitted.tensors), total, tuple(fitted.problems), here.fingerprint, file.base.same_weights(here))
+    views, anatomy = _look_at(pipe_or_model)
+    placed, findings = place_again(file, anatomy)
+    fitted, here = _fit(placed, views), _identity(pipe_or_model, file)
+    problems = (*fitted.problems, *findings.all())
+    return Fit(
+        len(fitted.tensors),
+        len(fitted.tensors) + len(problems),
+        problems,
+        here.fingerprint,
+        file.base.same_weights(here),
+    )
 
 
-def _views(pipe_or_model: object, file: AdapterFile) -> tuple[dict[str, FrozenLayer], BaseIdentity]:
-    """The layers that an adapter may change, a text encoder's behind its name, and the identity of the denoiser."""
+def _look_at(pipe_or_model: object) -> tuple[dict[str, FrozenLayer], Anatomy]:
+    """The layers that an adapter may change, a text encoder's behind its name, and what names they answer to."""
     model = denoiser_of(pipe_or_model)
-    views = adaptable_layers(model)
-    here = identify_base(model, [layer for layer in file.base.sketch if layer in views] or None)
+    views = dict(adaptable_layers(model))
     for encoder, module in text_encoders_of(pipe_or_model).items():
         views |= {f"{encoder}.{path}": view for path, view in adaptable_layers(module).items()}
-    return views, here
+    return views, anatomy_of(model, views)
 
 
-def _attach(
-    pipe_or_model: object, file: AdapterFile, findings: Findings, strength: float, name: str | None, partial: bool
-) -> Adapter:
+def _identity(pipe_or_model: object, file: AdapterFile) -> BaseIdentity:
+    """The denoiser's, sketched where the file's base is."""
+    model = denoiser_of(pipe_or_model)
+    layers = adaptable_layers(model)
+    return identify_base(model, [layer for layer in file.base.sketch if layer in layers] or None)
+
+
+def _attach(pipe_or_model: object, fitted: _Fitted, strength: float, name: str | None) -> Adapter:
     check_strength(strength)
-    views, here, fitted = _fit_or_report(pipe_or_model, file, findings, partial)
+    file, here = fitted.file, _identity(pipe_or_model, fitted.file)
     if not file.base.same_weights(here):
         warnings.warn(
             f"{file.path.name} was trained on {file.base.name!r} (fingerprint {file.base.fingerprint}), this base is "
@@ -190,8 +215,8 @@ def _attach(
         )
     adapter = inject_into(
         denoiser_of(pipe_or_model),
-        fitted.config_of(file),
-        {path: views[path] for path in fitted.tensors},
+        fitted.config(),
+        {path: fitted.views[path] for path in fitted.tensors},
         name=name,
         text_encoders=text_encoders_of(pipe_or_model),
         parameters=fitted.tensors,
@@ -203,24 +228,23 @@ def _attach(
 
 @dataclass
 class _Fitted:
-    """A file's layers at their paths in the model, and what found no place, one line each."""
+    """A file's layers at their paths in a model with these layers, and what found no place, one line each."""
 
+    file: AdapterFile
+    views: Mapping[str, FrozenLayer]
     places: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def config_of(self, file: AdapterFile) -> AdapterConfig:
+    def config(self) -> AdapterConfig:
         """The file's, with the model's paths; dropout is for training alone."""
+        said, places = self.file.config, self.places
         return replace(
-            file.config,
+            said,
             dropout=0.0,
-            norm_axis="input" if file.norm_axis == "input" else "output",
-            rank_pattern={
-                self.places[layer]: r for layer, r in file.config.rank_pattern.items() if layer in self.places
-            },
-            alpha_pattern={
-                self.places[layer]: a for layer, a in file.config.alpha_pattern.items() if layer in self.places
-            },
+            norm_axis="input" if self.file.norm_axis == "input" else "output",
+            rank_pattern={places[layer]: r for layer, r in said.rank_pattern.items() if layer in places},
+            alpha_pattern={places[layer]: a for layer, a in said.alpha_pattern.items() if layer in places},
         )
 
     def by_name(self) -> dict[str, Tensor]:
@@ -228,11 +252,13 @@ class _Fitted:
         return {f"{path}.{p}": tensor for path, held in self.tensors.items() for p, tensor in held.items()}
 
 
-def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer], here: BaseIdentity) -> _Fitted:
-    fitted = _Fitted()
+def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> _Fitted:
+    fitted = _Fitted(file, views)
     flat = {path.replace(".", "_"): path for path in views}
     for layer, held in by_layer(file.tensors).items():
-        path = _path(layer, file, views, flat, here)
+        # A file that was made here, not read, has a text encoder's layers behind `text_model`, and may have flat names.
+        path = next((p for p in (layer, layer.replace("text_model.", "", 1)) if p in views), None)
+        path = path or flat.get(layer.replace(".", "_"))
         if path is None:
             near = nearest(layer, views, 1)
             fitted.problems.append(
@@ -246,18 +272,6 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer], here: BaseIdentity
             fitted.places[layer] = path
             fitted.tensors[path] = {p: _shaped(p, tensor, views[path]) for p, tensor in held.items()}
     return fitted
-
-
-def _path(
-    layer: str, file: AdapterFile, views: Mapping[str, FrozenLayer], flat: Mapping[str, str], here: BaseIdentity
-) -> str | None:
-    """The layer's path in this model; names that leave room are settled by what the model has."""
-    written = file.written.get(layer, "")
-    bare = next((written.removeprefix(p) for p in FLAT_PREFIXES if written.startswith(p)), written)
-    # What an original UNet name means depends on how many layers this UNet has in a block.
-    blocks = original.unet_path(unflatten(bare) or bare, here.layers_per_block) if here.layers_per_block else None
-    candidates = (blocks or layer, layer.replace("text_model.", "", 1))
-    return next((c for c in candidates if c in views), flat.get(layer.replace(".", "_")))
 
 
 def _said(layer: str, file: AdapterFile) -> str:
@@ -295,8 +309,9 @@ def _shaped(parameter: str, tensor: Tensor, view: FrozenLayer) -> Tensor:
     return tensor.reshape(view.out_features, *view.in_shape) if parameter == "difference" else tensor
 
 
-def _report(file: AdapterFile, fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bool) -> None:
+def _report(fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bool) -> None:
     """Raise, or with `partial` warn, saying all that does not fit. Raises AdapterFileError, AdapterMismatchError."""
+    file = fitted.file
     fitting, total = len(fitted.tensors), max(len(file.layers), len(fitted.tensors))
     lines = (("\n  " + some(fitted.problems, "\n  ")) if fitted.problems else "") + findings.lines()
     if partial and fitting:

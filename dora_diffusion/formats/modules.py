@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.original import Rows
 
-__all__ = ["cannot_fall_apart", "check_module", "cut", "one_form"]
+__all__ = ["cannot_fall_apart", "check_module", "cut", "foreign_kind", "one_form"]
 
 MAGNITUDES = ("magnitude", "unscaled_magnitude", "dora_scale")
 BY_ROW = ("lora_B", "magnitude", "unscaled_magnitude", "difference")
@@ -36,6 +36,16 @@ def check_module(held: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     if sum(p in held for p in MAGNITUDES) > 1:
         wrong.append("two magnitudes")
     return [], wrong + _alpha_problems(held)
+
+
+def foreign_kind(held: Mapping[str, Tensor]) -> str:
+    """What a module is that is sound and not read here; empty for one that is read, or broken."""
+    dims = {held[p].dim() for p in ("lora_A", "lora_B", "difference") if p in held}
+    if dims == {1} and "difference" in held:
+        return "a change of normalisation weights or biases"
+    if dims and dims <= {3, 5}:
+        return "an update of convolutions along one axis or three, as models for sound and video have them"
+    return ""
 
 
 def _pair_up(A: Tensor, B: Tensor, mid: Tensor | None) -> bool:
@@ -102,5 +112,15 @@ def cannot_fall_apart(tensors: Mapping[str, Tensor], rows: Sequence[Rows]) -> st
     return ""
 
 
-def cut(parameter: str, tensor: Tensor, rows: Rows) -> Tensor:
-    return rows.cut(tensor) if parameter in BY_ROW else tensor
+def cut(tensors: Mapping[str, Tensor], rows: Sequence[Rows]) -> list[dict[str, Tensor]]:
+    """The parts of a fused layer's update, each with its rows; of one that was put together of several, their ranks."""
+    parts = [{p: part.cut(t) if p in BY_ROW else t for p, t in tensors.items()} for part in rows]
+    if len(parts) < 2 or not tensors.keys() >= {"lora_A", "alpha"}:
+        return parts
+    used = [part["lora_B"].flatten(1).ne(0).any(dim=0) for part in parts]  # [rank] of each
+    if not torch.stack(used).sum(dim=0).eq(1).all() or not all(columns.any() for columns in used):
+        return parts
+    for part, columns in zip(parts, used):
+        part["lora_A"], part["lora_B"] = part["lora_A"][columns], part["lora_B"][:, columns]
+        part["alpha"] = part["alpha"].double() * (columns.sum() / columns.numel())  # s stays
+    return parts

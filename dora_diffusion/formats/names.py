@@ -2,21 +2,31 @@
 
 Dialects write a module's path with dots behind a prefix ("unet.", "text_encoder."), or flat, with underscores
 ("lora_unet_down_blocks_0_..."); some name the blocks as the original checkpoints did ("input_blocks", "double_blocks").
-`locate` leads all of them to one form: the path in diffusers' model, a text encoder's behind "text_encoder.". Flat
-names are taken apart by a vocabulary of names with underscores in them; one that has an unknown word stays flat, and a
-model with its real paths can still tell (`loading.py`).
+`locate` leads all of them to one form: the path in diffusers' model, a text encoder's behind "text_encoder.". What a
+name means depends on the model: its own names come first, then the original ones of its family. Where no model is
+there, the names themselves tell the family, as far as they do (`models_of`), and flat ones are taken apart by a
+vocabulary of names with underscores in them; one that has an unknown word stays flat.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from dora_diffusion.formats import original
-from dora_diffusion.formats.original import WHOLE, Part
+from dora_diffusion.formats.anatomy import MODELS, Anatomy, Model, model_of
+from dora_diffusion.formats.original import WHOLE, Part, is_flux1, is_flux2
 
-__all__ = ["FLAT_PREFIXES", "TEXT_ENCODERS", "Located", "denoiser_prefix", "is_flux", "locate", "unflatten"]
+__all__ = [
+    "DOTTED_PREFIXES",
+    "TEXT_ENCODERS",
+    "Located",
+    "denoiser_prefix",
+    "dotted",
+    "locate",
+    "models_of",
+    "unflatten",
+]
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DOTTED_PREFIXES = {"unet.": "", "transformer.": "", "diffusion_model.": "", **{f"{t}.": t for t in TEXT_ENCODERS}}
@@ -55,7 +65,7 @@ WORDS: list[str] = re.findall(
     attention w1 w2 w3
     """,
 )
-_TOKEN = re.compile("(" + "|".join(sorted([*COMPOUNDS, *WORDS], key=len, reverse=True)) + r"|\d+)(?:_|$)")
+_TOKEN = re.compile("(" + "|".join(sorted([*COMPOUNDS, *WORDS], key=len, reverse=True)) + r"|\d+(?:-\d+)?)(?:_|$)")
 
 
 @dataclass(frozen=True)
@@ -66,41 +76,133 @@ class Located:
     flat: bool = False
 
 
-def locate(module: str, *, flux: bool = False, flux2: bool = False, layers_per_block: int = 2) -> Located:
-    """Where a module lies that a file names so; the rest says what model the file is for."""
+@dataclass(frozen=True)
+class _Name:
+    """A module's name without its prefix: of which text encoder ("" for the denoiser), and whether it is flat."""
+
+    component: str
+    rest: str
+    flat: bool
+
+
+def _split(module: str) -> _Name:
     name = module.removeprefix(PEFT_FOLDER)
     for prefix, component in (DOTTED_PREFIXES | FLAT_PREFIXES).items():
         if name.startswith(prefix):
-            flat = prefix in FLAT_PREFIXES
-            if component == "text_encoder_3" and flux and flat:
-                component = (
-                    "text_encoder_2"  # the T5 is the third text encoder in sd-scripts, the second in the pipeline
-                )
-            return _inside(name.removeprefix(prefix), component, flat, layers_per_block, flux2)
-    return _inside(name, "", False, layers_per_block, flux2)
+            return _Name(component, name.removeprefix(prefix), prefix in FLAT_PREFIXES)
+    return _Name("", name, False)
 
 
-def _inside(name: str, component: str, flat: bool, layers_per_block: int, flux2: bool) -> Located:
-    start = f"{component}." if component else ""
-    path = unflatten(name) if flat else name
+def locate(module: str, anatomy: Anatomy) -> Located:
+    """Where a module lies that a file names so, in a model of this anatomy.
+
+    A name that the model does not have comes back as it is, by diffusers' names as far as they can be told.
+    """
+    bare = module.removeprefix(PEFT_FOLDER)
+    if bare in anatomy.paths:
+        return _whole(bare)
+    name = _split(module)
+    if name.component:
+        return _in_encoder(name, anatomy)
+    return _in_denoiser_here(name, anatomy) or _in_denoiser(name, anatomy)
+
+
+def _whole(layer: str, flat: bool = False) -> Located:
+    return Located((Part(layer, WHOLE),), flat)
+
+
+def _in_denoiser_here(name: _Name, anatomy: Anatomy) -> Located | None:
+    """A layer of the model that is there, by its own name or, after that, by its original one; else None."""
+    table, originals = (anatomy.flat, anatomy.flat_originals) if name.flat else ({}, anatomy.originals)
+    own = [table.get(name.rest, "")] if name.flat else [name.rest, *_before_peft(name.rest)]
+    path = next((path for path in (*own, originals.get(name.rest, "")) if path in anatomy.paths), None)
+    return _whole(path) if path else None
+
+
+def _in_denoiser(name: _Name, anatomy: Anatomy) -> Located:
+    path = unflatten(name.rest) if name.flat else name.rest
     if path is None:
-        return Located((Part(start + name, WHOLE),), flat=True)
-    if component:
-        return Located((Part(start + _text_encoder_path(path), WHOLE),))
-    flux = original.FLUX2 if flux2 else original.FLUX
-    return Located(original.to_diffusers(_without_processor(path), layers_per_block, flux))
+        return _whole(name.rest, flat=True)
+    path = next(iter(_before_peft(path)), path)
+    parts = () if anatomy.has(path) else anatomy.parts(path)
+    return Located(parts) if parts else _whole(path)
 
 
-def _text_encoder_path(path: str) -> str:
+def _before_peft(path: str) -> tuple[str, ...]:
+    """What diffusers called a layer before it used PEFT: `attn1.processor.to_out` is `attn1.to_out.0`."""
+    plain = path.replace(".processor.", ".")
+    # FLUX.2's single blocks have a `to_out` that is the layer itself.
+    if plain.endswith(".to_out") and not plain.startswith("single_transformer_blocks."):
+        return (plain + ".0",)
+    return (plain,) if plain != path else ()
+
+
+def _in_encoder(name: _Name, anatomy: Anatomy) -> Located:
+    component = name.component
+    if name.flat and component == "text_encoder_3":  # the T5, which is sd-scripts' third whatever else is there
+        component = {"flux": "text_encoder_2", "chroma": "text_encoder"}.get(anatomy.model, component)
+    path = unflatten(name.rest) if name.flat else name.rest
+    short = name.rest.removeprefix("text_model_")
+    here = [anatomy.flat.get(f"{component}_{rest}", "") for rest in (name.rest, short) if name.flat]
+    if path is not None:
+        here += [f"{component}.{path}", f"{component}.{path.removeprefix('text_model.')}"]
+    if found := next((path for path in here if path in anatomy.paths), None):
+        return _whole(found)
+    if path is None:
+        return _whole(f"{component}.{name.rest}", flat=True)
+    return _whole(f"{component}.{_with_text_model(path)}")
+
+
+def _with_text_model(path: str) -> str:
     """transformers 5 has a CLIPTextModel without `text_model`; files name it all the same."""
     return f"text_model.{path}" if path.startswith("encoder.layers.") else path
 
 
-def _without_processor(path: str) -> str:
-    """The names of diffusers before it used PEFT: `attn1.processor.to_out` for `attn1.to_out.0`."""
-    path = path.replace(".processor.", ".")
-    # FLUX.2's single blocks have a `to_out` that is the layer itself.
-    return path + ".0" if path.endswith(".to_out") and not path.startswith("single_transformer_blocks.") else path
+def models_of(
+    modules: Iterable[str], shapes: Mapping[str, tuple[int, int]], class_name: str, header: Mapping[str, str]
+) -> tuple[Model, ...]:
+    """The families that a file of these modules may be for: those that have the most of its names.
+
+    `shapes` are outputs and inputs of the linear ones; `class_name` is the denoiser's, where the file says it.
+    """
+    if class_name != "unknown":
+        return (model_of(class_name),)
+    names = [name for name in map(_split, modules) if not name.component]
+    counts = {model: sum(_is_of(name, Anatomy(model)) for name in names) for model in MODELS}
+    most = max(counts.values())
+    models = tuple(model for model in MODELS if most and counts[model] == most) or ("other",)
+    if len(models) > 1 and (is_flux2(shapes) or is_flux1(shapes)):
+        models = tuple(model for model in models if (model == "flux2") == is_flux2(shapes))
+    said = [model for model in models if model in _said_by(header)]
+    return tuple(said) or models
+
+
+def _is_of(name: _Name, anatomy: Anatomy) -> bool:
+    path = unflatten(name.rest) if name.flat else name.rest
+    return path is not None and any(anatomy.has(p) or anatomy.parts(p) for p in (path, *_before_peft(path)))
+
+
+# What modelspec and sd-scripts call the families in a file's header.
+_ARCHITECTURES: dict[str, Model] = {
+    r"stable-diffusion-(v1|v2|xl)|sd_v[12]|sdxl": "unet",
+    r"stable-diffusion-3|^sd3": "sd3",
+    r"flux[-._]?1": "flux",
+    r"flux[-._]?2": "flux2",
+    r"chroma": "chroma",
+    r"qwen": "qwen",
+    r"z[-_]?image": "z-image",
+}
+
+
+def _said_by(header: Mapping[str, str]) -> Collection[Model]:
+    said = [header.get(key, "").lower() for key in ("modelspec.architecture", "ss_base_model_version")]
+    return {model for pattern, model in _ARCHITECTURES.items() if any(re.search(pattern, text) for text in said)}
+
+
+def dotted(module: str) -> str:
+    """The module's name with dots and without what stands before it, as far as that can be told."""
+    name = _split(module)
+    return (unflatten(name.rest) if name.flat else None) or name.rest
 
 
 def unflatten(name: str) -> str | None:
@@ -115,17 +217,13 @@ def unflatten(name: str) -> str | None:
     return ".".join(words) if words and not name.endswith("_") else None
 
 
-def is_flux(modules: Iterable[str]) -> bool:
-    return any(
-        mark in module for module in modules for mark in ("single_blocks", "double_blocks", "single_transformer")
-    )
-
-
-def denoiser_prefix(modules: Iterable[str], layers: Iterable[str]) -> str:
+def denoiser_prefix(modules: Iterable[str], layers: Iterable[str], model: Model) -> str:
     """ "unet" or "transformer", for files that do not say it themselves."""
     for module in modules:
         for prefix in ("unet", "transformer"):
             if module.removeprefix(PEFT_FOLDER).startswith(prefix + "."):
                 return prefix
+    if model != "other":
+        return "unet" if model == "unet" else "transformer"
     diffusion = re.compile(r"((single_)?transformer_blocks|layers|(noise|context)_refiner)\.")
     return "transformer" if any(diffusion.match(layer) for layer in layers) else "unet"

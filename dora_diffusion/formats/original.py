@@ -1,4 +1,4 @@
-"""The module names of the original checkpoints, as data: Stable Diffusion's and SDXL's UNet, SD3, FLUX, Z-Image.
+"""The module names of the original checkpoints of transformers, as data: SD3, FLUX, Chroma, Qwen-Image, Z-Image.
 
 FLUX, SD3 and Z-Image have q, k and v (in FLUX.1's single blocks the MLP's first layer too) in one fused layer;
 diffusers has them apart. A fused layer's update falls apart along its output rows: A is shared, B and a magnitude by
@@ -7,25 +7,15 @@ row are cut. A norm by input runs over all rows of the fused layer, so it cannot
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FLUX",
-    "SD3",
-    "WHOLE",
-    "Z_IMAGE",
-    "Part",
-    "Rows",
-    "Transformer",
-    "to_diffusers",
-    "unet_original",
-    "unet_path",
-]
+__all__ = ["FLUX", "TRANSFORMERS", "WHOLE", "Part", "Rows", "Transformer", "is_flux1", "is_flux2"]
 
 
 @dataclass(frozen=True)
@@ -71,12 +61,30 @@ Blocks = tuple[str, str]  # the blocks' name in the original, and in diffusers
 
 @dataclass(frozen=True)
 class Transformer:
-    """A transformer's original names with diffusers': of fused layers in its blocks, of others there, and outside."""
+    """A transformer's original names with diffusers': of fused layers in its blocks, of others there, and outside.
+
+    `nameless` are layers in diffusers' blocks that no original name leads to here.
+    """
 
     fused: Mapping[Blocks, Mapping[str, tuple[tuple[str, ...], tuple[Rows, ...]]]]
     blocks: Mapping[Blocks, Mapping[str, str]]
     outside: Mapping[str, str]
     swapped: Mapping[str, str]  # whose halves, scale and shift, change places
+    nameless: tuple[str, ...] = ()
+
+    def has(self, path: str) -> bool:
+        """Whether a layer of this name is in the model by diffusers' names."""
+        if path in self.outside.values() or path in self.swapped.values():
+            return True
+        block, _, inside = _in_block(path)
+        return (block, inside) in self._inside
+
+    @functools.cached_property
+    def _inside(self) -> frozenset[tuple[str, str]]:
+        """diffusers' blocks, and the layers in one."""
+        found = {(ours, name) for (_, ours), table in self.blocks.items() for name in (*table.values(), *self.nameless)}
+        fused = [(ours, names) for (_, ours), table in self.fused.items() for names, _ in table.values()]
+        return frozenset(found | {(ours, name) for ours, names in fused for name in names})
 
     def parts(self, path: str) -> tuple[Part, ...]:
         """The layers that a module of the original is in diffusers; none for a path of another model."""
@@ -84,14 +92,13 @@ class Transformer:
             return (Part(self.outside[path], WHOLE),)
         if path in self.swapped:
             return (Part(self.swapped[path], SWAPPED),)
-        block, _, rest = path.partition(".")
-        number, _, inside = rest.partition(".")
+        block, number, inside = _in_block(path)
         for (theirs, ours), table in self.blocks.items():
             if block != theirs:
                 continue
             if inside in table:
                 return (Part(f"{ours}.{number}.{table[inside]}", WHOLE),)
-            if inside in self.fused[theirs, ours]:
+            if inside in self.fused.get((theirs, ours), {}):
                 names, rows = self.fused[theirs, ours][inside]
                 return tuple(Part(f"{ours}.{number}.{name}", part) for name, part in zip(names, rows))
         return ()
@@ -103,11 +110,17 @@ class Transformer:
                 if layer == ours:
                     return theirs
         for (their_block, our_block), names in self.blocks.items():
-            found = re.fullmatch(rf"{our_block}\.(\d+)\.(.+)", layer)
+            found = re.fullmatch(rf"{re.escape(our_block)}\.(\d+)\.(.+)", layer)
             for theirs, ours in names.items():
                 if found and found[2] == ours:
                     return f"{their_block}.{found[1]}.{theirs}"
         return None
+
+
+def _in_block(path: str) -> tuple[str, str, str]:
+    """`double_blocks.3.img_attn.qkv` as block, number and what follows; nothing for a layer outside of blocks."""
+    found = re.fullmatch(r"(.+?)\.(\d{1,4})\.(.+)", path)
+    return (found[1], found[2], found[3]) if found else ("", "", "")
 
 
 FLUX = Transformer(
@@ -143,6 +156,22 @@ FLUX = Transformer(
         "final_layer.linear": "proj_out",
     },
     swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+)
+# Chroma has FLUX.1's blocks without modulation, which one layer for all of them computes.
+CHROMA = replace(
+    FLUX,
+    blocks={
+        **{
+            block: {theirs: ours for theirs, ours in table.items() if not theirs.endswith(".lin")}
+            for block, table in FLUX.blocks.items()
+        },
+        ("distilled_guidance_layer.layers",) * 2: {"in_layer": "linear_1", "out_layer": "linear_2"},
+    },
+    outside={
+        **{theirs: ours for theirs, ours in FLUX.outside.items() if not ours.startswith("time_text_embed.")},
+        **{f"distilled_guidance_layer.{end}": f"distilled_guidance_layer.{end}" for end in ("in_proj", "out_proj")},
+    },
+    swapped={},
 )
 # FLUX.2 has the same names for wider layers, and in its single blocks one fused layer in diffusers too.
 FLUX2 = Transformer(
@@ -206,6 +235,23 @@ SD3 = Transformer(
         "final_layer.linear": "proj_out",
     },
     swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
+    nameless=("norm1_context.linear",),
+)
+# Qwen-Image's checkpoint has diffusers' names.
+_QWEN_BLOCK = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"{stream}_{name}" for stream in ("img", "txt") for name in ("mod.1", "mlp.net.0.proj", "mlp.net.2")),
+)
+_QWEN_OUTSIDE = (
+    *("img_in", "txt_in", "norm_out.linear", "proj_out"),
+    *("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"),
+)
+QWEN = Transformer(
+    fused={},
+    blocks={("transformer_blocks", "transformer_blocks"): {name: name for name in _QWEN_BLOCK}},
+    outside={name: name for name in _QWEN_OUTSIDE},
+    swapped={},
 )
 _Z_BLOCKS: tuple[Blocks, ...] = tuple((name, name) for name in ("layers", "noise_refiner", "context_refiner"))
 Z_IMAGE = Transformer(
@@ -217,92 +263,49 @@ Z_IMAGE = Transformer(
         block: {
             "attention.out": "attention.to_out.0",
             **{f"feed_forward.w{i}": f"feed_forward.w{i}" for i in (1, 2, 3)},
+            "adaLN_modulation.0": "adaLN_modulation.0",
         }
         for block in _Z_BLOCKS
     },
-    outside={},
+    # The two ends are named after the patch size in diffusers.
+    outside={
+        "x_embedder": "all_x_embedder.2-1",
+        "final_layer.linear": "all_final_layer.2-1.linear",
+        "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+        **{name: name for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1")},
+    },
     swapped={},
 )
-UNET_WHOLE = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.2": "conv_out",
+TRANSFORMERS: Mapping[str, Transformer] = {
+    "sd3": SD3,
+    "flux": FLUX,
+    "chroma": CHROMA,
+    "flux2": FLUX2,
+    "qwen": QWEN,
+    "z-image": Z_IMAGE,
 }
-RESNET = {
-    "in_layers.2": "conv1",
-    "out_layers.3": "conv2",
-    "emb_layers.1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-}
-_RESNET_BACK = {ours: theirs for theirs, ours in RESNET.items()}
-_UNET_BACK = {ours: theirs for theirs, ours in UNET_WHOLE.items()}
-
-
-def to_diffusers(path: str, layers_per_block: int = 2, flux: Transformer = FLUX) -> tuple[Part, ...]:
-    """The layers that a module of an original checkpoint is in diffusers; a path that is diffusers' own stays.
-
-    `flux` says whether names of FLUX's blocks are FLUX.1's or FLUX.2's.
-    """
-    for model in (flux, SD3, Z_IMAGE):
-        if parts := model.parts(path):
-            return parts
-    return (Part(unet_path(path, layers_per_block) or path, WHOLE),)
 
 
 def is_flux2(shapes: Mapping[str, tuple[int, int]]) -> bool:
     """Whether modules of these names with so many outputs and inputs are FLUX.2's: told from how wide its MLP is."""
+    return _any_is(shapes, linear1=9, linear2=4, first=6, second=3)
+
+
+def is_flux1(shapes: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether they are FLUX.1's or Chroma's."""
+    return _any_is(shapes, linear1=7, linear2=5, first=4, second=4)
+
+
+def _any_is(shapes: Mapping[str, tuple[int, int]], *, linear1: int, linear2: int, first: int, second: int) -> bool:
+    """Whether one of the layers that tell has so many times more outputs than inputs, or the other way round."""
     wide = {
-        r"single_blocks.\d+.linear1": lambda rows, columns: rows == 9 * columns,  # FLUX.1: 7
-        r"single_blocks.\d+.linear2": lambda rows, columns: columns == 4 * rows,  # 5
-        r"double_blocks.\d+.(?:img|txt)_mlp.0": lambda rows, columns: rows == 6 * columns,  # 4
-        r"double_blocks.\d+.(?:img|txt)_mlp.2": lambda rows, columns: columns == 3 * rows,  # 4
+        r"single_blocks.\d+.linear1": lambda rows, columns: rows == linear1 * columns,
+        r"single_blocks.\d+.linear2": lambda rows, columns: columns == linear2 * rows,
+        r"double_blocks.\d+.(?:img|txt)_mlp.0": lambda rows, columns: rows == first * columns,
+        r"double_blocks.\d+.(?:img|txt)_mlp.2": lambda rows, columns: columns == second * rows,
     }
     return any(
         re.search(rf"{pattern}$", name) is not None and fits(*shape)
         for name, shape in shapes.items()
         for pattern, fits in wide.items()
     )
-
-
-def unet_path(path: str, n: int) -> str | None:
-    """`input_blocks.4.1...` as `down_blocks.1.attentions.0...` for a UNet with n layers in a block."""
-    if path in UNET_WHOLE:
-        return UNET_WHOLE[path]
-    if found := re.fullmatch(r"middle_block\.([012])\.(.+)", path):
-        kind, rest = ("attentions.0", found[2]) if found[1] == "1" else (f"resnets.{int(found[1]) // 2}", found[2])
-        return f"mid_block.{kind}.{RESNET.get(rest, rest)}"
-    found = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", path)
-    if not found or len(found[2]) > 4:
-        return None
-    i, inner, rest = int(found[2]), found[3], found[4]
-    block, layer = divmod(i - (found[1] == "input"), n + 1)
-    start = f"{'down' if found[1] == 'input' else 'up'}_blocks.{block}"
-    if rest == "op":
-        return f"{start}.downsamplers.0.conv"
-    if rest == "conv":
-        return f"{start}.upsamplers.0.conv"
-    kind = "resnets" if inner == "0" else "attentions"
-    return f"{start}.{kind}.{layer}.{RESNET.get(rest, rest)}"
-
-
-def unet_original(layer: str, n: int = 2, plain_up_blocks: tuple[int, ...] = ()) -> str | None:
-    """The original name of a UNet's layer; `plain_up_blocks` are those without attention, where upsampling is early."""
-    if layer in _UNET_BACK:
-        return _UNET_BACK[layer]
-    found = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|\w+samplers)\.(\d+)\.(.+)", layer)
-    if not found:
-        return None
-    side, block, kind, number, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    rest = _RESNET_BACK.get(rest, rest) if kind == "resnets" else rest
-    if side == "mid":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * number}.{rest}"
-    if kind == "downsamplers":
-        return f"input_blocks.{(block + 1) * (n + 1)}.0.op"
-    if kind == "upsamplers":
-        return f"output_blocks.{block * (n + 1) + n}.{1 if block in plain_up_blocks else 2}.conv"
-    i = block * (n + 1) + number
-    where = f"input_blocks.{i + 1}" if side == "down" else f"output_blocks.{i}"
-    return f"{where}.{0 if kind == 'resnets' else 1}.{rest}"

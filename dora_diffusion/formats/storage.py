@@ -12,6 +12,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError, OutputError, nearest
+from dora_diffusion.formats.sniffing import what_it_is
 from dora_diffusion.outputs import whole_file
 from dora_diffusion.paths import obstacle
 
@@ -123,21 +124,8 @@ def _look(path: Path, what: str) -> None:
 
 
 def _unsound(path: Path, error: Exception) -> AdapterFileError:
-    if _is_pickle(path):
-        return AdapterFileError(
-            f"{path} is a pickle, which can run any code when it is opened, so it is never loaded here. "
-            "Get the .safetensors version of it, or convert it in a sandbox you trust."
-        )
+    if known := what_it_is(path):
+        return AdapterFileError(f"{path} {known}")
     return AdapterFileError(
         f"{path} is no sound safetensors file ({error}). It is damaged or cut short: download or train it again."
     )
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether it begins as torch.save's zip or a bare pickle does (a safetensors header begins with a brace)."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError:
-        return False
-    return start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] <= b"\x05" and start[8:] != b"{")

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats import diffusers, kohya
+from dora_diffusion.formats.anatomy import model_of
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Description, identify_base
 from dora_diffusion.formats.modelspec import modelspec
+from dora_diffusion.formats.scales import ALPHA_KEYS, RANK_KEYS
 from dora_diffusion.formats.storage import write_safetensors
 from dora_diffusion.injection import Adapter
 
@@ -57,7 +59,7 @@ def file_of(
         alpha_pattern={file_layer(layer): alpha for layer, alpha in config.alpha_pattern.items()},
     )
     prefix = "transformer" if "Transformer" in type(adapter.model).__name__ else "unet"
-    file = AdapterFile(path, prefix, config, tensors, None)
+    file = AdapterFile(path, prefix, config, tensors, None, models=(model_of(base.model_class),))
     base = base.model_copy(update={"name": base_name}) if base_name else base
     return replace(file, description=describe(file, base, training))
 
@@ -103,7 +105,8 @@ def write_adapter_file(
             "conversion": {**description.conversion, **(conversion or {})},
         }
     )
-    kept = {key: value for key, value in file.header.items() if key not in (HEADER_KEY, diffusers.METADATA_KEY)}
+    anew = {HEADER_KEY, diffusers.METADATA_KEY, *ALPHA_KEYS, *RANK_KEYS}  # what is said here, as it is now
+    kept = {key: value for key, value in file.header.items() if key not in anew}
     metadata = {**kept, "format": "pt", HEADER_KEY: description.model_dump_json()}
     if layout == "kohya":
         metadata = {**modelspec(replace(file, path=path), description, is_xl=kohya.is_xl(file)), **metadata}

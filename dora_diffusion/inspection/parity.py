@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError
+from dora_diffusion.formats.anatomy import Anatomy, anatomy_of, model_of
 from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.diffusers import METADATA_KEY
 from dora_diffusion.formats.files import load_adapter
-from dora_diffusion.formats.names import is_flux, locate
+from dora_diffusion.formats.names import locate
 from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.storage import read_safetensors
-from dora_diffusion.injection import Adapter, check_strength
+from dora_diffusion.injection import Adapter, adaptable_layers, check_strength
 from dora_diffusion.inspection.formula import DoesNotFit, program_update
 from dora_diffusion.inspection.programs import PROGRAMS, Program
-from dora_diffusion.inspection.reading import FileModule, Reading, model_of, read_as, split_key
+from dora_diffusion.inspection.reading import FileModule, Reading, read_as, split_key
 from dora_diffusion.layers import DoRAUpdate, InputAxisDoRAUpdate
 from dora_diffusion.models.loading import Base
 from dora_diffusion.variants import UnscaledNormDoRAUpdate
@@ -155,13 +156,12 @@ def evaluate(
 
     `scale_of` gives s of a layer as PEFT's configuration in the file's header has it; None for a file without.
     """
-    n = layers_per_block(adapter)
-    model = model_of(type(adapter.model).__name__)
-    readings = [read_as(program, tensors, model, n) for program in programs]
+    anatomy = anatomy_of(adapter.model, {*adaptable_layers(adapter.model), *adapter.layers})
+    readings = [read_as(program, tensors, anatomy) for program in programs]
     taken = [{module.name: module for module in reading.modules} for reading in readings]
     layers: list[list[LayerParity]] = [[] for _ in programs]
     for name in dict.fromkeys(split_key(key)[0] for key in tensors):
-        pieces = pieces_of(name, tensors, adapter, n)
+        pieces = pieces_of(name, anatomy)
         true = true_update(pieces, adapter)
         scale = scale_of(pieces[0].layer) if scale_of is not None and "." in name else None
         for program, modules, found in zip(programs, taken, layers):
@@ -243,27 +243,9 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return off / size if size else (0.0 if off == 0 else math.inf)
 
 
-def layers_per_block(adapter: Adapter) -> int:
-    per_block = getattr(getattr(adapter.model, "config", None), "layers_per_block", 2)
-    return per_block if isinstance(per_block, int) else 2
-
-
-def pieces_of(name: str, names: Mapping[str, Tensor], adapter: Adapter, per_block: int) -> tuple[Piece, ...]:
-    """The adapter's layers that a file's module of this name is."""
-    flux2 = model_of(type(adapter.model).__name__) == "flux2"
-    pieces = locate(name, flux=is_flux(names), flux2=flux2, layers_per_block=per_block).parts
-    return tuple(Piece(_in_model(piece.layer, adapter), piece.rows) for piece in pieces)
-
-
-def _in_model(layer: str, adapter: Adapter) -> str:
-    """A layer by its name in the model: flat names that could not be taken apart, and encoders without text_model."""
-    if layer in adapter.layers:
-        return layer
-    short = layer.replace(".text_model.", ".")
-    if short in adapter.layers:
-        return short
-    flat = layer.replace(".", "_")
-    return next(name for name in adapter.layers if name.replace(".", "_") == flat)
+def pieces_of(name: str, anatomy: Anatomy) -> tuple[Piece, ...]:
+    """The model's layers that a file's module of this name is."""
+    return locate(name, anatomy).parts
 
 
 def true_update(pieces: tuple[Piece, ...], adapter: Adapter) -> TrueUpdate:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dora_diffusion.errors import ConfigError, nearest
+from dora_diffusion.formats.anatomy import MODELS, Model
 
 __all__ = ["PROGRAMS", "Program", "Spelling", "program_named"]
 
-Model = Literal["unet", "sd3", "flux", "chroma", "flux2", "qwen", "z-image", "other"]
 Part = Literal["down", "up", "core", "alpha", "magnitude", "difference"]
-EVERY: tuple[Model, ...] = ("unet", "sd3", "flux", "chroma", "flux2", "qwen", "z-image", "other")
+EVERY: tuple[Model, ...] = MODELS
 FIRST: tuple[Model, ...] = ("unet", "sd3", "flux")
 FLOAT32_EPSILON = 2.0**-23
 

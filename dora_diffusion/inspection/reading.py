@@ -9,21 +9,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dora_diffusion.formats.names import is_flux, locate
+from dora_diffusion.formats.anatomy import Anatomy
+from dora_diffusion.formats.names import locate
 from dora_diffusion.formats.original import Part as Piece
-from dora_diffusion.inspection.programs import Model, Program
+from dora_diffusion.inspection.programs import Program
 
-__all__ = ["FileModule", "Reading", "model_of", "read_as", "split_key"]
+__all__ = ["FileModule", "Reading", "read_as", "split_key"]
 
-_MODELS: dict[str, Model] = {
-    "UNet2DConditionModel": "unet",
-    "SD3Transformer2DModel": "sd3",
-    "FluxTransformer2DModel": "flux",
-    "ChromaTransformer2DModel": "chroma",
-    "Flux2Transformer2DModel": "flux2",
-    "QwenImageTransformer2DModel": "qwen",
-    "ZImageTransformer2DModel": "z-image",
-}
 # Every ending that some dialect uses, the longest first, so that a module's name ends where its parameter's begins.
 _ENDINGS = sorted(
     (
@@ -69,11 +61,6 @@ class Reading:
     refused: str = ""
 
 
-def model_of(class_name: str) -> Model:
-    """The kind of denoiser that the spellings speak of."""
-    return _MODELS.get(class_name, "other")
-
-
 def split_key(key: str) -> tuple[str, str]:
     """A key's module and its ending: `lora_unet_x.alpha` is `lora_unet_x` and `alpha`."""
     for ending in _ENDINGS:
@@ -83,9 +70,9 @@ def split_key(key: str) -> tuple[str, str]:
     return module, ending
 
 
-def read_as(program: Program, tensors: Mapping[str, Tensor], model: Model, layers_per_block: int = 2) -> Reading:
-    """What the program reads of a file with these tensors, for a base with this kind of denoiser."""
-    spellings = [(re.compile(s.pattern), s) for s in program.spellings if model in s.models]
+def read_as(program: Program, tensors: Mapping[str, Tensor], anatomy: Anatomy) -> Reading:
+    """What the program reads of a file with these tensors, for a base with this anatomy."""
+    spellings = [(re.compile(s.pattern), s) for s in program.spellings if anatomy.model in s.models]
     found: dict[str, dict[str, Tensor]] = {}
     untrained: set[str] = set()
     dropped: Counter[str] = Counter()
@@ -101,10 +88,9 @@ def read_as(program: Program, tensors: Mapping[str, Tensor], model: Model, layer
         dropped[ending] += 1
         if part == "magnitude" and spelling is not None:
             untrained.add(module)
-    flux = is_flux(found)
     modules = []
     for module, parts in found.items():
-        pieces = locate(module, flux=flux, flux2=model == "flux2", layers_per_block=layers_per_block).parts
+        pieces = locate(module, anatomy).parts
         alpha = parts.pop("alpha", None)
         scale = None if alpha is None else float(alpha)
         made = FileModule(module, pieces, alpha=scale, untrained=module in untrained, **parts)

@@ -1,0 +1,112 @@
+"""Where a file says its alphas: PEFT's configuration, and what other programs write into the header.
+
+Everything here comes from a file, so every value is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from dora_diffusion.errors import AdapterFileError
+from dora_diffusion.formats import diffusers
+from dora_diffusion.formats.names import TEXT_ENCODERS
+from dora_diffusion.formats.patterns import Patterns
+from dora_diffusion.injection import MAX_ALPHA
+
+__all__ = ["ALPHA_KEYS", "RANK_KEYS", "PeftConfig", "alpha_in_header"]
+
+# The header's entries that name an alpha and a rank for the whole file, in the words of several programs.
+_NAMES = ("", "unet.", "transformer.")
+ALPHA_KEYS = ("alpha", "network_alpha", "ss_network_alpha", *(f"{name}lora_alpha" for name in _NAMES))
+RANK_KEYS = ("rank", "network_dim", "ss_network_dim", *(f"{name}r" for name in _NAMES))
+
+
+class PeftConfig:
+    """PEFT's LoraConfig of each component, from a diffusers header or from a PEFT folder; empty without either.
+
+    Raises ValueError for values that no configuration has.
+    """
+
+    def __init__(self, header: Mapping[str, str], prefix: str, folder_config: str | None) -> None:
+        text = header.get(diffusers.METADATA_KEY)
+        # On a bare model diffusers writes them without the prefix.
+        self.fields = {"": diffusers.scales(text, prefix) or diffusers.scales(text, "")}
+        self.fields |= {encoder: diffusers.scales(text, encoder) for encoder in TEXT_ENCODERS}
+        if folder_config is not None:
+            self.fields[""] = diffusers.scales(folder_config, "")
+        self._values = {component: _pattern_values(fields) for component, fields in self.fields.items()}
+        self._patterns = {component: Patterns(values) for component, values in self._values.items()}
+        default = self._default("")
+        self.default = default if default is not None else next(filter(None, map(self._default, TEXT_ENCODERS)), None)
+        # One flag for the whole adapter; a component with the other one gets alphas that mean the same.
+        self.stabilised = any(self._is_stabilised(component) for component in self.fields)
+
+    def _default(self, component: str) -> float | None:
+        value = self.fields[component].get("lora_alpha")
+        return None if value is None else _alpha(value, "lora_alpha")
+
+    def _is_stabilised(self, component: str) -> bool:
+        value = self.fields[component].get("use_rslora", False)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"use_rslora is {value!r}; it must be true or false")
+        return bool(value)
+
+    def alpha_of(self, layer: str, rank: int) -> float | None:
+        """As PEFT matches: the end of the name at a dot, and the first pattern that fits; else the default.
+
+        None where the configuration says nothing. Raises ValueError for patterns that take too long.
+        """
+        first, _, rest = layer.partition(".")
+        component, name = (first, rest) if first in TEXT_ENCODERS else ("", layer)
+        found = self._patterns[component].first(name)
+        alpha = self._default(component) if found is None else list(self._values[component].values())[found]
+        if alpha is not None and self.stabilised and not self._is_stabilised(component):
+            return alpha / math.sqrt(rank)
+        return alpha
+
+
+def _alpha(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_ALPHA:
+        raise ValueError(f"{name} is {str(value)[:80]!r}; it must be a number above 0 and at most {MAX_ALPHA:,.0f}")
+    return float(value)
+
+
+def _pattern_values(fields: Mapping[str, object]) -> dict[str, float]:
+    patterns = fields.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError("alpha_pattern is no table")
+    return {pattern: _alpha(value, f"alpha_pattern of {pattern[:80]!r}") for pattern, value in patterns.items()}
+
+
+def alpha_in_header(path: Path, header: Mapping[str, str]) -> tuple[float | None, str]:
+    """The alpha that the header has for the whole file, and what to say of it; None where it has none.
+
+    Raises AdapterFileError for two that are not the same, and for what is no alpha.
+    """
+    said = {key: header[key] for key in ALPHA_KEYS if header.get(key, "None").strip() not in ("None", "null", "")}
+    values = {key: _parsed(path, key, text) for key, text in said.items()}
+    if len(set(values.values())) > 1:
+        both = " and ".join(f"{key} = {text}" for key, text in said.items())
+        raise AdapterFileError(
+            f"{path} says two alphas in its header ({both}) and none beside its tensors. Find out which it was trained "
+            "with and say it: load_adapter(..., alpha=8), --alpha 8."
+        )
+    for key, value in values.items():
+        return value, (
+            f"alpha {value:g} is taken from the header ({key}), as no tensor has it; programs that look for .alpha "
+            "alone, as ComfyUI, diffusers and sd-scripts do, take alpha = rank"
+        )
+    return None, ""
+
+
+def _parsed(path: Path, key: str, text: str) -> float:
+    try:
+        return _alpha(float(text), key)
+    except ValueError as error:
+        raise AdapterFileError(
+            f"{path} has {key} = {text[:80]!r} in its header, which is no alpha: it must be a number above 0 and at "
+            f"most {MAX_ALPHA:,.0f}. Find out which it was trained with and say it: load_adapter(..., alpha=8), "
+            "--alpha 8."
+        ) from error
