@@ -77,6 +77,51 @@ def test_a_transformer_is_asked_as_its_pipeline_asks_it(make: Callable[[], Diffu
     assert base.size % base.multiple == 0 and 32 % base.multiple == 0
 
 
+EVERY = (bases.stable_diffusion, bases.stable_diffusion_xl, *bases.TRANSFORMERS)
+WITH_TRAINED_ENCODERS = EVERY[:4]  # CLIP's
+
+
+def loss_and_gradients(make: Callable[[], DiffusionPipeline], checkpointed: bool, encoders: bool) -> dict[str, Tensor]:
+    """A training step's loss and gradients for captions of two lengths, the text encoders trained too if asked."""
+    pipe = make()
+    family = family_of(pipe)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    trained = {name: getattr(pipe, name) for name in family.text_encoders} if encoders else {}
+    config = AdapterConfig(rank=4, target_modules=family.target_modules)
+    adapter = perturb(inject_adapter(denoiser, config, seed=0, text_encoders=trained))
+    if checkpointed:
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+    prompts = ["disc", "a red disc, longer than the other"]
+    with torch.set_grad_enabled(encoders):
+        conditioning = Conditioning.stack([family.encode(pipe, [prompt]) for prompt in prompts])
+    with torch.no_grad():
+        mean, _ = family.posterior(pipe, torch.zeros(1, 3, 64, 64))
+    x = torch.randn(2, *mean.shape[1:], generator=torch.Generator().manual_seed(1))
+    losses = [
+        family.predict(denoiser, x + i, torch.tensor([300.0, 700.0]), conditioning).square().mean() for i in (0, 1)
+    ]
+    sum(losses).backward()  # the first call is computed again after the second was made
+    gradients = {name: p.grad for name, p in adapter.named_parameters().items() if p.grad is not None}
+    return {"loss 0": losses[0].detach(), "loss 1": losses[1].detach(), **gradients}
+
+
+@pytest.mark.parametrize(
+    ("make", "encoders"),
+    [(make, on) for make in EVERY for on in (False, True) if not on or make in WITH_TRAINED_ENCODERS],
+)
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(
+    make: Callable[[], DiffusionPipeline], encoders: bool
+) -> None:
+    plain, checkpointed = (loss_and_gradients(make, on, encoders) for on in (False, True))
+    assert plain.keys() == checkpointed.keys() and len(plain) > 2
+    assert any(name.startswith("text_encoder.") for name in plain) == encoders
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            checkpointed[name], value, atol=1e-6, rtol=1e-5, msg=lambda said, n=name: f"{n}: {said}"
+        )
+
+
 @pytest.mark.parametrize("make", [bases.stable_diffusion, *bases.TRANSFORMERS])
 def test_latents_of_pictures_are_what_the_pipeline_decodes(make: Callable[[], DiffusionPipeline]) -> None:
     """What the stock pipeline makes of our latents is what the autoencoder makes of its own posterior's mean."""
