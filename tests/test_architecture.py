@@ -22,6 +22,7 @@ ORDER = (
     "kernels",
     "layers",
     "variants",
+    "hosting",
     "roots",
     "injection",
     "formats",

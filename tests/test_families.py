@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,11 +215,27 @@ def test_the_published_sizes_have_these_layers(
     assert matching_layers(transformer, family.feed_forward)
 
 
-def drawn(pipe: DiffusionPipeline) -> Tensor:
+def drawn(pipe: DiffusionPipeline, **options: object) -> Tensor:
     """The latents that the whole stock pipeline draws."""
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.Generator().manual_seed(3)
-    return pipe(prompt="disc", num_inference_steps=2, height=32, width=32, generator=noise, output_type="latent").images
+    options |= {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+    return pipe(prompt="disc", generator=torch.Generator().manual_seed(3), **options).images
+
+
+@pytest.mark.parametrize("make", bases.TRANSFORMERS)
+def test_a_transformers_scale_is_a_strength_for_as_long_as_it_is_given(make: Callable[[], DiffusionPipeline]) -> None:
+    pipe = make()
+    family = family_of(pipe)
+    (told,) = (name for name in inspect.signature(pipe.__call__).parameters if name.endswith("attention_kwargs"))
+    encoders = {name: getattr(pipe, name) for name in family.text_encoders}
+    config = AdapterConfig(rank=4, target_modules=family.target_modules)
+    adapter = perturb(inject_adapter(pipe.transformer, config, seed=0, text_encoders=encoders))
+    whole = drawn(pipe)
+    scaled = {scale: drawn(pipe, **{told: {"scale": scale}}) for scale in (0.4, 0.0)}
+    assert torch.equal(drawn(pipe), whole)
+    for scale, found in scaled.items():
+        adapter.strength = scale
+        assert torch.equal(found, drawn(pipe)) and relative_error(found, whole) > 1e-4
 
 
 @later
