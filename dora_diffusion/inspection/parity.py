@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +15,18 @@ from torch import Tensor
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.diffusers import METADATA_KEY
-from dora_diffusion.formats.files import load_adapter
+from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.formats.names import is_flux, locate
+from dora_diffusion.formats.original import WHOLE
 from dora_diffusion.formats.original import Part as Piece
-from dora_diffusion.formats.storage import read_safetensors
+from dora_diffusion.formats.places import find_file
+from dora_diffusion.formats.storage import read_header, read_safetensors
+from dora_diffusion.formats.writing import file_layer
 from dora_diffusion.injection import Adapter, check_strength
 from dora_diffusion.inspection.formula import DoesNotFit, program_update
 from dora_diffusion.inspection.programs import PROGRAMS, Program
 from dora_diffusion.inspection.reading import FileModule, Reading, model_of, read_as, split_key
+from dora_diffusion.inspection.stock import read_by_diffusers
 from dora_diffusion.layers import DoRAUpdate, InputAxisDoRAUpdate
 from dora_diffusion.models.loading import Base
 from dora_diffusion.variants import UnscaledNormDoRAUpdate
@@ -34,6 +38,7 @@ __all__ = [
     "attached",
     "compare_programs",
     "evaluate",
+    "is_swapped",
     "knows",
     "refuse_marked",
 ]
@@ -112,12 +117,10 @@ def compare_programs(
     """
     strength = check_strength(strength)
     programs = tuple(program for program in programs if knows(program, base))
-    tensors, header = read_safetensors(Path(path))
-    refuse_marked(Path(path), header)
+    found, _ = find_file(path)
+    refuse_marked(found, read_header(found).metadata)
     with attached(base, path) as adapter:
-        updates = adapter.updates()
-        scale_of = (lambda layer: updates[layer].scale) if METADATA_KEY in header else None
-        return evaluate(programs, tensors, adapter, strength, scale_of)
+        return evaluate(programs, found, base, adapter, strength)
 
 
 def knows(program: Program, base: Base) -> bool:
@@ -144,30 +147,35 @@ def attached(base: Base, path: str | os.PathLike[str]) -> Iterator[Adapter]:
         adapter.eject()
 
 
-def evaluate(
-    programs: Sequence[Program],
-    tensors: Mapping[str, Tensor],
-    adapter: Adapter,
-    strength: float,
-    scale_of: Callable[[str], float] | None,
-) -> list[Parity]:
-    """The programs on a file with these tensors, whose meaning is what `adapter` computes; one layer at a time.
-
-    `scale_of` gives s of a layer as PEFT's configuration in the file's header has it; None for a file without.
-    """
+def evaluate(programs: Sequence[Program], path: Path, base: Base, adapter: Adapter, strength: float) -> list[Parity]:
+    """The programs on this file, whose meaning is what `adapter`, in the base, computes; one layer at a time."""
+    tensors, header = read_safetensors(path)
+    has_header, config = METADATA_KEY in header, read_adapter_file(path).config
     n = layers_per_block(adapter)
+    names = dict.fromkeys(split_key(key)[0] for key in tensors)
+    places = {name: pieces for name in names if (pieces := pieces_of(name, tensors, adapter, n))}
     model = model_of(type(adapter.model).__name__)
-    readings = [read_as(program, tensors, model, n) for program in programs]
+    readings = [
+        read_by_diffusers(path, tensors, base.pipe, lambda name: places.get(name, ()))
+        if program.asked
+        else read_as(program, tensors, model, n)
+        for program in programs
+    ]
     taken = [{module.name: module for module in reading.modules} for reading in readings]
     layers: list[list[LayerParity]] = [[] for _ in programs]
-    for name in dict.fromkeys(split_key(key)[0] for key in tensors):
-        pieces = pieces_of(name, tensors, adapter, n)
+    for name, pieces in places.items():
         true = true_update(pieces, adapter)
-        scale = scale_of(pieces[0].layer) if scale_of is not None and "." in name else None
-        for program, modules, found in zip(programs, taken, layers):
-            found += _layers(program, modules.get(name), pieces, true, strength, scale)
+        scale = config.scale_of(file_layer(pieces[0].layer)) if has_header and "." in name else None
+        for program, reading, modules, found in zip(programs, readings, taken, layers):
+            if not reading.by_layer:
+                moved = is_swapped(program, pieces, adapter)
+                found += _layers(program, modules.get(name), pieces, true, strength, scale, moved)
+                continue
+            for piece in pieces:
+                own = TrueUpdate(piece.rows.cut(true.weight), piece.rows.cut(true.delta))
+                found += _layers(program, modules.get(piece.layer), (Piece(piece.layer, WHOLE),), own, strength, None)
     return [
-        _judged(program, reading, found, adapter, scale_of is not None, strength)
+        _judged(program, reading, found, adapter, has_header, strength)
         for program, reading, found in zip(programs, readings, layers)
     ]
 
@@ -176,10 +184,15 @@ def _judged(
     program: Program, reading: Reading, layers: list[LayerParity], adapter: Adapter, has_header: bool, strength: float
 ) -> Parity:
     stopped = reading.refused
+    meant = {layer.layer for layer in layers}
+    strays = [module.name for module in reading.modules if reading.by_layer and module.name not in meant]
+    layers = layers + [LayerParity(name, 0.0, math.inf, math.inf, "the file is not for it") for name in strays]
     if program.on_error == "stop" and not stopped:
         stopped = next((f"fails at {layer.layer}: {layer.note}" for layer in layers if layer.note), "")
     read = 0 if stopped else sum(len(module.pieces) for module in reading.modules)
     reasons = () if stopped else _reasons(program, reading, layers, adapter, has_header)
+    if strays and not stopped:
+        reasons = (*reasons, f"changes {len(strays)} layers that the file is not for")
     return Parity(program, strength, tuple(layers), read, reading.dropped, stopped, reasons)
 
 
@@ -192,13 +205,15 @@ def _reasons(
     kinds = {type(update) for update in adapter.updates().values()}
     has_magnitudes = any(module.magnitude is not None or module.untrained for module in reading.modules)
     reasons = []
-    if missed := len(layers) - sum(len(module.pieces) for module in reading.modules):
+    if missed := len({layer.layer for layer in layers} - {p.layer for m in reading.modules for p in m.pieces}):
         reasons.append(f"does not read {missed} layers")
     if kinds & {DoRAUpdate, InputAxisDoRAUpdate, UnscaledNormDoRAUpdate} and not has_magnitudes:
         reasons.append("drops the magnitudes, which leaves a plain LoRA")
     if untrained := sum(module.untrained for module in reading.modules):
         reasons.append(f"loses the magnitudes of {untrained} layers of a text encoder, which stay ||W0||")
-    if skipped := sum(1 for layer in layers if layer.note):
+    if rescaled := _rescaled(reading, adapter):
+        reasons.append(f"gives {rescaled} layers another alpha / rank than the file's")
+    if skipped := sum(1 for layer in layers if layer.note and layer.size):
         reasons.append(f"leaves out {skipped} layers whose shapes it cannot compute")
     if has_header and not program.header:
         reasons.append("does not read alpha from the header")
@@ -207,9 +222,29 @@ def _reasons(
             reasons.append("takes the norm of the columns, not of the rows")
         elif program.output_norm == "W0":
             reasons.append("divides by ||W0||, not by ||W0 + s B A||")
+        if any(m.magnitude is not None and is_swapped(program, m.pieces, adapter) for m in reading.modules):
+            reasons.append("turns round the halves of a final layer's B A and not of its magnitude")
     if has_magnitudes and InputAxisDoRAUpdate in kinds and program.axis == "output":
         reasons.append("takes the norm of the rows, not of the columns")
     return tuple(reasons)
+
+
+def _rescaled(reading: Reading, adapter: Adapter) -> int:
+    """How many layers a program that was asked gives another s."""
+    updates = adapter.updates()
+    scales = (
+        {m.name: m.alpha / m.down.shape[0] for m in reading.modules if m.alpha is not None and m.down is not None}
+        if reading.by_layer
+        else {}
+    )
+    return sum(not math.isclose(s, updates[name].scale, rel_tol=1e-5) for name, s in scales.items() if name in updates)
+
+
+def is_swapped(program: Program, pieces: Sequence[Piece], adapter: Adapter) -> bool:
+    """Whether the program turns round the halves of this module's B A, which has the name and the rows of diffusers."""
+    last = getattr(getattr(adapter.model, "config", None), "num_layers", 0) - 1
+    names = program.swaps.get(model_of(type(adapter.model).__name__), ())
+    return not pieces[0].rows.swapped and pieces[0].layer in {name.format(last=last) for name in names}
 
 
 def _layers(
@@ -219,12 +254,13 @@ def _layers(
     true: TrueUpdate,
     strength: float,
     header_scale: float | None,
+    swapped: bool = False,
 ) -> list[LayerParity]:
     zero = torch.zeros(())
     updates, note = [zero, zero], ""
     if module is not None:
         try:
-            updates = [program_update(program, module, true.weight, w, header_scale) for w in (1.0, strength)]
+            updates = [program_update(program, module, true.weight, w, header_scale, swapped) for w in (1.0, strength)]
         except DoesNotFit as error:
             note = str(error)
     layers = []
@@ -249,13 +285,14 @@ def layers_per_block(adapter: Adapter) -> int:
 
 
 def pieces_of(name: str, names: Mapping[str, Tensor], adapter: Adapter, per_block: int) -> tuple[Piece, ...]:
-    """The adapter's layers that a file's module of this name is."""
+    """The adapter's layers that a file's module of this name is; none for what is no layer."""
     flux2 = model_of(type(adapter.model).__name__) == "flux2"
     pieces = locate(name, flux=is_flux(names), flux2=flux2, layers_per_block=per_block).parts
-    return tuple(Piece(_in_model(piece.layer, adapter), piece.rows) for piece in pieces)
+    layers = [_in_model(piece.layer, adapter) for piece in pieces]
+    return tuple(Piece(layer, piece.rows) for layer, piece in zip(layers, pieces) if layer is not None)
 
 
-def _in_model(layer: str, adapter: Adapter) -> str:
+def _in_model(layer: str, adapter: Adapter) -> str | None:
     """A layer by its name in the model: flat names that could not be taken apart, and encoders without text_model."""
     if layer in adapter.layers:
         return layer
@@ -263,7 +300,7 @@ def _in_model(layer: str, adapter: Adapter) -> str:
     if short in adapter.layers:
         return short
     flat = layer.replace(".", "_")
-    return next(name for name in adapter.layers if name.replace(".", "_") == flat)
+    return next((name for name in adapter.layers if name.replace(".", "_") == flat), None)
 
 
 def true_update(pieces: tuple[Piece, ...], adapter: Adapter) -> TrueUpdate:
