@@ -120,7 +120,8 @@ def _outcome(found: Parity | None) -> str:
         return "cannot hold this adapter"
     if found.stopped or not found.read:
         return found.stopped or "none of it is read"
-    return f"relative error {max(max(x.error, x.error_at_strength) for x in found.layers):.2g} in the worst layer"
+    worst = max(found.layers, key=lambda layer: max(layer.error, layer.error_at_strength))
+    return f"relative error {max(worst.error, worst.error_at_strength):.2g} in {worst.layer}, the worst layer"
 
 
 def _form_named(name: str) -> Form:
