@@ -43,11 +43,6 @@ FLUX_LAYERS = (
 SD3_LAYERS = rf"(?:transformer_blocks\.\d+\.(?:{_BLOCKS}|attn2\.(?:to_[qkv]|to_out\.0))|{_OUTSIDE}|pos_embed\.proj)"
 
 
-def _flat(pattern: str) -> str:
-    """The pattern for names with underscores in place of their dots."""
-    return pattern.replace(r"\.", "_")
-
-
 @dataclass(frozen=True)
 class Spelling:
     """Module names that a program looks up, as a regular expression for the whole name, and for which models.
@@ -58,6 +53,12 @@ class Spelling:
     pattern: str
     models: tuple[Model, ...] = EVERY
     lost: tuple[str, ...] = ()
+
+
+def _own_names(layers: str, models: tuple[Model, ...]) -> Spelling:
+    """These layers by diffusers' names, with their dots or flat."""
+    flat = layers.replace(r"\.", "_")
+    return Spelling(rf"transformer\.{layers}|(?:lycoris|lora_transformer)_{flat}", models)
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,17 @@ _PEFT: dict[str, Part] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
+_CHECKPOINTS_NAMES = Spelling(  # diffusers' are not found behind this
+    r"diffusion_model\.(?!(?:single_)?transformer_blocks\.|(?:down|up)_blocks\.|mid_block\.|norm_out\.).+",
+    ("unet", "sd3", "flux", "chroma", "flux2"),
+)
 _COMFY_SPELLINGS = (
     Spelling("lora_unet_.+", ("unet",)),
     Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3", "chroma", "flux2")),
     Spelling(r"lora_unet_distilled_guidance_layer_(?:in|out)_proj", ("chroma",)),
     Spelling("lycoris_.+", ("unet", "qwen", "z-image")),
-    *(
-        Spelling(rf"transformer\.{layers}|(?:lycoris|lora_transformer)_{_flat(layers)}", models)
-        for layers, models in ((FLUX_LAYERS, ("flux", "chroma")), (SD3_LAYERS, ("sd3",)))
-    ),
+    _own_names(FLUX_LAYERS, ("flux", "chroma")),
+    _own_names(SD3_LAYERS, ("sd3",)),
     # FLUX.2's modulation, which no block has of its own, is found by the checkpoint's name alone.
     Spelling(r"(?:lycoris_|lora_transformer_|transformer\.)(?:single_)?transformer_blocks[._].+", ("flux2",)),
     # Behind this the checkpoint's own names are found: Qwen-Image's are diffusers', Z-Image has q, k and v in one.
@@ -139,11 +142,7 @@ _COMFY_SPELLINGS = (
         ("unet",),
     ),
     Spelling(r"diffusion_model\..+", ("qwen", "z-image", "other")),
-    # Behind this the checkpoint's own names are found, and diffusers' are not.
-    Spelling(
-        r"diffusion_model\.(?!(?:single_)?transformer_blocks\.|(?:down|up)_blocks\.|mid_block\.|norm_out\.).+",
-        ("unet", "sd3", "flux", "chroma", "flux2"),
-    ),
+    _CHECKPOINTS_NAMES,
     Spelling(f"lora_te[12]?_{CLIP}"),
     Spelling(rf"text_encoder(?:_2)?\.{CLIP}"),
 )
@@ -223,9 +222,10 @@ PROGRAMS = (
         read_on="2026-11-23",
         spellings=(
             *(s for s in _COMFY_SPELLINGS if s.models in (("unet",), EVERY)),
+            _CHECKPOINTS_NAMES,
             Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3")),
             Spelling("lycoris_.+", ("unet",)),
-            Spelling(rf"transformer\.{FLUX_LAYERS}|(?:lycoris|lora_transformer)_{_flat(FLUX_LAYERS)}", ("flux",)),
+            _own_names(FLUX_LAYERS, ("flux",)),
         ),
         knows=FIRST,
         parts=_COMFY_KEYS,

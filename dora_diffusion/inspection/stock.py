@@ -74,13 +74,16 @@ def _hollow(model: nn.Module) -> nn.Module:
     with torch.device("meta"):
         hollow = cast(nn.Module, build(model.config))
     for module in hollow.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    value = math.nan if tensor.is_floating_point() else 0
-                    one = torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
-                    held[name] = nn.Parameter(one, requires_grad=False) if held is module._parameters else one
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(_one_number(weight), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _one_number(buffer))
     return hollow
+
+
+def _one_number(tensor: Tensor) -> Tensor:
+    value = math.nan if tensor.is_floating_point() else 0
+    return torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _loaded(shell: DiffusionPipeline) -> Iterator[FileModule]:
@@ -94,8 +97,10 @@ def _loaded(shell: DiffusionPipeline) -> Iterator[FileModule]:
 
 
 def _module(path: str, layer: LoraLayer) -> FileModule:
-    down, up = (factors[NAME].weight.detach() for factors in (layer.lora_A, layer.lora_B))
-    magnitude = layer.lora_magnitude_vector[NAME].weight.detach() if NAME in layer.lora_magnitude_vector else None
+    down, up = (cast(Tensor, factors[NAME].weight).detach() for factors in (layer.lora_A, layer.lora_B))
+    magnitude = None
+    if NAME in layer.lora_magnitude_vector:
+        magnitude = cast(Tensor, layer.lora_magnitude_vector[NAME].weight).detach()
     untrained = magnitude is not None and bool(magnitude.isnan().any())
     return FileModule(
         path,
