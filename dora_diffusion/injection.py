@@ -311,6 +311,7 @@ def inject_into(
         if layer is not current:
             roots.replace(path, layer)
         layers[path] = layer
+    roots.host(views)
     return Adapter(model, config, name, layers, text_encoders)
 
 

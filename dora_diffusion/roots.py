@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dora_diffusion.hosting import host, release
 from dora_diffusion.layers import AdaptedLayer
 
 __all__ = ["Roots"]
@@ -49,9 +50,15 @@ class Roots:
             for parameter in trainable:
                 parameter.requires_grad_(False)
 
+    def host(self, paths: Iterable[str]) -> None:
+        """Make the models' own calls know of the adapters that have come into these layers."""
+        for root in {id(root): root for root in (self._find(path)[0] for path in paths)}.values():
+            host(root)
+
     def thaw(self) -> None:
-        """Undo `freeze` in the models that no adapter is left in."""
+        """Undo `freeze` and `host` in the models that no adapter is left in."""
         for root in (self.denoiser, *self.text_encoders.values()):
+            release(root)
             if not any(isinstance(module, AdaptedLayer) for module in root.modules()):
                 for parameter in root.__dict__.pop(_FROZEN, ()):
                     parameter.requires_grad_(True)

@@ -27,6 +27,7 @@ ORDER = (
     "kernels",
     "layers",
     "variants",
+    "hosting",
     "roots",
     "injection",
     "formats",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,51 @@ def test_a_transformer_is_asked_as_its_pipeline_asks_it(make: Callable[[], Diffu
     torch.testing.assert_close(found, unpack(expected), atol=1e-5, rtol=1e-5)
     assert (found[0] - found[1]).abs().max() > 1e-3
     assert base.size % base.multiple == 0 and 32 % base.multiple == 0
+
+
+EVERY = (bases.stable_diffusion, bases.stable_diffusion_xl, *bases.TRANSFORMERS)
+WITH_TRAINED_ENCODERS = EVERY[:4]  # CLIP's
+
+
+def loss_and_gradients(make: Callable[[], DiffusionPipeline], checkpointed: bool, encoders: bool) -> dict[str, Tensor]:
+    """A training step's loss and gradients for captions of two lengths, the text encoders trained too if asked."""
+    pipe = make()
+    family = family_of(pipe)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    trained = {name: getattr(pipe, name) for name in family.text_encoders} if encoders else {}
+    config = AdapterConfig(rank=4, target_modules=family.target_modules)
+    adapter = perturb(inject_adapter(denoiser, config, seed=0, text_encoders=trained))
+    if checkpointed:
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+    prompts = ["disc", "a red disc, longer than the other"]
+    with torch.set_grad_enabled(encoders):
+        conditioning = Conditioning.stack([family.encode(pipe, [prompt]) for prompt in prompts])
+    with torch.no_grad():
+        mean, _ = family.posterior(pipe, torch.zeros(1, 3, 64, 64))
+    x = torch.randn(2, *mean.shape[1:], generator=torch.Generator().manual_seed(1))
+    losses = [
+        family.predict(denoiser, x + i, torch.tensor([300.0, 700.0]), conditioning).square().mean() for i in (0, 1)
+    ]
+    sum(losses).backward()  # the first call is computed again after the second was made
+    gradients = {name: p.grad for name, p in adapter.named_parameters().items() if p.grad is not None}
+    return {"loss 0": losses[0].detach(), "loss 1": losses[1].detach(), **gradients}
+
+
+@pytest.mark.parametrize(
+    ("make", "encoders"),
+    [(make, on) for make in EVERY for on in (False, True) if not on or make in WITH_TRAINED_ENCODERS],
+)
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(
+    make: Callable[[], DiffusionPipeline], encoders: bool
+) -> None:
+    plain, checkpointed = (loss_and_gradients(make, on, encoders) for on in (False, True))
+    assert plain.keys() == checkpointed.keys() and len(plain) > 2
+    assert any(name.startswith("text_encoder.") for name in plain) == encoders
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            checkpointed[name], value, atol=1e-6, rtol=1e-5, msg=lambda said, n=name: f"{n}: {said}"
+        )
 
 
 @pytest.mark.parametrize("make", [bases.stable_diffusion, *bases.TRANSFORMERS])
@@ -169,11 +215,27 @@ def test_the_published_sizes_have_these_layers(
     assert matching_layers(transformer, family.feed_forward)
 
 
-def drawn(pipe: DiffusionPipeline) -> Tensor:
+def drawn(pipe: DiffusionPipeline, **options: object) -> Tensor:
     """The latents that the whole stock pipeline draws."""
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.Generator().manual_seed(3)
-    return pipe(prompt="disc", num_inference_steps=2, height=32, width=32, generator=noise, output_type="latent").images
+    options |= {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent"}
+    return pipe(prompt="disc", generator=torch.Generator().manual_seed(3), **options).images
+
+
+@pytest.mark.parametrize("make", bases.TRANSFORMERS)
+def test_a_transformers_scale_is_a_strength_for_as_long_as_it_is_given(make: Callable[[], DiffusionPipeline]) -> None:
+    pipe = make()
+    family = family_of(pipe)
+    (told,) = (name for name in inspect.signature(pipe.__call__).parameters if name.endswith("attention_kwargs"))
+    encoders = {name: getattr(pipe, name) for name in family.text_encoders}
+    config = AdapterConfig(rank=4, target_modules=family.target_modules)
+    adapter = perturb(inject_adapter(pipe.transformer, config, seed=0, text_encoders=encoders))
+    whole = drawn(pipe)
+    scaled = {scale: drawn(pipe, **{told: {"scale": scale}}) for scale in (0.4, 0.0)}
+    assert torch.equal(drawn(pipe), whole)
+    for scale, found in scaled.items():
+        adapter.strength = scale
+        assert torch.equal(found, drawn(pipe)) and relative_error(found, whole) > 1e-4
 
 
 @later

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from dialect_files import dora_delta, fresh, input_axis_delta, kohya_dora, kohya_input_axis
-from oracles import largest_difference, output_of, relative_error
+from oracles import largest_difference, output_of, perturb, relative_error
 from test_convert import saved
 from test_dialects import kohya_pipeline_file
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from dora_diffusion.errors import AdapterStateError, ConfigError
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
+from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.layers import AdaptedLayer
 
 README = Path(__file__).parent.parent / "README.md"
@@ -23,9 +25,9 @@ ENCODERS = {"sd": {"text_encoder": "lora_te_"}, "xl": {"text_encoder": "lora_te1
 STEPS = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 16, "width": 16, "output_type": "pt"}
 
 
-def picture(pipe: object) -> Tensor:
+def picture(pipe: object, **options: object) -> Tensor:
     """What the whole pipeline draws: text encoders, denoiser and VAE."""
-    return pipe("a cat", generator=torch.Generator().manual_seed(1), **STEPS).images
+    return pipe("a cat", generator=torch.Generator().manual_seed(1), **STEPS, **options).images
 
 
 @pytest.fixture(params=["sd", "xl"])
@@ -130,6 +132,162 @@ def test_the_same_file_draws_the_same_through_stock_diffusers(tmp_path, family, 
     theirs.fuse_lora(components=[n for n in ("unet", "text_encoder", "text_encoder_2") if hasattr(theirs, n)])
     assert largest_difference(picture(ours), picture(theirs)) < 1e-4
     assert largest_difference(picture(ours), picture(fresh(family))) > 1e-3
+
+
+# diffusers' own calls on a pipeline with an adapter in it.
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.0, 1.0, -0.3])
+def test_diffusers_scale_is_a_strength_for_as_long_as_it_is_given(family, paths, scale):
+    pipe = fresh(family)
+    first, second = (load_adapter(pipe, path, strength=w) for path, w in zip(paths, (0.8, 0.6)))
+    whole = picture(pipe)
+    scaled = picture(pipe, cross_attention_kwargs={"scale": scale})
+    assert torch.equal(picture(pipe), whole), "the next call has no scale"
+    first.strength, second.strength = 0.8 * scale, 0.6 * scale
+    assert torch.equal(scaled, picture(pipe))
+    assert largest_difference(scaled, whole) > 1e-3 or scale == 1
+    first.eject()
+    second.eject()
+    assert torch.equal(picture(pipe, cross_attention_kwargs={"scale": scale}), picture(fresh(family)))
+
+
+def test_scale_is_what_stock_diffusers_makes_of_a_lora(tmp_path, family):
+    path, _ = saved(tmp_path, family, "lora")
+    ours, theirs = fresh(family), fresh(family)
+    load_adapter(ours, path)
+    theirs.load_lora_weights(str(path))
+    half = {"cross_attention_kwargs": {"scale": 0.5}}
+    assert largest_difference(picture(ours, **half), picture(theirs, **half)) < 1e-4
+    assert largest_difference(picture(ours, **half), picture(ours)) > 1e-3
+
+
+def test_scale_does_not_pass_over_a_fused_adapter(family, paths):
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, paths[0], name="style")
+    adapter.fuse()
+    fused = picture(pipe)
+    with pytest.raises(AdapterStateError, match=r"scale=0.5 cannot act on style, which is fused.*adapter.unfuse\(\)"):
+        picture(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert torch.equal(picture(pipe), fused)
+    with pytest.raises(ConfigError, match="scale is 'half'; it must be a number"):
+        adapter.unfuse()
+        picture(pipe, cross_attention_kwargs={"scale": "half"})
+
+
+def test_a_pipeline_with_an_adapter_in_it_is_not_saved_but_merged_it_is(tmp_path, family, paths):
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, paths[0])
+    with pytest.raises(AdapterStateError, match=r"adapter\.merge\(\).*adapter\.eject\(\).*save_adapter"):
+        pipe.save_pretrained(tmp_path / "refused")
+    with pytest.raises(AdapterStateError, match="cannot save a model while an adapter is in it"):
+        pipe.unet.save_pretrained(tmp_path / "refused")
+    drawn = picture(pipe)
+    adapter.merge()
+    pipe.save_pretrained(tmp_path / "merged")
+    again = type(pipe).from_pretrained(tmp_path / "merged")
+    again.set_progress_bar_config(disable=True)
+    assert largest_difference(picture(again), drawn) < 1e-4
+    other = fresh(family)
+    load_adapter(other, paths[0]).eject()
+    other.save_pretrained(tmp_path / "plain")
+    plain, base = type(pipe).from_pretrained(tmp_path / "plain").unet.state_dict(), fresh(family).unet.state_dict()
+    assert plain.keys() == base.keys() and all(torch.equal(plain[name], base[name]) for name in base)
+
+
+def test_diffusers_fusing_and_unloading_say_what_they_cannot_do(tmp_path, family, paths):
+    path, _ = saved(tmp_path, family, "lora")
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, paths[0])
+    whole = picture(pipe)
+    with pytest.raises(AdapterStateError, match=r"fuse_lora fuses what load_lora_weights loaded.*adapter.fuse\(\)"):
+        pipe.fuse_lora()
+    with pytest.warns(UserWarning, match="fuse_lora fuses what load_lora_weights loaded"):
+        pipe.fuse_lora(components=["text_encoder"])
+    with pytest.raises(AdapterStateError, match=r"unload_lora_weights takes out .* adapter.eject\(\)"):
+        pipe.unload_lora_weights()
+    assert torch.equal(picture(pipe), whole)
+    adapter.eject()
+    pipe.load_lora_weights(str(path))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+
+def test_stock_loras_stand_beside_an_adapter_in_other_layers(tmp_path):
+    """Both act, either heeds scale, and each is taken out by its own call."""
+    attention, feed_forward = (saved_at(tmp_path, targets) for targets in (("to_q", "to_v"), ("ff.net.2",)))
+    pipe, stock = fresh("sd"), fresh("sd")
+    adapter = load_adapter(pipe, attention)
+    pipe.load_lora_weights(str(feed_forward), adapter_name="b")
+    stock.load_lora_weights(str(attention), adapter_name="a")
+    stock.load_lora_weights(str(feed_forward), adapter_name="b")
+    stock.set_adapters(["a", "b"], [1.0, 0.7])
+    pipe.set_adapters(["b"], [0.7])
+    for options in ({}, {"cross_attention_kwargs": {"scale": 0.5}}):
+        assert largest_difference(picture(pipe, **options), picture(stock, **options)) < 1e-4
+    adapter.eject()
+    pipe.unload_lora_weights()
+    assert torch.equal(picture(pipe), picture(fresh("sd")))
+    adapter = load_adapter(pipe, attention)
+    before = picture(pipe)
+    with pytest.raises(ValueError, match="AdaptedLayer"):
+        pipe.load_lora_weights(str(attention))
+    assert torch.equal(picture(pipe), before)
+
+
+def saved_at(folder: Path, targets: tuple[str, ...]) -> Path:
+    pipe = fresh("sd")
+    adapter = perturb(
+        inject_adapter(pipe.unet, AdapterConfig("lora", rank=4, alpha=6.0, target_modules=targets), seed=1)
+    )
+    return save_adapter(adapter, folder / f"{targets[0]}.safetensors")
+
+
+def test_a_copy_of_a_pipeline_has_an_adapter_of_its_own(family, paths):
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, paths[0], strength=0.7)
+    whole, half = picture(pipe), picture(pipe, cross_attention_kwargs={"scale": 0.5})
+    other = copy.copy(pipe)
+    for name in ("unet", *ENCODERS[family]):
+        setattr(other, name, copy.deepcopy(getattr(pipe, name)))
+    adapter.eject()
+    assert torch.equal(picture(other), whole)
+    assert torch.equal(picture(other, cross_attention_kwargs={"scale": 0.5}), half)
+    assert torch.equal(picture(pipe), picture(fresh(family)))
+
+
+def test_other_pipelines_of_the_same_models_draw_with_the_adapter(family, paths):
+    pipe = fresh(family)
+    load_adapter(pipe, paths[0])
+    other = type(pipe).from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(picture(other), picture(pipe))
+    half = {"cross_attention_kwargs": {"scale": 0.5}}
+    assert torch.equal(picture(other, **half), picture(pipe, **half))
+
+
+def test_a_pipeline_in_bfloat16_keeps_its_adapter_up_to_rounding(family, paths):
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, paths[0])
+    deltas = {path: update.delta_weight() for path, update in adapter.updates().items()}
+    pipe.to(torch.bfloat16)
+    for path, update in adapter.updates().items():
+        assert relative_error(update.delta_weight(), deltas[path]) < 0.02, path
+    assert torch.isfinite(picture(pipe)).all()
+    adapter.eject()
+    assert torch.equal(picture(pipe), picture(fresh(family).to(torch.bfloat16)))
+
+
+def test_a_compiled_denoiser_heeds_scale(tmp_path):
+    pipe = fresh("sd")
+    adapter = load_adapter(pipe, saved(tmp_path, "sd", "dora")[0])
+    half = {"cross_attention_kwargs": {"scale": 0.5}}
+    expected, whole = picture(pipe, **half), picture(pipe)
+    unet = pipe.unet
+    pipe.unet = torch.compile(unet, backend="eager")
+    assert largest_difference(picture(pipe, **half), expected) < 1e-4
+    assert largest_difference(picture(pipe), whole) < 1e-4
+    adapter.eject()
 
 
 def test_the_readmes_lines_run(tmp_path, monkeypatch):

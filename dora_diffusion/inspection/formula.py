@@ -8,7 +8,7 @@ from torch import Tensor
 from dora_diffusion.inspection.programs import Program
 from dora_diffusion.inspection.reading import FileModule
 
-__all__ = ["DoesNotFit", "program_update"]
+__all__ = ["DoesNotFit", "halves_swapped", "program_update"]
 
 
 class DoesNotFit(Exception):
@@ -16,9 +16,15 @@ class DoesNotFit(Exception):
 
 
 def program_update(
-    program: Program, module: FileModule, W0: Tensor, strength: float = 1.0, header_scale: float | None = None
+    program: Program,
+    module: FileModule,
+    W0: Tensor,
+    strength: float = 1.0,
+    header_scale: float | None = None,
+    swapped: bool = False,
 ) -> Tensor:
-    """W' - W0 [out, in, ...] as the program computes it. `header_scale` is s as the file's header has it.
+    """W' - W0 [out, in, ...] as the program computes it. `header_scale` is s as the file's header has it; `swapped`
+    says that the program brings B A into the order of a checkpoint whose halves have changed places.
 
     Raises DoesNotFit where the program's own code would fail.
     """
@@ -38,6 +44,8 @@ def program_update(
         m = _peft_shaped(W0.flatten(1).norm(dim=1), W0)
     if m is None:
         return strength * s * BA
+    if swapped and m.dim() > 0 and m.shape[0] == W0.shape[0]:
+        m = halves_swapped(m)  # it stays where it is while the rows change places; seen from them, it moves
     inside = strength if program.strength == "low rank" else 1.0
     V = W0 + inside * s * BA
     g = _ratio(program, m.double(), W0, V)
@@ -45,6 +53,11 @@ def program_update(
         return _product(V, 1 + strength * (g - 1)) - W0
     outside = strength if program.strength == "difference" else 1.0
     return outside * (_product(V, g) - W0)
+
+
+def halves_swapped(tensor: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
+    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def _down(module: FileModule) -> Tensor:

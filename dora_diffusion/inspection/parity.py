@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,15 @@ from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.diffusers import METADATA_KEY
 from dora_diffusion.formats.files import load_adapter
 from dora_diffusion.formats.names import locate
+from dora_diffusion.formats.original import WHOLE
 from dora_diffusion.formats.original import Part as Piece
-from dora_diffusion.formats.storage import read_safetensors
+from dora_diffusion.formats.places import find_file
+from dora_diffusion.formats.storage import read_header, read_safetensors
 from dora_diffusion.injection import Adapter, adaptable_layers, check_strength
 from dora_diffusion.inspection.formula import DoesNotFit, program_update
 from dora_diffusion.inspection.programs import PROGRAMS, Program
 from dora_diffusion.inspection.reading import FileModule, Reading, read_as, split_key
+from dora_diffusion.inspection.stock import read_by_diffusers
 from dora_diffusion.layers import DoRAUpdate, InputAxisDoRAUpdate
 from dora_diffusion.models.loading import Base
 from dora_diffusion.variants import UnscaledNormDoRAUpdate
@@ -35,6 +38,7 @@ __all__ = [
     "attached",
     "compare_programs",
     "evaluate",
+    "is_swapped",
     "knows",
     "refuse_marked",
 ]
@@ -113,12 +117,10 @@ def compare_programs(
     """
     strength = check_strength(strength)
     programs = tuple(program for program in programs if knows(program, base))
-    tensors, header = read_safetensors(Path(path))
-    refuse_marked(Path(path), header)
+    found, _ = find_file(path)
+    refuse_marked(found, read_header(found).metadata)
     with attached(base, path) as adapter:
-        updates = adapter.updates()
-        scale_of = (lambda layer: updates[layer].scale) if METADATA_KEY in header else None
-        return evaluate(programs, tensors, adapter, strength, scale_of)
+        return evaluate(programs, found, base, adapter, strength)
 
 
 def knows(program: Program, base: Base) -> bool:
@@ -145,29 +147,34 @@ def attached(base: Base, path: str | os.PathLike[str]) -> Iterator[Adapter]:
         adapter.eject()
 
 
-def evaluate(
-    programs: Sequence[Program],
-    tensors: Mapping[str, Tensor],
-    adapter: Adapter,
-    strength: float,
-    scale_of: Callable[[str], float] | None,
-) -> list[Parity]:
-    """The programs on a file with these tensors, whose meaning is what `adapter` computes; one layer at a time.
-
-    `scale_of` gives s of a layer as PEFT's configuration in the file's header has it; None for a file without.
-    """
+def evaluate(programs: Sequence[Program], path: Path, base: Base, adapter: Adapter, strength: float) -> list[Parity]:
+    """The programs on this file, whose meaning is what `adapter`, in the base, computes; one layer at a time."""
+    tensors, header = read_safetensors(path)
+    has_header, updates = METADATA_KEY in header, adapter.updates()
     anatomy = anatomy_of(adapter.model, {*adaptable_layers(adapter.model), *adapter.layers})
-    readings = [read_as(program, tensors, anatomy) for program in programs]
+    names = dict.fromkeys(split_key(key)[0] for key in tensors)
+    places = {name: pieces for name in names if (pieces := pieces_of(name, anatomy, adapter))}
+    readings = [
+        read_by_diffusers(path, tensors, base.pipe, lambda name: places.get(name, ()))
+        if program.asked
+        else read_as(program, tensors, anatomy)
+        for program in programs
+    ]
     taken = [{module.name: module for module in reading.modules} for reading in readings]
     layers: list[list[LayerParity]] = [[] for _ in programs]
-    for name in dict.fromkeys(split_key(key)[0] for key in tensors):
-        pieces = pieces_of(name, anatomy)
+    for name, pieces in places.items():
         true = true_update(pieces, adapter)
-        scale = scale_of(pieces[0].layer) if scale_of is not None and "." in name else None
-        for program, modules, found in zip(programs, taken, layers):
-            found += _layers(program, modules.get(name), pieces, true, strength, scale)
+        scale = updates[pieces[0].layer].scale if has_header and "." in name else None
+        for program, reading, modules, found in zip(programs, readings, taken, layers):
+            if not reading.by_layer:
+                moved = is_swapped(program, pieces, adapter)
+                found += _layers(program, modules.get(name), pieces, true, strength, scale, moved)
+                continue
+            for piece in pieces:
+                own = TrueUpdate(piece.rows.cut(true.weight), piece.rows.cut(true.delta))
+                found += _layers(program, modules.get(piece.layer), (Piece(piece.layer, WHOLE),), own, strength, None)
     return [
-        _judged(program, reading, found, adapter, scale_of is not None, strength)
+        _judged(program, reading, found, adapter, has_header, strength)
         for program, reading, found in zip(programs, readings, layers)
     ]
 
@@ -176,10 +183,15 @@ def _judged(
     program: Program, reading: Reading, layers: list[LayerParity], adapter: Adapter, has_header: bool, strength: float
 ) -> Parity:
     stopped = reading.refused
+    meant = {layer.layer for layer in layers}
+    strays = [module.name for module in reading.modules if reading.by_layer and module.name not in meant]
+    layers = layers + [LayerParity(name, 0.0, math.inf, math.inf, "the file is not for it") for name in strays]
     if program.on_error == "stop" and not stopped:
         stopped = next((f"fails at {layer.layer}: {layer.note}" for layer in layers if layer.note), "")
     read = 0 if stopped else sum(len(module.pieces) for module in reading.modules)
     reasons = () if stopped else _reasons(program, reading, layers, adapter, has_header)
+    if strays and not stopped:
+        reasons = (*reasons, f"changes {len(strays)} layers that the file is not for")
     return Parity(program, strength, tuple(layers), read, reading.dropped, stopped, reasons)
 
 
@@ -192,13 +204,15 @@ def _reasons(
     kinds = {type(update) for update in adapter.updates().values()}
     has_magnitudes = any(module.magnitude is not None or module.untrained for module in reading.modules)
     reasons = []
-    if missed := len(layers) - sum(len(module.pieces) for module in reading.modules):
+    if missed := len({layer.layer for layer in layers} - {p.layer for m in reading.modules for p in m.pieces}):
         reasons.append(f"does not read {missed} layers")
     if kinds & {DoRAUpdate, InputAxisDoRAUpdate, UnscaledNormDoRAUpdate} and not has_magnitudes:
         reasons.append("drops the magnitudes, which leaves a plain LoRA")
     if untrained := sum(module.untrained for module in reading.modules):
         reasons.append(f"loses the magnitudes of {untrained} layers of a text encoder, which stay ||W0||")
-    if skipped := sum(1 for layer in layers if layer.note):
+    if rescaled := _rescaled(reading, adapter):
+        reasons.append(f"gives {rescaled} layers another alpha / rank than the file's")
+    if skipped := sum(1 for layer in layers if layer.note and layer.size):
         reasons.append(f"leaves out {skipped} layers whose shapes it cannot compute")
     if has_header and not program.header:
         reasons.append("does not read alpha from the header")
@@ -207,9 +221,29 @@ def _reasons(
             reasons.append("takes the norm of the columns, not of the rows")
         elif program.output_norm == "W0":
             reasons.append("divides by ||W0||, not by ||W0 + s B A||")
+        if any(m.magnitude is not None and is_swapped(program, m.pieces, adapter) for m in reading.modules):
+            reasons.append("turns round the halves of a final layer's B A and not of its magnitude")
     if has_magnitudes and InputAxisDoRAUpdate in kinds and program.axis == "output":
         reasons.append("takes the norm of the rows, not of the columns")
     return tuple(reasons)
+
+
+def _rescaled(reading: Reading, adapter: Adapter) -> int:
+    """How many layers a program that was asked gives another s."""
+    updates = adapter.updates()
+    scales = (
+        {m.name: m.alpha / m.down.shape[0] for m in reading.modules if m.alpha is not None and m.down is not None}
+        if reading.by_layer
+        else {}
+    )
+    return sum(not math.isclose(s, updates[name].scale, rel_tol=1e-5) for name, s in scales.items() if name in updates)
+
+
+def is_swapped(program: Program, pieces: Sequence[Piece], adapter: Adapter) -> bool:
+    """Whether the program turns round the halves of this module's B A, which has the name and the rows of diffusers."""
+    last = getattr(getattr(adapter.model, "config", None), "num_layers", 0) - 1
+    names = program.swaps.get(model_of(type(adapter.model).__name__), ())
+    return not pieces[0].rows.swapped and pieces[0].layer in {name.format(last=last) for name in names}
 
 
 def _layers(
@@ -219,12 +253,13 @@ def _layers(
     true: TrueUpdate,
     strength: float,
     header_scale: float | None,
+    swapped: bool = False,
 ) -> list[LayerParity]:
     zero = torch.zeros(())
     updates, note = [zero, zero], ""
     if module is not None:
         try:
-            updates = [program_update(program, module, true.weight, w, header_scale) for w in (1.0, strength)]
+            updates = [program_update(program, module, true.weight, w, header_scale, swapped) for w in (1.0, strength)]
         except DoesNotFit as error:
             note = str(error)
     layers = []
@@ -243,9 +278,9 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return off / size if size else (0.0 if off == 0 else math.inf)
 
 
-def pieces_of(name: str, anatomy: Anatomy) -> tuple[Piece, ...]:
-    """The model's layers that a file's module of this name is."""
-    return locate(name, anatomy).parts
+def pieces_of(name: str, anatomy: Anatomy, adapter: Adapter) -> tuple[Piece, ...]:
+    """The adapter's layers that a file's module of this name is; none for what is no layer."""
+    return tuple(piece for piece in locate(name, anatomy).parts if piece.layer in adapter.layers)
 
 
 def true_update(pieces: tuple[Piece, ...], adapter: Adapter) -> TrueUpdate:

@@ -27,6 +27,20 @@ ORIGINAL = (
     "|double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
 )
 CLIP = r"text_model[._]encoder[._]layers[._]\d+[._](?:self_attn[._](?:[qkv]|out)_proj|mlp[._]fc[12])"
+# The layers of diffusers' transformers that ComfyUI finds by these names (flux_to_diffusers and mmdit_to_diffusers of
+# its comfy/utils.py); Chroma has FLUX.1's, so that its guidance layer is known by the checkpoint's own names alone.
+_BLOCKS = (
+    r"attn\.(?:to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+    r"|norm1(?:_context)?\.linear|ff(?:_context)?\.net\.(?:0\.proj|2)"
+)
+_OUTSIDE = (
+    r"context_embedder|time_text_embed\.(?:timestep|text|guidance)_embedder\.linear_[12]|norm_out\.linear|proj_out"
+)
+FLUX_LAYERS = (
+    rf"(?:transformer_blocks\.\d+\.(?:{_BLOCKS})|{_OUTSIDE}|x_embedder"
+    r"|single_transformer_blocks\.\d+\.(?:attn\.to_[qkv]|proj_mlp|norm\.linear|proj_out))"
+)
+SD3_LAYERS = rf"(?:transformer_blocks\.\d+\.(?:{_BLOCKS}|attn2\.(?:to_[qkv]|to_out\.0))|{_OUTSIDE}|pos_embed\.proj)"
 
 
 @dataclass(frozen=True)
@@ -41,11 +55,18 @@ class Spelling:
     lost: tuple[str, ...] = ()
 
 
+def _own_names(layers: str, models: tuple[Model, ...]) -> Spelling:
+    """These layers by diffusers' names, with their dots or flat."""
+    flat = layers.replace(r"\.", "_")
+    return Spelling(rf"transformer\.{layers}|(?:lycoris|lora_transformer)_{flat}", models)
+
+
 @dataclass(frozen=True)
 class Program:
     """One program's rules. W0 is the base's weight, V = W0 + s B A.
 
     knows        the models whose names for layers these rules have
+    asked        whether the program itself, installed here, says what it reads (`stock.py`), and not `spellings`
     parts        the keys' endings that it reads, and what it takes them for; all other keys are dropped
     scale        s: from the header ("lora_adapter_metadata"), from `.alpha` / rank, or 1 where there is none
     axis         which way a norm runs: over each output's row, over each input's column, or told from the magnitude's
@@ -55,6 +76,8 @@ class Program:
                  copied into [out, 1, ...]; "broadcast" whatever torch broadcasts, rightly or not
     strength     w: "difference" W0 + w (W' - W0); "low rank" w scales s inside V; "ratio" V (1 + w (m / n - 1))
     on_error     what a shape that does not fit leads to: the layer is left out, or nothing is loaded
+    swaps        layers, by their names in diffusers, whose two halves have changed places in the checkpoint: B A is
+                 brought into its order, a magnitude by output is not (where the file has the checkpoint's name, all is)
     strict       module names (a pattern) for which one key that it does not know makes it refuse the file
     bias         what happens to the layer's bias
     """
@@ -64,7 +87,8 @@ class Program:
     version: str
     sources: tuple[str, ...]
     read_on: str
-    spellings: tuple[Spelling, ...]
+    spellings: tuple[Spelling, ...] = ()
+    asked: bool = False
     knows: tuple[Model, ...] = EVERY
     parts: Mapping[str, Part] = field(default_factory=dict)
     header: bool = False
@@ -75,6 +99,7 @@ class Program:
     magnitude: Literal["peft", "copied", "broadcast"] = "broadcast"
     strength: Literal["difference", "low rank", "ratio"] = "difference"
     on_error: Literal["skip", "stop"] = "stop"
+    swaps: Mapping[Model, tuple[str, ...]] = field(default_factory=dict)
     strict: str = ""
     bias: str = "left as it is"
 
@@ -93,10 +118,17 @@ _PEFT: dict[str, Part] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
+_CHECKPOINTS_NAMES = Spelling(  # diffusers' are not found behind this
+    r"diffusion_model\.(?!(?:single_)?transformer_blocks\.|(?:down|up)_blocks\.|mid_block\.|norm_out\.).+",
+    ("unet", "sd3", "flux", "chroma", "flux2"),
+)
 _COMFY_SPELLINGS = (
     Spelling("lora_unet_.+", ("unet",)),
     Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3", "chroma", "flux2")),
-    Spelling("lycoris_.+", ("unet", "sd3", "flux", "chroma", "qwen", "z-image")),
+    Spelling(r"lora_unet_distilled_guidance_layer_(?:in|out)_proj", ("chroma",)),
+    Spelling("lycoris_.+", ("unet", "qwen", "z-image")),
+    _own_names(FLUX_LAYERS, ("flux", "chroma")),
+    _own_names(SD3_LAYERS, ("sd3",)),
     # FLUX.2's modulation, which no block has of its own, is found by the checkpoint's name alone.
     Spelling(r"(?:lycoris_|lora_transformer_|transformer\.)(?:single_)?transformer_blocks[._].+", ("flux2",)),
     # Behind this the checkpoint's own names are found: Qwen-Image's are diffusers', Z-Image has q, k and v in one.
@@ -109,9 +141,8 @@ _COMFY_SPELLINGS = (
         r"(?:unet\.)?(?!.*\.to_)(?:(?:down|up)_blocks\.|mid_block\.|time_embedding\.|add_embedding\.|conv_(?:in|out)$).*",
         ("unet",),
     ),
-    Spelling(r"diffusion_model\..+"),
-    Spelling(r"transformer\..+", ("sd3", "flux", "chroma")),
-    Spelling("lora_transformer_.+", ("sd3", "flux", "chroma")),
+    Spelling(r"diffusion_model\..+", ("qwen", "z-image", "other")),
+    _CHECKPOINTS_NAMES,
     Spelling(f"lora_te[12]?_{CLIP}"),
     Spelling(rf"text_encoder(?:_2)?\.{CLIP}"),
 )
@@ -121,6 +152,15 @@ _COMFY_KEYS: dict[str, Part] = {
     "lora_B.weight": "up",
     "lora.down.weight": "down",
     "lora.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+}
+# {last} is the number of the last block.
+_SWAPPED: dict[Model, tuple[str, ...]] = {
+    "flux": ("norm_out.linear",),
+    "sd3": ("norm_out.linear", "transformer_blocks.{last}.norm1_context.linear"),
 }
 
 PROGRAMS = (
@@ -134,20 +174,10 @@ PROGRAMS = (
             "https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/utils/peft_utils.py",
         ),
         read_on="2026-11-23",
-        spellings=(
-            Spelling(r"unet\..+", ("unet",)),
-            Spelling(r"transformer\..+", EVERY[1:]),
-            # transformers 5 loads these layers, and looks for a parameter's name with `.weight`.
-            Spelling(r"text_encoder(?:_2)?\..+", lost=("lora_magnitude_vector",)),
-            Spelling("lora_(?:unet|te|te1|te2)_.+", ("unet",)),
-            Spelling(f"lora_unet_{ORIGINAL}.*|lora_transformer_.+|lora_te1_.+", ("flux",)),
-        ),
-        # `dora_scale` is taken out of every file before anything else.
-        parts={**_PEFT, "lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"},
+        asked=True,
         header=True,
         magnitude="peft",
         strength="low rank",
-        strict="lora_(?:unet|te|te1|te2)_.+",
         bias="left as it is",
     ),
     Program(
@@ -179,6 +209,7 @@ PROGRAMS = (
         output_norm="W0",
         epsilon=FLOAT32_EPSILON,
         on_error="skip",
+        swaps=_SWAPPED,
     ),
     Program(
         name="forge",
@@ -191,10 +222,10 @@ PROGRAMS = (
         read_on="2026-11-23",
         spellings=(
             *(s for s in _COMFY_SPELLINGS if s.models in (("unet",), EVERY)),
+            _CHECKPOINTS_NAMES,
             Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3")),
-            Spelling("lycoris_.+", ("unet", "flux")),
-            Spelling(r"transformer\..+", ("flux",)),
-            Spelling("lora_transformer_.+", ("flux",)),
+            Spelling("lycoris_.+", ("unet",)),
+            _own_names(FLUX_LAYERS, ("flux",)),
         ),
         knows=FIRST,
         parts=_COMFY_KEYS,
@@ -202,6 +233,7 @@ PROGRAMS = (
         output_norm="W0",
         epsilon=FLOAT32_EPSILON,
         on_error="stop",
+        swaps=_SWAPPED,
     ),
     Program(
         name="a1111",

@@ -14,7 +14,7 @@ from dora_diffusion.formats.names import locate
 from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.inspection.programs import Program
 
-__all__ = ["FileModule", "Reading", "read_as", "split_key"]
+__all__ = ["FileModule", "Reading", "is_magnitude", "read_as", "split_key"]
 
 # Every ending that some dialect uses, the longest first, so that a module's name ends where its parameter's begins.
 _ENDINGS = sorted(
@@ -22,11 +22,13 @@ _ENDINGS = sorted(
         *("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "diff", "diff_b"),
         *("lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_B.default.weight", "lora_A", "lora_B"),
         *("lora.down.weight", "lora.up.weight", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
+        *("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
         *("magnitude", "weight_m_wdecomp.weight"),
     ),
     key=len,
     reverse=True,
 )
+_JOINED = ("_lora.down.weight", "_lora.up.weight")
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,31 @@ class FileModule:
 @dataclass(frozen=True)
 class Reading:
     """The modules that a program takes up, the endings of the keys that it drops with their number, and why it gave up
-    on the whole file, if it did."""
+    on the whole file, if it did. `by_layer`: the modules are the model's layers by their names, not the file's."""
 
     modules: tuple[FileModule, ...]
     dropped: Mapping[str, int] = field(default_factory=dict)
     refused: str = ""
+    by_layer: bool = False
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """A key's module and its ending: `lora_unet_x.alpha` is `lora_unet_x` and `alpha`."""
+    """A key's module and its ending: `lora_unet_x.alpha` is `lora_unet_x` and `alpha`.
+
+    Old diffusers joined the two with an underscore: `to_q_lora.down.weight` is `to_q` and `_lora.down.weight`.
+    """
+    for joined in _JOINED:
+        if key.endswith(joined):
+            return key[: -len(joined)], joined
     for ending in _ENDINGS:
         if key.endswith("." + ending):
             return key[: -len(ending) - 1], ending
     module, _, ending = key.rpartition(".")
     return module, ending
+
+
+def is_magnitude(ending: str) -> bool:
+    return ending == "dora_scale" or "magnitude" in ending or ending == "weight_m_wdecomp.weight"
 
 
 def read_as(program: Program, tensors: Mapping[str, Tensor], anatomy: Anatomy) -> Reading:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +17,20 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
-from dora_diffusion.formats import diffusers, kohya
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.files import read_adapter_file
+from dora_diffusion.formats.original import WHOLE
+from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.storage import read_header
 from dora_diffusion.formats.writing import Layout, file_layer, file_of, write_adapter_file
 from dora_diffusion.injection import Adapter, AdapterConfig, check_strength
-from dora_diffusion.inspection.parity import RIGHT, Parity, attached, evaluate, knows, refuse_marked
+from dora_diffusion.inspection.formula import halves_swapped
+from dora_diffusion.inspection.parity import RIGHT, Parity, attached, evaluate, is_swapped, knows, refuse_marked
 from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
 from dora_diffusion.layers import DoRAUpdate
 from dora_diffusion.models.loading import Base
+from dora_diffusion.outputs import make_folder
 
 __all__ = ["FORMS", "Form", "Repaired", "Unrepairable", "repair"]
 
@@ -38,7 +42,7 @@ class Form:
     name: str
     meaning: str
     layout: Layout
-    change: Callable[[AdapterFile, Adapter], AdapterFile | None]
+    change: Callable[[AdapterFile, Adapter, Program], AdapterFile | None]
 
 
 @dataclass(frozen=True)
@@ -77,18 +81,19 @@ def repair(
     refuse_marked(Path(path), read_header(Path(path)).metadata)
     description = read_adapter_file(path).description
     tried = []
-    with attached(base, path) as adapter, torch.no_grad():
+    beside = tempfile.TemporaryDirectory(dir=make_folder(out.parent), prefix=f".{out.stem}.")
+    with attached(base, path) as adapter, torch.no_grad(), beside as folder:
+        written = Path(folder) / out.name
         training = description.training if description else None
         file = file_of(adapter, out, training=training, base_name=description.base.name if description else None)
         for one in FORMS if form is None else (_form_named(form),):
-            changed = one.change(file, adapter)
+            changed = one.change(file, adapter, program)
             if changed is None:
                 tried.append(f"{one.name} cannot hold this adapter")
                 continue
-            found = _check(one, changed, adapter, program, strength)
+            found = _check(one, _marked(one, changed, program), written, base, adapter, program, strength)
             if found is not None and found.right and found.right_at_strength:
-                conversion: dict[str, str | int | float | None] = {"repaired_for": program.name, "form": one.name}
-                write_adapter_file(_marked(one, changed, program), out, one.layout, conversion)
+                written.replace(out)
                 return Repaired(out, one, found.worst.error)
             tried.append(f"{one.name}: {_outcome(found)}")
     at = "" if strength == 1 else f" at strength 1 and at {strength:g}"
@@ -98,13 +103,16 @@ def repair(
     )
 
 
-def _check(form: Form, file: AdapterFile, adapter: Adapter, program: Program, strength: float) -> Parity | None:
+def _check(
+    form: Form, file: AdapterFile, path: Path, base: Base, adapter: Adapter, program: Program, strength: float
+) -> Parity | None:
+    """Write the form and see what the program makes of it; None for what the layout cannot hold."""
+    conversion: dict[str, str | int | float | None] = {"repaired_for": program.name, "form": form.name}
     try:
-        tensors = diffusers.to_keys(file) if form.layout == "diffusers" else kohya.to_keys(file)[0]
-    except AdapterFileError:  # what the layout cannot hold
+        write_adapter_file(file, path, form.layout, conversion)
+    except AdapterFileError:
         return None
-    scale_of = (lambda layer: file.scale_of(file_layer(layer))) if form.layout == "diffusers" else None
-    return evaluate((program,), tensors, adapter, strength, scale_of)[0]
+    return evaluate((program,), path, base, adapter, strength)[0]
 
 
 def _outcome(found: Parity | None) -> str:
@@ -112,7 +120,8 @@ def _outcome(found: Parity | None) -> str:
         return "cannot hold this adapter"
     if found.stopped or not found.read:
         return found.stopped or "none of it is read"
-    return f"relative error {max(max(x.error, x.error_at_strength) for x in found.layers):.2g} in the worst layer"
+    worst = max(found.layers, key=lambda layer: max(layer.error, layer.error_at_strength))
+    return f"relative error {max(worst.error, worst.error_at_strength):.2g} in {worst.layer}, the worst layer"
 
 
 def _form_named(name: str) -> Form:
@@ -125,12 +134,15 @@ def _form_named(name: str) -> Form:
     raise ConfigError(f"there is no form {name!r} to write; the forms are {', '.join(names)}.{hint}")
 
 
-def _as_it_is(file: AdapterFile, adapter: Adapter) -> AdapterFile:
+def _as_it_is(file: AdapterFile, adapter: Adapter, program: Program) -> AdapterFile:
     return file
 
 
-def _compensated(file: AdapterFile, adapter: Adapter) -> AdapterFile | None:
-    """m ||W0|| / ||V|| as the magnitude: dividing it by ||W0||, as ComfyUI does, gives m / ||V||."""
+def _compensated(file: AdapterFile, adapter: Adapter, program: Program) -> AdapterFile | None:
+    """m ||W0|| / ||V|| as the magnitude: dividing it by ||W0||, as ComfyUI does, gives m / ||V||.
+
+    Its halves change places where the program turns round B A alone.
+    """
     updates = adapter.updates()
     if any(type(update) is not DoRAUpdate for update in updates.values()):
         return None
@@ -141,17 +153,19 @@ def _compensated(file: AdapterFile, adapter: Adapter) -> AdapterFile | None:
         n0, n = W0.flatten(1).norm(dim=1), V.flatten(1).norm(dim=1)
         factor = torch.where(n > 0, (n0 + FLOAT32_EPSILON) / n.clamp_min(1e-300), 0.0)
         name = f"{file_layer(path)}.magnitude"
-        tensors[name] = (tensors[name].double() * factor.cpu()).float()
+        magnitude = (tensors[name].double() * factor.cpu()).float()
+        moved = is_swapped(program, (Piece(path, WHOLE),), adapter)
+        tensors[name] = halves_swapped(magnitude) if moved else magnitude
     return replace(file, tensors=tensors)
 
 
-def _difference(file: AdapterFile, adapter: Adapter) -> AdapterFile:
+def _difference(file: AdapterFile, adapter: Adapter, program: Program) -> AdapterFile:
     updates = adapter.updates().items()
     tensors = {f"{file_layer(path)}.difference": update.delta_weight().cpu() for path, update in updates}
     return replace(file, tensors=tensors, config=replace(file.config, kind="full"))
 
 
-def _full_rank(file: AdapterFile, adapter: Adapter) -> AdapterFile:
+def _full_rank(file: AdapterFile, adapter: Adapter, program: Program) -> AdapterFile:
     """A plain LoRA whose B A is dW: A or B is the identity, whichever is smaller."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}

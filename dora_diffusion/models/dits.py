@@ -6,6 +6,11 @@ what flow matching asks for, noise less picture, in x's shape.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
@@ -81,7 +86,33 @@ def predict_chroma(transformer: nn.Module, x: Tensor, t: Tensor, conditioning: C
     # The mask goes on over the picture's tokens, none of which is masked.
     embeds, mask = conditioning.tensors["encoder_hidden_states"], conditioning.tensors["mask"]
     mask = torch.cat([mask, mask.new_ones(len(x), x.shape[-2] // 2 * (x.shape[-1] // 2))], 1)
-    return _packed(transformer, x, t, encoder_hidden_states=embeds, attention_mask=mask)
+    with _checkpointed_with(transformer, attention_mask=mask):
+        return _packed(transformer, x, t, encoder_hidden_states=embeds, attention_mask=mask)
+
+
+@contextmanager
+def _checkpointed_with(transformer: nn.Module, **told: Tensor) -> Iterator[None]:
+    """Gradient checkpointing that tells every block this too, unless it is told already.
+
+    diffusers 0.42 leaves the mask out of its calls of Chroma's single blocks, where they are checkpointed. The blocks
+    are computed again in the backward pass, so what they are told stays with each call.
+    """
+    plain = getattr(transformer, "_gradient_checkpointing_func", None)
+    if plain is None:
+        yield
+        return
+
+    def telling(block: nn.Module, *given: object) -> object:
+        known = inspect.signature(block.forward).bind(*given).arguments
+        return plain(
+            functools.partial(block, **{name: value for name, value in told.items() if name not in known}), *given
+        )
+
+    transformer._gradient_checkpointing_func = telling  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        transformer._gradient_checkpointing_func = plain
 
 
 def _packed(

@@ -99,7 +99,7 @@ def test_diffusers_refuses_a_file_of_differences_as_the_rules_say(base, peft_fil
     with pytest.raises(ValueError, match="have not been correctly renamed"):
         in_diffusers(path, 1.0)
     parity = by_rules(path, base, "diffusers")
-    assert parity.stopped.startswith("refuses the file: it does not know the key 'lora_unet_")
+    assert parity.stopped.startswith("refuses the file: The following keys have not been correctly renamed: lora_unet_")
     assert not parity.right and parity.read == 0
 
 
