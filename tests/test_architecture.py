@@ -16,6 +16,7 @@ ORDER = (
     "memory",
     "quiet",
     "outputs",
+    "lettering",
     "packed",
     "products",
     "frozen",

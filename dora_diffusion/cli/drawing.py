@@ -82,7 +82,7 @@ def compare(
     """Draw the base and each adapter side by side, on the same prompts and seeds."""
     from dora_diffusion.comparison.compare import CompareRequest, columns_of
     from dora_diffusion.comparison.compare import compare as draw
-    from dora_diffusion.comparison.grid import draw_grid
+    from dora_diffusion.comparison.grid import draw_grid, grid_note
     from dora_diffusion.comparison.report import write_report
     from dora_diffusion.comparison.request import parse_size
     from dora_diffusion.console import show_cells
@@ -110,5 +110,7 @@ def compare(
         save_png(cell.image, out / "pictures" / f"{cell.column}-{name}", metadata)
         cells.append(cell)
     console.print(str(save_png(draw_grid(request, cells), out / "comparison.png")))
+    if note := grid_note(request):
+        console.print(note, style="yellow", markup=False)
     html = write_report("Side by side", request, cells, base_name=loaded.label)
     console.print(str(write_text(out / "report.html", html)))

@@ -29,6 +29,7 @@ def inspect_files(
     """Look inside adapter files: what they are and, with a base, what they changed in it."""
     from dora_diffusion.inspection import look, tables
     from dora_diffusion.inspection.plots import draw_analyses
+    from dora_diffusion.lettering.fonts import note_on_missing
     from dora_diffusion.models.loading import load_base
     from dora_diffusion.outputs import save_png
 
@@ -47,6 +48,8 @@ def inspect_files(
             tables.print_analysis(console, analysis)
     if plot is not None:
         console.print(f"The plot is in {plot}.")
+        if note := note_on_missing([analysis.name for analysis in analyses]):
+            console.print(note, style="yellow", markup=False)
 
 
 @app.command()

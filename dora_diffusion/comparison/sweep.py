@@ -35,7 +35,7 @@ def sweep_request(
     if size > MOST_PICTURES:
         raise ConfigError(f"{size} pictures are more than the {MOST_PICTURES} of one sweep. Give fewer of something.")
     columns = tuple(
-        Column(f"{named.label} {strength:g}", named.path, strength)
+        Column(named.label, named.path, strength)
         for named in columns_of(adapters)
         for strength in strengths
     )

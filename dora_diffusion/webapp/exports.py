@@ -30,7 +30,8 @@ def export_files(shown: Shown, album: Album, studio: Studio) -> tuple[Path, Path
     return grid, album.add_text(html, "html")
 
 
-def export_links(grid: Path, report: Path) -> str:
+def export_links(grid: Path, report: Path, note: str = "") -> str:
+    """`note` is what must be said of the grid."""
     links = (
         (grid, "comparison.png", "Labelled grid (PNG)"),
         (report, "comparison.html", "Everything in one HTML file"),
@@ -38,7 +39,11 @@ def export_links(grid: Path, report: Path) -> str:
     items = "".join(
         f"<a class='dd-link' href='{url_of(path)}' download='{name}'>{escape(text)}</a>" for path, name, text in links
     )
-    return f"<div class='dd-links'>{items}<span>A picture of the grid is saved by clicking it.</span></div>"
+    return (
+        f"<div class='dd-links'>{items}<span>A picture of the grid is saved by clicking it.</span>"
+        + (f"<span class='dd-warn'>{escape(note)}</span>" if note else "")
+        + "</div>"
+    )
 
 
 def command_line(request: CompareRequest, studio: Studio) -> str:
