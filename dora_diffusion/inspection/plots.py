@@ -101,9 +101,9 @@ class Pen:
 def _scatter(pen: Pen, analysis: Analysis, name: str, colour: str, box: Box) -> None:
     points = [(layer.direction_change, layer.magnitude_change) for layer in analysis.layers]
     line = fit(points)
-    note = "" if line is None else f"correlation {line[2]:+.2f}"
+    note = "" if line is None else f", correlation {line[2]:+.2f}"
     pen.text(box[0] + LEFT, box[1] + 2, name, INK, 15)
-    pen.text(box[0] + LEFT, box[1] + 24, f"{analysis.kind}, {len(points)} layers   {note}", FAINT, 12)
+    pen.text(box[0] + LEFT, box[1] + 24, f"{analysis.kind}, {len(points)} layers{note}", FAINT, 12)
     x = _axis([p[0] for p in points], "change of direction: mean 1 - cos")
     y = _axis([p[1] for p in points], "change of magnitude: mean |m' - m0|")
     inside = _frame(pen, box, x, y)
