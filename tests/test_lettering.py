@@ -1,4 +1,4 @@
-"""Text in pictures: every script that a font of the machine has, words for the rest, and labels that are never alike."""
+"""Text in pictures: every script that the machine has a font for, words for the rest, and labels that differ."""
 
 from __future__ import annotations
 

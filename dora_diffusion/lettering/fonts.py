@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 __all__ = ["Lettering", "clusters", "note_on_missing", "readable"]
 
 # Sans-serif faces of many characters, of Linux, macOS and Windows; then every other font of the machine.
-PREFERRED = (
+PREFERRED = (  # noqa: SIM905 - a list of them is forty lines
     "dejavusans sourcesanspro-regular notosans-regular liberationsans-regular arial segoeui helvetica arialunicode "
     "notosanscjk-regular sourcehansans-regular wqy-microhei wqy-zenhei pingfang hiraginosansgb msyh yugothr meiryo "
     "malgun applesdgothicneo nirmala leelawui symbola notosanssymbols2-regular seguisym applesymbols "

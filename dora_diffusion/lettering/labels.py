@@ -1,4 +1,4 @@
-"""Labels that say which is which: those that are too long are shortened where they are alike, never where they differ."""
+"""Labels that say which is which: long ones are shortened where they are alike, never where they differ."""
 
 from __future__ import annotations
 

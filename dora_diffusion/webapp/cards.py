@@ -95,7 +95,8 @@ def inspection(shelved: list[Shelved], studio: Studio) -> str:
     label = "change of magnitude against change of direction, a point for each layer, and the spectra of the changes"
     return (
         f"<figure class='dd-plot'><a href='{url_of(plot)}' target='_blank'><img src='{url_of(plot)}' alt='{label}'></a>"
-        f"<figcaption>{label} <span class='dd-warn'>{escape(note)}</span></figcaption></figure><div class='dd-cards'>{tables}</div>"
+        f"<figcaption>{label} <span class='dd-warn'>{escape(note)}</span></figcaption></figure>"
+        f"<div class='dd-cards'>{tables}</div>"
     )
 
 

@@ -16,10 +16,10 @@ from dora_diffusion.webapp.studio import Studio
 __all__ = ["command_line", "export_files", "export_links"]
 
 
-def export_files(shown: Shown, album: Album, studio: Studio) -> tuple[Path, Path]:
-    """The grid as a PNG that restores the request, and the report with all pictures inside."""
+def export_files(shown: Shown, album: Album, studio: Studio) -> tuple[Path, Path, str]:
+    """The grid as a PNG that restores the request, the report with all pictures inside, and what is to say of them."""
     ready()
-    from dora_diffusion.comparison.grid import draw_grid
+    from dora_diffusion.comparison.grid import draw_grid, grid_note
     from dora_diffusion.comparison.report import write_report
 
     cells = [placed.cell() for placed in shown.cells]
@@ -27,7 +27,7 @@ def export_files(shown: Shown, album: Album, studio: Studio) -> tuple[Path, Path
     grid = album.add(draw_grid(shown.request, cells), metadata_of(record))
     command = command_of(shown.request, studio.base_name, studio.packing)
     html = write_report("Side by side", shown.request, cells, base_name=studio.base_label, commands=(command,))
-    return grid, album.add_text(html, "html")
+    return grid, album.add_text(html, "html"), grid_note(shown.request)
 
 
 def export_links(grid: Path, report: Path, note: str = "") -> str:

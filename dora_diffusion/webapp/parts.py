@@ -15,6 +15,7 @@ __all__ = [
     "LATEST",
     "QUIET",
     "adapter_choices",
+    "changed",
     "checklist",
     "chip",
     "error_panel",
@@ -92,6 +93,12 @@ def adapter_choices(shelved: Sequence[Shelved], chosen: str | None, nothing: tup
     """A list to choose from, `nothing` first; what is chosen and no longer there is let go."""
     offered = [nothing, *((each.label, each.key) for each in shelved)]
     return gr.update(choices=offered, value=chosen if chosen in {key for _, key in offered} else "")
+
+
+def changed(text: str) -> object:
+    """The update of the mark on pictures that no longer fit the form; hidden where there is nothing to say."""
+    html = f"<p class='dd-changed' role='status'>{escape(text)}</p>" if text else ""
+    return gr.update(value=html, visible=bool(text))
 
 
 def status_line(text: str, busy: bool = False) -> str:

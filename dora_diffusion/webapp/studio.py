@@ -12,6 +12,7 @@ from dora_diffusion.webapp.drawing import Painter
 from dora_diffusion.webapp.jobs import TrainingJob, TrainingJobs
 from dora_diffusion.webapp.pictures import Albums
 from dora_diffusion.webapp.runs import Runs
+from dora_diffusion.webapp.seen import Seen
 from dora_diffusion.webapp.shelf import Shelf
 
 __all__ = ["EMBEDDED_NAME", "Studio"]
@@ -31,6 +32,7 @@ class Studio:
     shelf: Shelf
     runs: Runs
     albums: Albums
+    seen: Seen
 
     @classmethod
     def open(cls, outputs: Path, base_name: str = EMBEDDED_NAME, packing: Packing | None = None) -> Studio:
@@ -47,6 +49,7 @@ class Studio:
             Shelf(outputs, visitors, with_samples=base_name == EMBEDDED_NAME),
             Runs(visitors),
             Albums(outputs / "web" / "pictures"),
+            Seen(),
         )
 
     @property
