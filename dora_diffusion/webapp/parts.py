@@ -10,6 +10,7 @@ import gradio as gr
 from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.webapp.jobs import JobState
 from dora_diffusion.webapp.shelf import Shelved
+from dora_diffusion.webapp.wording import in_form_words
 
 __all__ = [
     "LATEST",
@@ -76,7 +77,7 @@ def error_panel(error: DoraDiffusionError | None) -> str:
     headline = HEADLINES.get(type(error).__name__, "That did not work")
     return (
         f"<div class='dd-error' role='alert'><b>{headline}</b>"
-        f"<pre>{escape(str(error))}</pre><small>Nothing you entered was lost.</small></div>"
+        f"<pre>{escape(in_form_words(str(error)))}</pre><small>Nothing you entered was lost.</small></div>"
     )
 
 
@@ -86,7 +87,7 @@ def panel(error: DoraDiffusionError | None) -> object:
 
 
 def toast(error: DoraDiffusionError) -> None:
-    gr.Warning(escape(str(error).partition("\n")[0]), title="That did not work")
+    gr.Warning(escape(in_form_words(str(error)).partition("\n")[0]), title="That did not work")
 
 
 def adapter_choices(shelved: Sequence[Shelved], chosen: str | None, nothing: tuple[str, str]) -> object:
@@ -111,7 +112,8 @@ def checklist(lines: Mapping[str, bool | None]) -> str:
     if not lines:
         return ""
     items = "".join(
-        f"<li class='{MARKS[good]}'>{escape(line).replace(chr(10), '<br>')}</li>" for line, good in lines.items()
+        f"<li class='{MARKS[good]}'>{escape(in_form_words(line)).replace(chr(10), '<br>')}</li>"
+        for line, good in lines.items()
     )
     return f"<ul class='dd-checks' aria-label='before the start'>{items}</ul>"
 
