@@ -24,6 +24,7 @@ from dora_diffusion.webapp.visitors import visitor_of
 
 __all__ = ["CompareTab"]
 
+SWEEP = "A sweep: its prompts, seeds and strengths are those of its own form below, not those above."
 Update = tuple[object, ...]
 
 
@@ -256,7 +257,7 @@ class CompareTab:
 def _mark(shown: Shown, names: list[str]) -> str:
     """In words, that these settings are others than those of the pictures."""
     if not names:
-        return ""
+        return SWEEP if shown.is_sweep else ""
     listed = ", ".join(names)
     if shown.is_example:
         return f"The form asks for other pictures than this example ({listed}): press Compare to draw them."

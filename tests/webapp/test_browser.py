@@ -220,9 +220,9 @@ def test_what_no_longer_fits_the_form_is_marked_however_it_was_changed(page):
     quick(page)
     compare(page, 3)
     page.wait_for_function(f"() => !({changed})()")
-    set_number(page, "#second-strength", "0.5")
+    page.fill("#second-strength input[type=number]", "0.5")  # typed, and the field not left: that draws again
     page.wait_for_function(f"() => ({changed})().includes('Settings changed (strength)')")
-    set_number(page, "#second-strength", "1")
+    page.fill("#second-strength input[type=number]", "1")
     page.wait_for_function(f"() => !({changed})()")
     page.focus("#first-strength input[type=range]")
     page.keyboard.press("ArrowLeft")

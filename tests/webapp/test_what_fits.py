@@ -55,7 +55,8 @@ def test_a_sweep_is_marked_by_its_own_form_and_a_strength_of_the_other_does_not_
     sweep = list(tabs.compare.sweep(*SWEEP, *pair, 2, "2", "", "", PAGE))
     shown = shown_in(sweep)
     assert shown.is_sweep and sweep[0][8]["value"] == GRID
-    assert not tabs.compare.mark(PAGE, shown, *asked(pair, prompt="x", first_strength=0.3))["visible"]
+    unchanged = tabs.compare.mark(PAGE, shown, *asked(pair, prompt="x", first_strength=0.3))["value"]
+    assert "A sweep" in unchanged and "changed" not in unchanged.split(">", 1)[1]
     for form in (
         (*asked(pair)[:10], "cat\ndog", "1", "0.5, 1"),
         (*asked(pair)[:10], "cat", "1", "0.5"),
