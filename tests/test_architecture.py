@@ -21,6 +21,7 @@ ORDER = (
     "stopping",
     "outputs",
     "journal",
+    "lettering",
     "packed",
     "products",
     "frozen",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ from PIL import Image
 from dora_diffusion import AdapterConfig, inject_adapter, save_adapter
 from dora_diffusion.comparison.compare import BASE, Cell, Column, CompareRequest, columns_of, compare, mean_difference
 from dora_diffusion.comparison.curves import Curve
+from dora_diffusion.comparison.export import command_of
 from dora_diffusion.comparison.grid import draw_grid
 from dora_diffusion.comparison.report import write_report
+from dora_diffusion.comparison.request import written_number
+from dora_diffusion.comparison.sweep import sweep_request
 from dora_diffusion.errors import AdapterFileError, ConfigError, PromptError
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.models.loading import Base
@@ -159,6 +163,62 @@ def test_headings_that_are_wider_than_a_picture_do_not_run_into_each_other() -> 
     columns = np.flatnonzero((grid[pictures[5]] != 255).any(-1))
     gaps = np.setdiff1d(np.arange(columns[0], columns[-1]), columns)
     assert len(gaps) == 2 * 8 and (header[:, gaps] == 255).all() and (header < 100).any()
+
+
+def row_labels(prompts: tuple[str, ...]) -> list[bytes]:
+    """What the grid draws beside each row."""
+    request = CompareRequest(prompts, (1,), (Column("DoRA", Path("dora")),))
+    grid = draw_grid(request, cells_of(request))
+    whole = np.asarray(grid).astype(int)
+    rows = np.flatnonzero((np.abs(whole - [255, 165, 0]).sum(-1) < 3).any(1))
+    tops = [rows[0], *rows[1:][np.diff(rows) > 1]]
+    return [grid.crop((0, top, 190, top + 170)).tobytes() for top in tops]
+
+
+ALIKE = "a very long prompt about a small cat in the grass that sits beside an old house, painted in oil, " * 5
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        (ALIKE + "blue", ALIKE + "pink"),
+        (ALIKE + "blue " + ALIKE, ALIKE + "pink " + ALIKE),
+        ("é", "ß", "Ж", "\U0010fffe"),
+        ("漢", "字", "🦊", "🐱"),
+        ("x" * 400 + "a" + "x" * 400, "x" * 400 + "b" + "x" * 400),
+    ],
+)
+def test_rows_of_different_prompts_have_different_labels(prompts: tuple[str, ...]) -> None:
+    labels = row_labels(prompts)
+    assert len(labels) == len(set(labels)) == len(prompts)
+
+
+def headings(request: CompareRequest) -> list[bytes]:
+    grid = draw_grid(request, cells_of(request))
+    return [grid.crop((x := 16 + 190 + i * 170, 0, x + 160, 74)).tobytes() for i in range(len(request.columns))]
+
+
+def test_columns_that_differ_have_different_headings_in_the_grid_the_report_and_the_captions(
+    files: tuple[Path, Path],
+) -> None:
+    strengths = (0.5, 0.1234567, 0.1234568)
+    request = sweep_request(["a cat"], [1], strengths, files)
+    assert len(set(headings(request))) == len(set(request.headings)) == 7
+    html = write_report("A", request, cells_of(request), base_name="emoji")
+    assert all(f"<th>{heading}" in html for heading in request.headings) and html.count("<td>lora.safetensors") == 1
+    long = "DoRA a-run-with-quite-a-long-name-{}/dora"
+    names = tuple(Column(long.format(i), Path(str(i))) for i in range(4))
+    assert len(set(headings(CompareRequest(("a cat",), (1,), names)))) == 5
+
+
+def test_numbers_are_written_with_all_their_digits(files: tuple[Path, Path]) -> None:
+    for value in (0.5, 1.0, 0.1234567, 1 / 3, 1e-9, 1.5):
+        assert float(written_number(value)) == value
+    assert written_number(1.0) == "1" and written_number(0.5) == "0.5"
+    request = request_of(files, adapters=columns_of(files, [1 / 3, 0.1234567]), guidance_scale=7.0000001)
+    words = shlex.split(command_of(request, "emoji"))
+    given = [float(words[i + 1]) for i, word in enumerate(words) if word in ("--strength", "--guidance")]
+    assert given == [1 / 3, 0.1234567, 7.0000001]
 
 
 def test_the_report_is_one_file_that_asks_for_nothing_else(files: tuple[Path, Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import bases
@@ -252,6 +253,18 @@ def test_a_plot_of_one_layer_or_none_that_moved_can_be_drawn():
     for points in ([(0.5, 0.25)], [(0.0, 0.0)] * 4, [(0.1, 0.3)] * 5):
         assert draw_analyses([analysis_of(points, "LoRA")]).width > 300
     assert draw_analyses([analysis_of([(0.1, 0.2)] * 3, f"file {i}") for i in range(7)]).height > 900
+
+
+def test_panels_and_legend_name_files_apart_that_differ_late_or_in_other_scripts():
+    long = "a-run-with-quite-a-long-name-of-its-own-and-more-words-"
+    names = [long + "evening", long + "morning", "Straße", "Strase", "вечер", "漢", "字"]
+    analyses = [replace(analysis_of([(0.1, 0.2)] * 3, "LoRA"), name=name) for name in names]
+    image = draw_analyses(analyses)
+    titles = [(22 + i % 3 * 374 + 66, 22 + i // 3 * 334) for i in range(len(names))]
+    assert len({image.crop((x, y, x + 274, y + 22)).tobytes() for x, y in titles}) == len(names)
+    legend = np.asarray(draw_analyses(analyses[:2]).convert("L"))[22 + 334 + 24 : 22 + 334 + 42]
+    right = draw_analyses([analyses[0], analyses[0]]).convert("L")
+    assert (legend != np.asarray(right)[22 + 334 + 24 : 22 + 334 + 42]).any() and (legend[:, -22:] == 255).all()
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.00037, 0.0021), (-5, 320), (7, 7), (0, 0), (1e-9, 2e-9), (999, 1001)])

@@ -91,7 +91,7 @@ def compare(
     """Draw the base and each adapter side by side, on the same prompts and seeds."""
     from dora_diffusion.comparison.compare import CompareRequest, columns_of
     from dora_diffusion.comparison.compare import compare as draw
-    from dora_diffusion.comparison.grid import draw_grid
+    from dora_diffusion.comparison.grid import draw_grid, grid_note
     from dora_diffusion.comparison.report import write_report
     from dora_diffusion.comparison.request import parse_size
     from dora_diffusion.console import show_cells
@@ -127,5 +127,7 @@ def compare(
         save_png(cell.image, out / "pictures" / name, metadata)
         cells.append(cell)
     console.say(printable(save_png(draw_grid(request, cells), out / "comparison.png")))
+    if note := grid_note(request):
+        console.say((note, "yellow"))
     html = write_report("Side by side", request, cells, base_name=loaded.label)
     console.say(printable(write_text(out / "report.html", html)))

@@ -34,6 +34,7 @@ def inspect_files(
     from dora_diffusion.inspection import look, tables
     from dora_diffusion.inspection.changes import check_source
     from dora_diffusion.inspection.plots import draw_analyses
+    from dora_diffusion.lettering.fonts import note_on_missing
     from dora_diffusion.models.loading import load_base
     from dora_diffusion.outputs import check_output, save_png
 
@@ -56,6 +57,8 @@ def inspect_files(
             tables.print_analysis(console, analysis)
     if plot is not None:
         console.say(f"The plot is in {printable(plot)}.")
+        if note := note_on_missing([analysis.name for analysis in analyses]):
+            console.say((note, "yellow"))
 
 
 @command()

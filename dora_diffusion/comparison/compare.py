@@ -12,12 +12,13 @@ from PIL import Image
 
 from dora_diffusion.comparison.cache import PictureCache, file_digest
 from dora_diffusion.comparison.metrics import mean_difference
-from dora_diffusion.comparison.request import BASE, Cell, Column, CompareRequest, one_for_each
+from dora_diffusion.comparison.request import BASE, Cell, Column, CompareRequest, one_for_each, written_number
 from dora_diffusion.errors import AdapterMismatchError
 from dora_diffusion.formats.description import identify_base
 from dora_diffusion.formats.files import AdapterFile, attach, fit_of, read_adapter_file
 from dora_diffusion.generation import OnStep, check_prompt, generate
 from dora_diffusion.injection import Adapter
+from dora_diffusion.lettering.labels import named_apart
 from dora_diffusion.models.loading import Base
 
 __all__ = ["BASE", "Cell", "Column", "CompareRequest", "columns_of", "compare", "mean_difference"]
@@ -28,8 +29,8 @@ def columns_of(paths: Sequence[Path], strengths: Sequence[float] | None = None) 
     strengths = one_for_each(paths, strengths)
     kinds = [read_adapter_file(path).config.kind_label for path in paths]
     labels = [
-        kind if kinds.count(kind) == 1 else f"{kind} {path.parent.name}/{path.stem}"
-        for kind, path in zip(kinds, paths, strict=True)
+        kind if kinds.count(kind) == 1 else f"{kind} {name}"
+        for kind, name in zip(kinds, named_apart(paths, folders_at_least=1), strict=True)
     ]
     return tuple(Column(*column) for column in zip(labels, paths, strengths, strict=True))
 
@@ -134,4 +135,4 @@ def _mark(each: _Ready) -> tuple[str, float]:
 def _caption(column: Column, file: AdapterFile | None, seed: int) -> str:
     if file is None:
         return f"{column.label} · seed {seed}"
-    return f"{column.label} · rank {file.config.rank} · strength {column.strength:g} · seed {seed}"
+    return f"{column.label} · rank {file.config.rank} · strength {written_number(column.strength)} · seed {seed}"

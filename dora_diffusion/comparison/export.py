@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dora_diffusion.comparison.cache import file_digest
-from dora_diffusion.comparison.request import Cell, CompareRequest, written_size
+from dora_diffusion.comparison.request import Cell, CompareRequest, written_number, written_size
 from dora_diffusion.errors import DataError
 from dora_diffusion.models.quantising import Packing
 
@@ -110,10 +110,10 @@ def command_of(
         words += ["--prompt", prompt]
     words += ["--seeds", ",".join(map(str, request.seeds))]
     for column in request.adapters:
-        words += ["--adapters", str(column.path), "--strength", f"{column.strength:g}"]
+        words += ["--adapters", str(column.path), "--strength", written_number(column.strength)]
     words += ["--steps", str(request.num_inference_steps)]
     if request.guidance_scale is not None:
-        words += ["--guidance", f"{request.guidance_scale:g}"]
+        words += ["--guidance", written_number(request.guidance_scale)]
     if size := written_size(request.width, request.height):
         words += ["--size", size]
     if request.negative_prompt:

@@ -45,7 +45,8 @@ def write_report(
     commands: Sequence[str] = (),
 ) -> str:
     """The page's HTML: it refers to no other file and no other host."""
-    files = [read_adapter_file(column.path) for column in request.adapters if column.path]
+    paths = dict.fromkeys(column.path for column in request.adapters if column.path)  # a sweep has each often
+    files = [read_adapter_file(path) for path in paths]
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p class=lead>Base <b>{escape(base_name)}</b> · {request.num_inference_steps} steps · the same prompts, "
@@ -98,7 +99,7 @@ def _curves(curves: Mapping[str, Curve]) -> str:
 
 def _pictures(request: CompareRequest, cells: Sequence[Cell]) -> str:
     place = {(cell.row, cell.column): cell for cell in cells}
-    head = "".join(f"<th>{escape(column.label)}" for column in request.columns)
+    head = "".join(f"<th>{escape(heading)}" for heading in request.headings)
     body = []
     for row, (prompt, seed) in enumerate(request.rows):
         body.append(f"<tr><th>{escape(prompt)}<br><small>seed {seed}</small>")

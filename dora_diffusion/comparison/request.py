@@ -15,7 +15,16 @@ from dora_diffusion.errors import ConfigError
 if TYPE_CHECKING:
     from dora_diffusion.generation import GenerationRequest
 
-__all__ = ["BASE", "Cell", "Column", "CompareRequest", "one_for_each", "parse_size", "written_size"]
+__all__ = [
+    "BASE",
+    "Cell",
+    "Column",
+    "CompareRequest",
+    "one_for_each",
+    "parse_size",
+    "written_number",
+    "written_size",
+]
 
 
 def one_for_each(adapters: Sequence[Path], strengths: Sequence[float] | None) -> list[float]:
@@ -60,6 +69,15 @@ class CompareRequest:
         return (BASE, *self.adapters)
 
     @property
+    def headings(self) -> tuple[str, ...]:
+        """The columns' labels, with the strength where another column has the same label."""
+        labels = [column.label for column in self.columns]
+        return tuple(
+            f"{column.label} {written_number(column.strength)}" if labels.count(column.label) > 1 else column.label
+            for column in self.columns
+        )
+
+    @property
     def rows(self) -> tuple[tuple[str, int], ...]:
         return tuple((prompt, seed) for prompt in self.prompts for seed in self.seeds)
 
@@ -94,6 +112,12 @@ def parse_size(text: str) -> tuple[int | None, int | None]:
 def written_size(width: int | None, height: int | None) -> str:
     """What `parse_size` reads."""
     return "" if width is None or height is None else f"{width}x{height}"
+
+
+def written_number(value: float) -> str:
+    """The number with all its digits, since two that differ must not look alike: 0.5, 1, 0.1234567."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
 
 
 @dataclass(frozen=True)

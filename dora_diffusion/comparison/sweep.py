@@ -27,6 +27,9 @@ def sweep_request(
     *,
     num_inference_steps: int = 25,
     guidance_scale: float | None = None,
+    negative_prompt: str = "",
+    width: int | None = None,
+    height: int | None = None,
 ) -> CompareRequest:
     """The base's column, then each adapter at each strength. Raises ConfigError and AdapterFileError."""
     if not strengths or not adapters:
@@ -35,9 +38,7 @@ def sweep_request(
     if size > MOST_PICTURES:
         raise ConfigError(f"{size} pictures are more than the {MOST_PICTURES} of one sweep. Give fewer of something.")
     columns = tuple(
-        Column(f"{named.label} {strength:g}", named.path, strength)
-        for named in columns_of(adapters)
-        for strength in strengths
+        Column(named.label, named.path, strength) for named in columns_of(adapters) for strength in strengths
     )
     return CompareRequest(
         prompts=tuple(prompts),
@@ -45,4 +46,7 @@ def sweep_request(
         adapters=columns,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
     )

@@ -1,16 +1,25 @@
-"""Blind votes: which of two pictures people prefer, and how sure that is."""
+"""Blind votes: which of two pictures people prefer, and how sure that is.
+
+Once a vote has told who drew which, another one on the same two pictures is blind no more: each pair counts once.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+from PIL import Image
 
 from dora_diffusion.journal import append_entry, read_journal
 from dora_diffusion.outputs import make_folder
 
-__all__ = ["Choice", "Tally", "Vote", "Votes", "wilson_interval"]
+__all__ = ["Choice", "Tally", "Vote", "Votes", "pictures_digest", "wilson_interval"]
 
 Choice = Literal["first", "second", "same"]
 Z = 1.959963984540054  # two-sided 95 %
@@ -29,13 +38,26 @@ def wilson_interval(successes: int, trials: int, z: float = Z) -> tuple[float, f
 
 @dataclass(frozen=True)
 class Vote:
-    """One choice between two columns, named as people know them; `first` is the one further left in the comparison."""
+    """One choice between two columns, named as people know them; `first` is the one further left in the comparison.
+
+    `pictures` stands for the two that were shown, as `pictures_digest` gives it.
+    """
 
     first: str
     second: str
     choice: Choice
     prompt: str
     seed: int
+    pictures: str = ""
+
+
+def pictures_digest(first: Path, second: Path) -> str:
+    """What stands for two pictures in any order: of their pixels, so that a new file of the same is known again."""
+    digests = []
+    for path in (first, second):
+        with Image.open(path) as image:
+            digests.append(hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -59,19 +81,37 @@ class Tally:
 class Votes:
     """One person's votes, a line of JSON each."""
 
+    _writing = threading.Lock()  # one for all files: a person may have several pages open
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def add(self, vote: Vote) -> Tally:
-        """Raises OutputError."""
+    def add(self, vote: Vote) -> bool:
+        """Whether it was counted: of the votes on the same pictures only the first is. Raises OutputError."""
         make_folder(self.path.parent)
-        append_entry(self.path, asdict(vote))
-        return self.tally(vote.first, vote.second)
+        with self._writing:
+            if vote.pictures and vote.pictures in self.voted():
+                return False
+            append_entry(self.path, asdict(vote))
+        return True
+
+    def voted(self) -> frozenset[str]:
+        """The pairs of pictures that were voted on, as `pictures_digest` gives them."""
+        return frozenset(vote.pictures for vote in self._all())
 
     def tally(self, first: str, second: str) -> Tally:
+        """All votes on these two, whichever of them stood further left."""
         counts: dict[str, int] = {"first": 0, "second": 0, "same": 0}
-        for vote in read_journal(self.path).entries:
-            choice = vote.get("choice")
-            if (vote.get("first"), vote.get("second")) == (first, second) and choice in counts:
-                counts[str(choice)] += 1
+        other: dict[str, Choice] = {"first": "second", "second": "first", "same": "same"}
+        for vote in self._all():
+            if (vote.first, vote.second) == (first, second):
+                counts[vote.choice] += 1
+            elif (vote.first, vote.second) == (second, first):
+                counts[other[vote.choice]] += 1
         return Tally(**counts)
+
+    def _all(self) -> Iterator[Vote]:
+        for entry in read_journal(self.path).entries:
+            if entry.get("choice") in get_args(Choice):
+                with contextlib.suppress(TypeError):  # a line of something else
+                    yield Vote(**entry)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.inspection.analysis import Analysis, analyse
 from dora_diffusion.inspection.changes import changes_of
 from dora_diffusion.inspection.summary import Summary, summarise
+from dora_diffusion.lettering.labels import named_apart
 from dora_diffusion.models.loading import Base
 
 __all__ = ["Look", "comparable", "look_at", "names_of"]
@@ -31,10 +31,8 @@ def look_at(paths: Sequence[Path], base: Base | None = None) -> list[Look]:
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """The files' names, with the folder's where two are alike."""
-    plain = [path.stem if path.suffix == ".safetensors" else path.name for path in paths]
-    often = Counter(plain)
-    return [f"{path.parent.name}/{name}" if often[name] > 1 else name for path, name in zip(paths, plain)]
+    """The files' names, with their folders' where two are alike."""
+    return named_apart(paths)
 
 
 def comparable(analyses: Sequence[Analysis]) -> list[Analysis]:

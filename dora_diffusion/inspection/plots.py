@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from dora_diffusion.inspection.analysis import Analysis, fit
+from dora_diffusion.lettering.fonts import Lettering
+from dora_diffusion.lettering.labels import distinct
 
 __all__ = ["draw_analyses", "nice_ticks"]
 
@@ -57,10 +59,11 @@ def draw_analyses(analyses: Sequence[Analysis]) -> Image.Image:
     image = Image.new("RGB", (width * SCALE, height * SCALE), "white")
     pen = Pen(ImageDraw.Draw(image))
     colours = _colours(analyses)
+    names = _names(analyses, PANEL[0] - LEFT, 15)
     for i, (analysis, colour) in enumerate(zip(analyses, colours)):
         left = MARGIN + i % columns * (PANEL[0] + GAP)
         top = MARGIN + i // columns * (PANEL[1] + GAP)
-        _scatter(pen, analysis, colour, (left, top, left + PANEL[0], top + PANEL[1]))
+        _scatter(pen, analysis, names[i], colour, (left, top, left + PANEL[0], top + PANEL[1]))
     top = MARGIN + rows * (PANEL[1] + GAP)
     _spectra(pen, analyses, colours, (MARGIN, top, width - MARGIN, top + SPECTRUM))
     for i, text in enumerate(EXPLANATION):
@@ -83,26 +86,24 @@ class Pen:
         self.draw.ellipse(box, fill=colour, outline="white", width=SCALE // 2)
 
     def text(self, x: float, y: float, text: str, colour: str = INK, size: int = 12, anchor: str = "la") -> None:
-        font = ImageFont.load_default(size=size * SCALE)
-        self.draw.text((x * SCALE, y * SCALE), text, colour, font=font, anchor=anchor)
+        Lettering(size * SCALE).write(self.draw, (x * SCALE, y * SCALE), text, colour, anchor)
 
     def upright(self, x: float, y: float, text: str, colour: str = INK, size: int = 12) -> None:
         """Text that reads upwards, centred at (x, y)."""
-        font = ImageFont.load_default(size=size * SCALE)
-        left, top, right, bottom = font.getbbox(text)
-        label = Image.new("L", (math.ceil(right - left) + 4, math.ceil(bottom - top) + 4), 0)
-        ImageDraw.Draw(label).text((2 - left, 2 - top), text, 255, font=font)
+        font = Lettering(size * SCALE)
+        label = Image.new("L", (math.ceil(font.length(text)) + 4, 2 * size * SCALE), 0)
+        font.write(ImageDraw.Draw(label), (2, size * SCALE), text, 255, "lm")
         turned = label.rotate(90, expand=True)
         corner = (round(x * SCALE - turned.width / 2), round(y * SCALE - turned.height / 2))
         self.draw.bitmap(corner, turned, fill=colour)
 
 
-def _scatter(pen: Pen, analysis: Analysis, colour: str, box: Box) -> None:
+def _scatter(pen: Pen, analysis: Analysis, name: str, colour: str, box: Box) -> None:
     points = [(layer.direction_change, layer.magnitude_change) for layer in analysis.layers]
     line = fit(points)
-    note = "" if line is None else f"correlation {line[2]:+.2f}"
-    pen.text(box[0] + LEFT, box[1] + 2, _shortened(analysis.name, 34), INK, 15)
-    pen.text(box[0] + LEFT, box[1] + 24, f"{analysis.kind}, {len(points)} layers   {note}", FAINT, 12)
+    note = "" if line is None else f", correlation {line[2]:+.2f}"
+    pen.text(box[0] + LEFT, box[1] + 2, name, INK, 15)
+    pen.text(box[0] + LEFT, box[1] + 24, f"{analysis.kind}, {len(points)} layers{note}", FAINT, 12)
     x = _axis([p[0] for p in points], "change of direction: mean 1 - cos")
     y = _axis([p[1] for p in points], "change of magnitude: mean |m' - m0|")
     inside = _frame(pen, box, x, y)
@@ -122,11 +123,11 @@ def _spectra(pen: Pen, analyses: Sequence[Analysis], colours: Sequence[str], box
     y = Axis(0, 1, (0, 0.25, 0.5, 0.75, 1), "share of the update's energy")
     pen.text(box[0] + LEFT, box[1] + 2, "Spectrum of the update, mean over the layers", INK, 15)
     at = box[0] + LEFT
-    for analysis, colour in zip(analyses, colours):
-        name = _shortened(analysis.name, 26)
+    widest = (box[2] - at) / len(analyses) - 30
+    for name, colour in zip(_names(analyses, widest, 12), colours):
         pen.dot(at + 5, box[1] + 32, colour, 5)
         pen.text(at + 14, box[1] + 24, name, FAINT, 12)
-        at += 30 + ImageFont.load_default(size=12).getlength(name)
+        at += 30 + Lettering(12).length(name)
     inside = _frame(pen, box, x, y)
     for curve, colour in zip(curves, colours):
         whole = [*enumerate(curve, 1), (longest, curve[-1])]
@@ -208,8 +209,10 @@ def _colours(analyses: Sequence[Analysis]) -> list[str]:
     return colours
 
 
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+def _names(analyses: Sequence[Analysis], width: float, size: int) -> list[str]:
+    """The analyses' names, none wider than `width` and no two alike."""
+    font = Lettering(size)
+    return distinct([analysis.name for analysis in analyses], lambda text: font.length(text) <= width)
 
 
 def _number(value: float) -> str:

@@ -84,16 +84,19 @@ def inspection(shelved: list[Shelved], studio: Studio) -> str:
     from dora_diffusion.inspection.look import comparable, look_at
     from dora_diffusion.inspection.parity import compare_programs
     from dora_diffusion.inspection.plots import draw_analyses
+    from dora_diffusion.lettering.fonts import note_on_missing
 
     paths = [each.path for each in shelved]
     with studio.painter.turn(lambda _: None) as base:
         analyses = [analysis for _, analysis in look_at(paths, base) if analysis is not None]
         plot = studio.albums.new().add(draw_analyses(comparable(analyses)))
         tables = "".join(_parity_table(each.label, compare_programs(each.path, base)) for each in shelved)
+    note = note_on_missing([analysis.name for analysis in analyses])
     label = "change of magnitude against change of direction, a point for each layer, and the spectra of the changes"
     return (
         f"<figure class='dd-plot'><a href='{url_of(plot)}' target='_blank'><img src='{url_of(plot)}' alt='{label}'></a>"
-        f"<figcaption>{label}</figcaption></figure><div class='dd-cards'>{tables}</div>"
+        f"<figcaption>{label} <span class='dd-warn'>{escape(note)}</span></figcaption></figure>"
+        f"<div class='dd-cards'>{tables}</div>"
     )
 
 

@@ -10,7 +10,7 @@ from dora_diffusion.comparison.metrics import SCALE_COLOURS, SCALE_TOP, differen
 from dora_diffusion.webapp.pictures import Album, url_of
 from dora_diffusion.webapp.shown import Placed, Shown
 
-__all__ = ["differences", "grid", "heading", "picture", "slider"]
+__all__ = ["differences", "grid", "heading", "picture", "slider", "title"]
 
 COLUMNS = 3  # base, LoRA, DoRA: always this many at least, so that nothing moves when an adapter is chosen
 HANDLE = "this.parentNode.style.setProperty('--cut',this.value+'%')"
@@ -47,13 +47,13 @@ def _table(inside: str, columns: int) -> str:
 
 
 def heading(shown: Shown, column: int) -> str:
-    columns = shown.request.columns
-    label = columns[column].label if column < len(columns) else "–"
+    headings = shown.request.headings
+    label = headings[column] if column < len(headings) else "–"
     name = shown.names[column] if column < len(shown.names) else "no adapter chosen"
-    return f"<div class='dd-head'><b>{escape(_title(label))}</b><small>{escape(name)}</small></div>"
+    return f"<div class='dd-head'><b>{escape(title(label))}</b><small>{escape(name)}</small></div>"
 
 
-def _title(label: str) -> str:
+def title(label: str) -> str:
     return label[:1].upper() + label[1:]
 
 
@@ -100,10 +100,10 @@ def slider(shown: Shown, first: int, second: int) -> str:
 
 def differences(shown: Shown, album: Album) -> str:
     """For each row and each two columns, where and how far their pictures are apart."""
-    columns = shown.request.columns
+    columns, headings = shown.request.columns, shown.request.headings
     pairs = [(a, b) for a in range(len(columns)) for b in range(a + 1, len(columns))]
     heads = "".join(
-        f"<div class='dd-head'><b>|{escape(_title(columns[a].label))} − {escape(_title(columns[b].label))}|</b></div>"
+        f"<div class='dd-head'><b>|{escape(title(headings[a]))} − {escape(title(headings[b]))}|</b></div>"
         for a, b in pairs
     )
     cells = []

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.comparison.export import metadata_of, read_record, record_of
-from dora_diffusion.comparison.request import Cell, CompareRequest, written_size
+from dora_diffusion.comparison.export import read_record
+from dora_diffusion.comparison.request import CompareRequest, written_number, written_size
 from dora_diffusion.errors import DoraDiffusionError
-from dora_diffusion.webapp import cells, parts
+from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.cards import full_card, inspection, short_card
 from dora_diffusion.webapp.compare_layout import CompareLayout
-from dora_diffusion.webapp.drawing import Drawing
-from dora_diffusion.webapp.exports import command_line, export_files, export_links
-from dora_diffusion.webapp.forms import Chosen, compare_request, restored, sweep_of
+from dora_diffusion.webapp.forms import Chosen, changed_settings, compare_request, restored, sweep_of
 from dora_diffusion.webapp.heavy import ready
-from dora_diffusion.webapp.pictures import Album
-from dora_diffusion.webapp.shown import Placed, Shown, packaged_example
+from dora_diffusion.webapp.showing import Showing, update
+from dora_diffusion.webapp.shown import Shown, packaged_example
 from dora_diffusion.webapp.studio import EMBEDDED_NAME, Studio
-from dora_diffusion.webapp.views import BLIND, GRID, SLIDER, hidden_grid, show_view
+from dora_diffusion.webapp.views import BLIND, GRID, SLIDER
 from dora_diffusion.webapp.visitors import visitor_of
 
 __all__ = ["CompareTab"]
 
-TELL_EVERY = 0.5  # seconds; a message for every step of a quick base would take longer than the step
+SWEEP = "A sweep: its prompts, seeds and strengths are those of its own form below, not those above."
 Update = tuple[object, ...]
 
 
@@ -38,6 +35,7 @@ class CompareTab:
         self.studio = studio
         self.example = packaged_example() if studio.base_name == EMBEDDED_NAME else None
         self.layout = CompareLayout(self.example)
+        self.showing = Showing(studio)
 
     def build(self) -> None:
         page = self.layout
@@ -50,16 +48,16 @@ class CompareTab:
             # A list that was filled an hour ago would lack what was made since.
             picker.focus(self.choices, picker, picker, queue=False, **parts.QUIET)
         shown = [page.grid, page.status, page.error, page.go, page.halt, page.shown, page.links, page.command]
+        shown += [page.view, page.pair, page.changed]
         running = {"concurrency_limit": None, "concurrency_id": "compare", **parts.QUIET}  # the painter lets one draw
-        for start in (page.go.click, page.prompt.submit):
-            start(self.draw, page.form, shown, **running)
-        for strength in page.strengths:
-            strength.release(self.draw_again, [page.shown, *page.form], shown, **running)
+        drawn = [start(self.draw, page.form, shown, **running) for start in (page.go.click, page.prompt.submit)]
+        again = [page.shown, *page.form]
+        drawn += [strength.release(self.draw_again, again, shown, **running) for strength in page.strengths]
+        drawn.append(page.sweep_go.click(self.sweep, page.sweep_form, shown, **running))
         page.halt.click(self.stop, None, None, queue=False, **parts.QUIET)
         looks = [page.shown, page.view, page.pair]
         gr.on([page.view.change, page.pair.change], self.look, looks, page.look_shown, **parts.LATEST)
         page.restore.upload(self.restore, page.restore, page.restored, **parts.QUIET)
-        page.sweep_go.click(self.sweep, page.sweep_form, [*shown, page.view], **running)
         sized = [page.sweeps.expand, *(field.change for field in page.sweep_form)]
         gr.on(sized, self.sweep_size, page.sweep_form, page.sweep_note, **parts.LATEST)
         seen = [page.facts.expand, *(picker.change for picker in page.pickers)]
@@ -67,7 +65,13 @@ class CompareTab:
         page.look_inside.click(
             self.look_inside, list(page.pickers), page.inside, show_progress="minimal", api_visibility="private"
         )
-        page.votes.connect(self.studio, page.shown)
+        for picker in page.pickers:  # what was found out about others
+            picker.change(lambda: "", None, page.inside, queue=False, **parts.QUIET)
+        fields = [field.change for field in page.asked]
+        gr.on(fields, self.mark, [page.shown, *page.asked], page.changed, **parts.LATEST)
+        for event in drawn:
+            event.then(self.mark, [page.shown, *page.asked], page.changed, **parts.QUIET)
+        page.votes.connect(self.studio, page.shown, drawn)
 
     def draw(
         self,
@@ -85,13 +89,13 @@ class CompareTab:
         pair: str,
         page: gr.Request,
     ) -> Iterator[Update]:
-        """Yields what the grid, status line, error panel, buttons, page's memory, links and command show."""
+        """Yields what `update` has a place for."""
         visitor = visitor_of(page)
         keys = self._filled((first, second), visitor)
         chosen = [Chosen(key, at) for key, at in zip(keys, (first_strength, second_strength)) if key]
-        yield from self._drawn(
-            lambda: compare_request(
-                self.studio, visitor, prompt, seeds, chosen, steps, guidance, negative_prompt, size
+        yield from self.showing.draw(
+            lambda: Shown(
+                *compare_request(self.studio, visitor, prompt, seeds, chosen, steps, guidance, negative_prompt, size)
             ),
             view,
             pair,
@@ -100,8 +104,8 @@ class CompareTab:
 
     def draw_again(self, page: gr.Request, shown: Shown | None, *form: Any) -> Iterator[Update]:
         """After a strength was changed; nothing before there was a first comparison."""
-        if shown is None or shown.is_example or len(shown.request.columns) > cells.COLUMNS:
-            yield (gr.skip(),) * 8
+        if shown is None or shown.is_example or shown.is_sweep:
+            yield update()
             return
         yield from self.draw(*form, page)  # type: ignore[call-arg]
 
@@ -113,89 +117,51 @@ class CompareTab:
         first: str | None,
         second: str | None,
         steps: int,
+        guidance: str,
+        negative_prompt: str,
+        size: str,
         page: gr.Request,
     ) -> Iterator[Update]:
         visitor = visitor_of(page)
         keys = [key for key in self._filled((first, second), visitor) if key]
-        for update in self._drawn(
-            lambda: sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, steps), GRID, "", page
-        ):
-            yield *update, GRID
+        more = (steps, guidance, negative_prompt, size)
+        yield from self.showing.draw(
+            lambda: Shown(*sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, *more), is_sweep=True),
+            GRID,
+            "",
+            page,
+        )
 
     def _filled(self, pickers: tuple[str | None, str | None], visitor: str) -> list[str | None]:
         """What the pickers stand for: None is one that a page just opened has not filled yet, "" is no adapter."""
         preset = self.studio.shelf.pair(visitor)
         return [at_first if key is None else key for key, at_first in zip(pickers, preset)]
 
-    def _drawn(self, make: object, view: str, pair: str, page: gr.Request) -> Iterator[Update]:
-        yield gr.skip(), parts.status_line("starting", busy=True), parts.panel(None), *_buttons(True), *_skips(3)
+    def mark(self, page: gr.Request, shown: Shown | None, *form: Any) -> object:
+        """Says that the pictures are not those that the form asks for; nothing where they are."""
+        if shown is None or not shown.cells:
+            return parts.changed("")
+        visitor = visitor_of(page)
+        prompt, seeds, first, first_strength, second, second_strength, *more, prompts, sweep_seeds, strengths = form
+        keys = self._filled((first, second), visitor)
         try:
-            request, names = make()  # type: ignore[operator]
-            drawing = self.studio.painter.begin(str(page.session_hash), request, visitor_of(page))
-            album, ours = self.studio.albums.new(), True
-            try:
-                shown = Shown(request, names)
-                for now, text in self._stream(drawing, shown, album):
-                    if now is None:  # the pictures of before stay until there is something to draw
-                        yield gr.skip(), parts.status_line(text, busy=True), *_skips(6)
-                        continue
-                    shown = now
-                    html = hidden_grid(shown) if view == BLIND else cells.grid(shown, drawing=not shown.is_whole)
-                    kept = shown if shown.is_whole else gr.skip()  # before anybody reads that it is done
-                    yield html, parts.status_line(text, busy=not shown.is_whole), *_skips(3), kept, *_skips(2)
-            finally:
-                ours = self.studio.painter.end(str(page.session_hash), drawing)
-            if ours:
-                yield self._finished(shown, drawing, album, view, pair)
-        except DoraDiffusionError as error:
-            parts.toast(error)
-            yield gr.skip(), parts.status_line(""), parts.panel(error), *_buttons(False), *_skips(3)
-
-    def _stream(self, drawing: Drawing, shown: Shown, album: Album) -> Iterator[tuple[Shown | None, str]]:
-        """What is shown, None while waiting, and the status line after every event; cells are saved as they come."""
-        record = record_of(drawing.request, self.studio.base_name, self.studio.packing)
-        seconds, told, total = 0.0, 0.0, drawing.request.pictures
-        for event in drawing:
-            at = len(shown.cells) + 1
-            if isinstance(event, Cell):
-                placed = Placed.of(event, album.add(event.image, metadata_of(record, event)))
-                shown = Shown(shown.request, shown.names, (*shown.cells, placed))
-                seconds += event.seconds
-                cached = sum(cell.cached for cell in shown.cells)
-                kept = f", {cached} of them from the cache" if cached else ""
-                done = f"{total} pictures in {seconds:.1f} s{kept}"
-                yield shown, done if shown.is_whole else f"picture {at + 1} of {total}"
-            elif event.text:
-                yield None, event.text
-            elif time.monotonic() > told + TELL_EVERY:
-                told = time.monotonic()
-                yield shown, f"picture {at} of {total} · step {event.done} of {event.total}"
-
-    def _finished(self, shown: Shown, drawing: Drawing, album: Album, view: str, pair: str) -> Update:
-        status = parts.status_line("stopped") if drawing.was_stopped else gr.skip()
-        if not shown.is_whole:
-            html = cells.grid(shown) if shown.cells else gr.skip()
-            return html, status, gr.skip(), *_buttons(False), shown if shown.cells else gr.skip(), *_skips(2)
-        links = export_links(*export_files(shown, album, self.studio))
-        command = command_line(shown.request, self.studio)
-        return (
-            show_view(shown, view, pair, self.studio.albums),
-            status,
-            gr.skip(),
-            *_buttons(False),
-            shown,
-            gr.update(value=links, visible=True),
-            gr.update(value=command, visible=True),
-        )
+            paths = [self.studio.shelf.find(key, visitor).path for key in keys if key]
+        except DoraDiffusionError:  # said where it is chosen
+            paths = []
+        if shown.is_sweep:
+            asked = (prompts, sweep_seeds, strengths)
+        else:
+            asked = (prompt, seeds, [at for key, at in zip(keys, (first_strength, second_strength)) if key])
+        return parts.changed(_mark(shown, changed_settings(shown.request, paths, *asked, *more)))
 
     def stop(self, page: gr.Request) -> None:
         self.studio.painter.stop(str(page.session_hash))
 
-    def look(self, shown: Shown | None, view: str, pair: str) -> Update:
+    def look(self, shown: Shown | None, view: str, pair: str, page: gr.Request) -> Update:
         """Another view of the same pictures."""
         if shown is None or not shown.cells:
             return _skips(4)
-        html = show_view(shown, view, pair, self.studio.albums)
+        html = self.showing.view(shown, view, pair, visitor_of(page))
         return html, *(gr.update(visible=there) for there in (view == SLIDER, view == BLIND, view != BLIND))
 
     def preset(self, page: gr.Request) -> Update:
@@ -249,9 +215,8 @@ class CompareTab:
             return *_skips(11), parts.panel(error)
         found, missing = restored(self.studio, visitor_of(page), record)
         adapters: list[object] = []
-        for chosen in (*found, None, None)[:2]:
-            picked = self.choices(chosen.key, page) if chosen else gr.skip()
-            adapters += [picked, chosen.strength if chosen else gr.skip()]
+        for chosen in (*found, None, None)[:2]:  # another adapter must not stay in the place of one that is missing
+            adapters += [self.choices(chosen.key if chosen else "", page), chosen.strength if chosen else gr.skip()]
         seeds = ", ".join(map(str, record.seeds))
         note = parts.status_line("; ".join(missing) or "the picture's request is restored: press Compare")
         settings = (record.num_inference_steps, _as_typed(record.guidance_scale), record.negative_prompt)
@@ -266,13 +231,17 @@ class CompareTab:
         first: str | None,
         second: str | None,
         steps: int,
+        guidance: str,
+        negative_prompt: str,
+        size: str,
         page: gr.Request,
     ) -> str:
         """How many pictures a sweep is, and how long it takes."""
         visitor = visitor_of(page)
         keys = [key for key in self._filled((first, second), visitor) if key]
         try:
-            request, _ = sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, steps)
+            more = (steps, guidance, negative_prompt, size)
+            request, _ = sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, *more)
         except DoraDiffusionError as error:
             return parts.status_line(str(error))
         return parts.status_line(f"{request.pictures} pictures, {self._time(request)}")
@@ -285,12 +254,19 @@ class CompareTab:
         return f"about {clock(seconds)}" if seconds else "time not measured yet"
 
 
-def _buttons(drawing: bool) -> tuple[object, object]:
-    return gr.update(visible=not drawing), gr.update(visible=drawing)
+def _mark(shown: Shown, names: list[str]) -> str:
+    """In words, that these settings are others than those of the pictures."""
+    if not names:
+        return SWEEP if shown.is_sweep else ""
+    listed = ", ".join(names)
+    if shown.is_example:
+        return f"The form asks for other pictures than this example ({listed}): press Compare to draw them."
+    button = "Draw the sweep" if shown.is_sweep else "Compare"
+    return f"Settings changed ({listed}): these pictures show the earlier ones. Press {button} to draw anew."
 
 
 def _as_typed(guidance: float | None) -> str:
-    return "" if guidance is None else f"{guidance:g}"
+    return "" if guidance is None else written_number(guidance)
 
 
 def _skips(count: int) -> tuple[object, ...]:

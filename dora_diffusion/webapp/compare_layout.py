@@ -8,7 +8,7 @@ from dora_diffusion.webapp import cells, parts
 from dora_diffusion.webapp.blind import BlindVote
 from dora_diffusion.webapp.forms import MOST_STEPS
 from dora_diffusion.webapp.shown import Shown
-from dora_diffusion.webapp.views import GRID, PAIRS, VIEWS
+from dora_diffusion.webapp.views import GRID, VIEWS, chosen_pair, pairs_of
 
 __all__ = ["CompareLayout"]
 
@@ -32,14 +32,20 @@ class CompareLayout:
             self.view = gr.Radio(
                 list(VIEWS), value=GRID, label="View", show_label=False, elem_id="view", scale=4, min_width=280
             )
-        self.pair = gr.Radio(
-            list(PAIRS), value="LoRA | DoRA", label="Pictures under the handle", visible=False, elem_id="pair"
+        pairs = list(pairs_of(self.example)) if self.example else []
+        self.pair = gr.Dropdown(
+            pairs,
+            value=chosen_pair(self.example, "") if self.example else None,
+            label="Pictures under the handle",
+            visible=False,
+            elem_id="pair",
         )
         self.status = gr.HTML(parts.status_line(""), elem_id="compare-status")
         self.error = gr.HTML("", visible=False, elem_id="compare-error")
         self.shown = gr.State(self.example)
         self.votes = BlindVote()
         blind = self.votes.build()
+        self.changed = gr.HTML("", visible=False, elem_id="changed")
         self.grid = gr.HTML(cells.grid(self.example) if self.example else EMPTY, elem_id="grid")
         with gr.Column(elem_id="taken-away") as taken_away:  # out of sight, and of the page, during a blind vote
             self.links = gr.HTML("", visible=False, elem_id="links")
@@ -57,6 +63,7 @@ class CompareLayout:
         self.form = [self.prompt, self.seeds, self.pickers[0], self.strengths[0], self.pickers[1], self.strengths[1]]
         self.form += [self.steps, self.guidance, self.negative, self.size, self.view, self.pair]
         self.restored = [*self.form[:10], self.status, self.error]
+        self.asked = [*self.form[:10], *self.sweep_form[:3]]  # all that decides pictures
 
     def _build_form(self) -> None:
         request = self.example.request if self.example else None
@@ -121,7 +128,16 @@ class CompareLayout:
                     strengths = gr.Textbox("0.5, 1, 1.5", label="Strengths", elem_id="sweep-strengths")
             self.sweep_note = gr.HTML(parts.status_line(""), elem_id="sweep-note")
             self.sweep_go = gr.Button("Draw the sweep", elem_id="sweep-go")
-        self.sweep_form = [prompts, seeds, strengths, *self.pickers, self.steps]
+        self.sweep_form = [
+            prompts,
+            seeds,
+            strengths,
+            *self.pickers,
+            self.steps,
+            self.guidance,
+            self.negative,
+            self.size,
+        ]
         with gr.Accordion("Adapter cards", open=False, elem_id="facts") as self.facts:
             self.facts_shown = gr.HTML("", elem_id="facts-shown")
             self.look_inside = gr.Button("What they changed, and what other programs make of them", elem_id="inside")

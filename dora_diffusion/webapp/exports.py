@@ -16,10 +16,10 @@ from dora_diffusion.webapp.studio import Studio
 __all__ = ["command_line", "export_files", "export_links"]
 
 
-def export_files(shown: Shown, album: Album, studio: Studio) -> tuple[Path, Path]:
-    """The grid as a PNG that restores the request, and the report with all pictures inside."""
+def export_files(shown: Shown, album: Album, studio: Studio) -> tuple[Path, Path, str]:
+    """The grid as a PNG that restores the request, the report with all pictures inside, and what is to say of them."""
     ready()
-    from dora_diffusion.comparison.grid import draw_grid
+    from dora_diffusion.comparison.grid import draw_grid, grid_note
     from dora_diffusion.comparison.report import write_report
 
     cells = [placed.cell() for placed in shown.cells]
@@ -27,10 +27,11 @@ def export_files(shown: Shown, album: Album, studio: Studio) -> tuple[Path, Path
     grid = album.add(draw_grid(shown.request, cells), metadata_of(record))
     command = command_of(shown.request, studio.base_name, studio.packing)
     html = write_report("Side by side", shown.request, cells, base_name=studio.base_label, commands=(command,))
-    return grid, album.add_text(html, "html")
+    return grid, album.add_text(html, "html"), grid_note(shown.request)
 
 
-def export_links(grid: Path, report: Path) -> str:
+def export_links(grid: Path, report: Path, note: str = "") -> str:
+    """`note` is what must be said of the grid."""
     links = (
         (grid, "comparison.png", "Labelled grid (PNG)"),
         (report, "comparison.html", "Everything in one HTML file"),
@@ -38,7 +39,11 @@ def export_links(grid: Path, report: Path) -> str:
     items = "".join(
         f"<a class='dd-link' href='{url_of(path)}' download='{name}'>{escape(text)}</a>" for path, name, text in links
     )
-    return f"<div class='dd-links'>{items}<span>A picture of the grid is saved by clicking it.</span></div>"
+    return (
+        f"<div class='dd-links'>{items}<span>A picture of the grid is saved by clicking it.</span>"
+        + (f"<span class='dd-warn'>{escape(note)}</span>" if note else "")
+        + "</div>"
+    )
 
 
 def command_line(request: CompareRequest, studio: Studio) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from dora_diffusion.comparison.export import Record
 from dora_diffusion.comparison.request import CompareRequest, parse_size
-from dora_diffusion.errors import ConfigError, PromptError
+from dora_diffusion.errors import ConfigError, DoraDiffusionError, PromptError
 from dora_diffusion.models.quantising import base_label
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.studio import Studio
@@ -17,6 +19,7 @@ __all__ = [
     "MOST_SEEDS",
     "MOST_STEPS",
     "Chosen",
+    "changed_settings",
     "compare_request",
     "parse_seeds",
     "parse_strengths",
@@ -78,6 +81,15 @@ def _prompt(text: str) -> str:
     return text.strip()
 
 
+def _lines(text: str) -> tuple[str, ...]:
+    """A prompt on each line, at least one."""
+    return tuple(_prompt(line) for line in text.splitlines() if line.strip()) or (_prompt(""),)
+
+
+def _negative(text: str) -> str:
+    return text.strip()[:MOST_LETTERS]
+
+
 def _steps(value: float) -> int:
     if not (math.isfinite(value) and 1 <= value <= MOST_STEPS):
         raise ConfigError(f"steps is {value:g}; it must be between 1 and {MOST_STEPS}.")
@@ -128,7 +140,7 @@ def compare_request(
         prompts=(prompt,),
         seeds=numbers,
         adapters=columns_of([each.path for each in shelved], strengths),
-        negative_prompt=negative_prompt.strip()[:MOST_LETTERS],
+        negative_prompt=_negative(negative_prompt),
         num_inference_steps=steps,
         guidance_scale=_guidance(guidance),
         width=width,
@@ -138,28 +150,90 @@ def compare_request(
 
 
 def sweep_of(
-    studio: Studio, visitor: str, prompts: str, seeds: str, strengths: str, keys: list[str], steps: float
+    studio: Studio,
+    visitor: str,
+    prompts: str,
+    seeds: str,
+    strengths: str,
+    keys: list[str],
+    steps: float,
+    guidance: str = "",
+    negative_prompt: str = "",
+    size: str = "",
 ) -> tuple[CompareRequest, tuple[str, ...]]:
     """A sweep, a prompt on each line. Raises DoraDiffusionError."""
     ready()
     from dora_diffusion.comparison.sweep import sweep_request
 
-    lines = [_prompt(line) for line in prompts.splitlines() if line.strip()]
-    if not lines:
-        _prompt("")
+    lines, (width, height) = _lines(prompts), _size(size)
     shelved = [studio.shelf.find(key, visitor) for key in keys if key]
     values = parse_strengths(strengths)
     paths = [each.path for each in shelved]
-    request = sweep_request(lines, parse_seeds(seeds), values, paths, num_inference_steps=_steps(steps))
+    request = sweep_request(
+        lines,
+        parse_seeds(seeds),
+        values,
+        paths,
+        num_inference_steps=_steps(steps),
+        guidance_scale=_guidance(guidance),
+        negative_prompt=_negative(negative_prompt),
+        width=width,
+        height=height,
+    )
     labels = [each.label for each in shelved for _ in values]
     return request, (studio.base_name, *labels)
 
 
+def changed_settings(
+    request: CompareRequest,
+    paths: list[Path],
+    prompts: str,
+    seeds: str,
+    strengths: str | list[float],
+    steps: float,
+    guidance: str,
+    negative_prompt: str,
+    size: str,
+) -> list[str]:
+    """What the form asks for otherwise than the request did, in its own words.
+
+    `paths` are the adapters that are chosen; a sweep's form has its prompts on lines, and its strengths as text.
+    """
+    is_sweep = isinstance(strengths, str)
+    drawn_at = [column.strength for column in request.adapters]
+    drawn_with = [column.path for column in request.adapters]
+    pairs: dict[str, tuple[object, Callable[[], object]]] = {
+        "prompt": (request.prompts, lambda: _lines(prompts) if is_sweep else (_prompt(prompts),)),
+        "seeds": (request.seeds, lambda: parse_seeds(seeds)),
+        "adapters": (list(dict.fromkeys(drawn_with)) if is_sweep else drawn_with, lambda: paths),
+        "steps": (request.num_inference_steps, lambda: _steps(steps)),
+        "guidance": (request.guidance_scale, lambda: _guidance(guidance)),
+        "negative prompt": (request.negative_prompt, lambda: _negative(negative_prompt)),
+        "size": ((request.width, request.height), lambda: _size(size)),
+    }
+    if isinstance(strengths, str):
+        pairs["strengths"] = (tuple(dict.fromkeys(drawn_at)), lambda: parse_strengths(strengths))
+    elif drawn_with == paths:
+        pairs["strength"] = (drawn_at, lambda: strengths)
+    return [name for name, (drawn, asked) in pairs.items() if not _same(drawn, asked)]
+
+
+def _same(drawn: object, asked: Callable[[], object]) -> bool:
+    """Whether the form asks for what was drawn; one that cannot be read asks for something else."""
+    try:
+        return drawn == asked()
+    except DoraDiffusionError:
+        return False
+
+
 def restored(studio: Studio, visitor: str, record: Record) -> tuple[list[Chosen | None], list[str]]:
-    """The record's first two adapters, found again by their bytes, and what cannot be restored, in words."""
+    """The record's first two files, found again by their bytes, and what cannot be restored, in words."""
     found: list[Chosen | None] = []
     missing = []
-    for adapter in record.adapters[:2]:
+    first_of = {adapter.sha256: adapter for adapter in reversed(record.adapters)}  # a sweep has each at many strengths
+    files = list(dict.fromkeys(adapter.sha256 for adapter in record.adapters))
+    of_a_sweep = len(record.prompts) > 1 or len(record.adapters) > 2
+    for adapter in [first_of[digest] for digest in files[:2]] if of_a_sweep else record.adapters:
         shelved = studio.shelf.find_digest(adapter.sha256, visitor)
         found.append(Chosen(shelved.key, adapter.strength) if shelved else None)
         if shelved is None:
@@ -167,6 +241,6 @@ def restored(studio: Studio, visitor: str, record: Record) -> tuple[list[Chosen 
     drawn_with = base_label(record.base, record.quantise)
     if drawn_with != studio.base_label:
         missing.append(f"the picture was drawn with the base {drawn_with}, this server draws with {studio.base_label}")
-    if len(record.prompts) > 1 or len(record.adapters) > 2:
+    if of_a_sweep:
         missing.append("it belongs to a sweep: its first prompt and adapters are restored")
     return found, missing

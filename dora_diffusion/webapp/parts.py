@@ -10,11 +10,13 @@ import gradio as gr
 from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.webapp.jobs import JobState
 from dora_diffusion.webapp.shelf import Shelved
+from dora_diffusion.webapp.wording import in_form_words
 
 __all__ = [
     "LATEST",
     "QUIET",
     "adapter_choices",
+    "changed",
     "checklist",
     "chip",
     "error_panel",
@@ -75,7 +77,7 @@ def error_panel(error: DoraDiffusionError | None) -> str:
     headline = HEADLINES.get(type(error).__name__, "That did not work")
     return (
         f"<div class='dd-error' role='alert'><b>{headline}</b>"
-        f"<pre>{escape(str(error))}</pre><small>Nothing you entered was lost.</small></div>"
+        f"<pre>{escape(in_form_words(str(error)))}</pre><small>Nothing you entered was lost.</small></div>"
     )
 
 
@@ -85,13 +87,19 @@ def panel(error: DoraDiffusionError | None) -> object:
 
 
 def toast(error: DoraDiffusionError) -> None:
-    gr.Warning(escape(str(error).partition("\n")[0]), title="That did not work")
+    gr.Warning(escape(in_form_words(str(error)).partition("\n")[0]), title="That did not work")
 
 
 def adapter_choices(shelved: Sequence[Shelved], chosen: str | None, nothing: tuple[str, str]) -> object:
     """A list to choose from, `nothing` first; what is chosen and no longer there is let go."""
     offered = [nothing, *((each.label, each.key) for each in shelved)]
     return gr.update(choices=offered, value=chosen if chosen in {key for _, key in offered} else "")
+
+
+def changed(text: str) -> object:
+    """The update of the mark on pictures that no longer fit the form; hidden where there is nothing to say."""
+    html = f"<p class='dd-changed' role='status'>{escape(text)}</p>" if text else ""
+    return gr.update(value=html, visible=bool(text))
 
 
 def status_line(text: str, busy: bool = False) -> str:
@@ -104,7 +112,8 @@ def checklist(lines: Mapping[str, bool | None]) -> str:
     if not lines:
         return ""
     items = "".join(
-        f"<li class='{MARKS[good]}'>{escape(line).replace(chr(10), '<br>')}</li>" for line, good in lines.items()
+        f"<li class='{MARKS[good]}'>{escape(in_form_words(line)).replace(chr(10), '<br>')}</li>"
+        for line, good in lines.items()
     )
     return f"<ul class='dd-checks' aria-label='before the start'>{items}</ul>"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -67,16 +67,23 @@ class Placed:
 
 @dataclass(frozen=True)
 class Shown:
-    """`names` says for each column which base or file it is. `is_example`: packaged, and not drawn here and now."""
+    """`names` says for each column which base or file it is. `is_example`: packaged, and not drawn here and now.
+
+    `is_sweep`: asked for by the sweep's own form.
+    """
 
     request: CompareRequest
     names: tuple[str, ...]
     cells: tuple[Placed, ...] = ()
     is_example: bool = False
+    is_sweep: bool = False
     by_place: dict[tuple[int, int], Placed] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_place", {(cell.row, cell.column): cell for cell in self.cells})
+
+    def with_cell(self, placed: Placed) -> Shown:
+        return replace(self, cells=(*self.cells, placed))
 
     @property
     def is_whole(self) -> bool:

@@ -13,6 +13,7 @@ from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.jobs import TrainingJob, TrainingJobs
 from dora_diffusion.webapp.pictures import Albums
 from dora_diffusion.webapp.runs import Runs
+from dora_diffusion.webapp.seen import Seen
 from dora_diffusion.webapp.shelf import Shelf
 
 __all__ = ["EMBEDDED_NAME", "Studio"]
@@ -32,6 +33,7 @@ class Studio:
     shelf: Shelf
     runs: Runs
     albums: Albums
+    seen: Seen
 
     @classmethod
     def open(cls, outputs: Path, base_name: str = EMBEDDED_NAME, packing: Packing | None = None) -> Studio:
@@ -49,6 +51,7 @@ class Studio:
             Shelf(outputs, visitors, with_samples=base_name == EMBEDDED_NAME),
             Runs(visitors),
             Albums(outputs / "web" / "pictures"),
+            Seen(),
         )
 
     @property

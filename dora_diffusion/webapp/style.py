@@ -84,6 +84,9 @@ CSS = """
 .dd-badge { display: inline-block; margin: 0 0 10px; padding: 2px 10px; border-radius: 99px; font-size: .82rem;
   font-weight: 600; color: #92400e; background: #fef3c7; border: 1px solid #f59e0b; }
 .dark .dd-badge { color: #fde68a; background: #422006; border-color: #b45309; }
+.dd-changed { margin: 2px 0 8px; padding: 6px 12px; border-radius: 8px; font-size: .9rem; line-height: 1.45;
+  color: #92400e; background: #fef3c7; border: 1px solid #f59e0b; }
+.dark .dd-changed { color: #fde68a; background: #422006; border-color: #b45309; }
 .dd-cached { color: #0f766e; } .dark .dd-cached { color: #5eead4; }
 .dd-pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 16px; }
 .dd-pair { margin: 0; max-width: 560px; width: 100%; }

@@ -74,8 +74,8 @@ class TrainTab:
         page.preset.input(self.choose, page.preset, chosen, **parts.QUIET)
         # A list that was filled an hour ago would lack what was trained since.
         page.start.focus(self.starts, page.start, page.start, queue=False, **parts.QUIET)
-        plain = [field.change for field in (page.table, page.prompt, page.steps, page.start)]
-        gr.on(plain, self.check, state, start, **parts.LATEST)
+        plain = [page.table, page.prompt, page.steps, page.start, page.rate, page.preview, page.seed, page.keep]
+        gr.on([field.change for field in plain], self.check, state, start, **parts.LATEST)
         costly = [field.change for field in (page.kind, page.rank, page.batch, page.more, page.norm_axis)]
         changed = gr.on(costly, self.check, state, start, **parts.LATEST)
         measured = changed.then(self.measure, [page.uploads, *state], None, **parts.QUIET)

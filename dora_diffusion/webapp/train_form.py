@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,14 @@ from dora_diffusion.errors import ConfigError
 from dora_diffusion.outputs import make_folder, scratch_folder
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.uploads import Upload, put_into, row_troubles
+from dora_diffusion.webapp.wording import FIELDS, MORE, form_error
 
 if TYPE_CHECKING:
     from dora_diffusion.comparison.estimate import Estimate
     from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.webapp.studio import Studio
 
-__all__ = ["DEFAULT", "MORE", "MOST_STEPS", "NORM_AXES", "PRESETS", "Costing", "Pictures", "TrainForm", "checks"]
+__all__ = ["DEFAULT", "MOST_STEPS", "NORM_AXES", "PRESETS", "Costing", "Pictures", "TrainForm", "checks"]
 
 MOST_STEPS = 4000
 MOST_RANK = 128
@@ -38,14 +40,6 @@ class Preset:
     rate: str = ""  # the base's own
 
 
-# Keys of TrainConfig that are true when chosen, as the form and its checklist have them.
-MORE = {
-    "random_flip": "Mirror pictures at random",
-    "train_feed_forward": "Feed-forward layers too",
-    "train_convolutions": "Convolutions of a UNet too",
-    "train_text_encoder": "Text encoder too",
-    "cut_captions": "Cut captions that are too long",
-}
 LAYERS = ("train_feed_forward", "train_convolutions", "train_text_encoder")
 NORM_AXES = {
     "output": "by output: diffusers, PEFT",
@@ -110,8 +104,10 @@ class TrainForm:
 
         limits = {"steps": (self.steps, MOST_STEPS), "rank": (self.rank, MOST_RANK)}
         for name, (value, most) in {**limits, "batch_size": (self.batch_size, MOST_BATCH)}.items():
-            if not 1 <= value <= most:  # which what is no number is not
-                raise ConfigError(f"{name} is {value}; it must be between 1 and {most}.")
+            if value is None or not 1 <= value <= most:
+                raise ConfigError(f"“{FIELDS[name]}” is {value}; it must be between 1 and {most}.")
+        if strange := [each for each in self.more if each not in MORE]:
+            raise ConfigError(f"{strange[0]!r} is none of the choices: {'; '.join(MORE.values())}.")
         preview = self.preview.strip() or next(iter(captions), "") or self.prompt.strip()
         values: dict[str, object] = {
             "images": str(images),
@@ -125,7 +121,7 @@ class TrainForm:
             "norm_axis": self.norm_axis,
             "batch_size": int(self.batch_size),
             "learning_rate": _rate(self.rate),
-            "seed": self.seed or 0,
+            "seed": _seed(self.seed),
             **{key: key in self.more for key in MORE},
             "save_every": max(10, int(self.steps) // 10) if self.keep else None,
             "preview_prompts": [preview] if preview else [],
@@ -136,19 +132,32 @@ class TrainForm:
         if start is not None:  # its rank and layers are kept, whatever the form says of them
             values |= {"start_from": str(start), **{key: False for key in LAYERS}}
             del values["rank"], values["alpha"]
-        return TrainConfig.from_values(values, "the form")
+        try:
+            return TrainConfig.from_values(values, "the form")
+        except ConfigError as error:
+            raise form_error(error) from error
 
 
 def _rate(text: str) -> float | None:
     """None, for what suits the base, when nothing is written. Raises ConfigError."""
     try:
-        return float(text) if text.strip() else None
-    except ValueError as error:
-        raise ConfigError(f"learning rate is {text[:40]!r}; give a number such as 0.001, or nothing.") from error
+        rate = float(text) if text.strip() else None
+    except ValueError:
+        rate = math.nan
+    if rate is not None and not 0 < rate < math.inf:
+        field = FIELDS["learning_rate"]
+        raise ConfigError(f"“{field}” is {text.strip()[:40]!r}; give a number above 0, such as 0.001, or nothing.")
+    return rate
+
+
+def _seed(value: float | None) -> int:
+    if value is not None and not 0 <= value < 2**63:
+        raise ConfigError(f"“{FIELDS['seed']}” is {value:g}; give a whole number of at least 0.")
+    return int(value or 0)
 
 
 # Kind, rank, batch size, norm and what else: all that a step's time hangs on.
-Costs = tuple[str, int, int, str, frozenset[str]]
+Costs = tuple[str, float | None, float | None, str, frozenset[str]]
 
 
 @dataclass
@@ -183,7 +192,7 @@ class Costing:
 
     @staticmethod
     def _key(form: TrainForm) -> Costs:
-        return form.kind, int(form.rank or 0), int(form.batch_size or 0), form.norm_axis, frozenset(form.more)
+        return form.kind, form.rank, form.batch_size, form.norm_axis, frozenset(form.more)
 
 
 def checks(
@@ -204,7 +213,12 @@ def checks(
         return {"Add at least one picture; 10 to 20 of one style, or 5 of one subject, work well.": False}
     captions = [caption for _, caption in rows]
     lines = {**_pictures(rows, pictures), **_captions(rows, form, long or {})}
-    lines[f"{int(form.steps or 0)} steps of {_many(int(form.batch_size or 0), 'picture')} each"] = True
+    try:
+        form.config(Path(), Path(), "", captions)
+    except ConfigError as error:
+        lines[str(error)] = False
+    else:
+        lines[f"{int(form.steps)} steps of {_many(int(form.batch_size), 'picture')} each"] = True
     more = [says for key, says in MORE.items() if key in form.more and not (form.start and key in LAYERS)]
     if more:
         lines["; ".join(more).capitalize()] = True
@@ -264,7 +278,7 @@ def _cost(form: TrainForm, captions: Sequence[str], estimate: Estimate) -> dict[
     try:
         config = form.config(Path(), Path(), "", captions)
     except ConfigError:
-        return {}  # said when the run is started
+        return {}  # the checklist says it
     from dora_diffusion.console import clock
     from dora_diffusion.injection import KIND_LABEL
 

@@ -7,7 +7,6 @@ import gradio as gr
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.train_form import (
     DEFAULT,
-    MORE,
     MOST_BATCH,
     MOST_RANK,
     MOST_STEPS,
@@ -18,6 +17,7 @@ from dora_diffusion.webapp.train_form import (
     checks,
 )
 from dora_diffusion.webapp.uploads import ACCEPTED
+from dora_diffusion.webapp.wording import MORE
 
 __all__ = ["LOG_TAIL", "NEW", "TrainLayout"]
 

@@ -215,6 +215,29 @@ def test_a_blind_vote_names_no_adapter_anywhere_before_the_vote(page):
     assert page.locator("#vote-result").count() == 0
 
 
+def test_what_no_longer_fits_the_form_is_marked_however_it_was_changed(page):
+    changed = "() => document.querySelector('#changed')?.innerText || ''"
+    quick(page)
+    compare(page, 3)
+    page.wait_for_function(f"() => !({changed})()")
+    page.fill("#second-strength input[type=number]", "0.5")  # typed, and the field not left: that draws again
+    page.wait_for_function(f"() => ({changed})().includes('Settings changed (strength)')")
+    page.fill("#second-strength input[type=number]", "1")
+    page.wait_for_function(f"() => !({changed})()")
+    page.focus("#first-strength input[type=range]")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"() => ({changed})().includes('strength')")
+    write(page, "#seeds textarea, #seeds input", "1, 2")
+    page.wait_for_function(f"() => ({changed})().includes('seeds')")
+    compare(page, 6)
+    page.wait_for_function(f"() => !({changed})()")
+    choose_view(page, "Slider")
+    page.wait_for_selector(".dd-slide input")
+    assert page.input_value("#pair input") == "LoRA | DoRA"
+    write(page, "#prompt textarea, #prompt input", "crown, openmoji style")
+    page.wait_for_function(f"() => ({changed})().includes('prompt')")
+
+
 def test_a_sweep_says_its_size_and_draws_a_labelled_grid(page):
     quick(page, steps="1")
     compare(page, 3)  # the time is measured now

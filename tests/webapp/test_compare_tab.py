@@ -301,7 +301,7 @@ def test_the_whole_comparison_can_be_taken_away(tabs, pair, studio):
 
 
 def test_a_sweep_says_its_size_first_and_labels_every_column(tabs, pair):
-    form = ("cat\ndog", "1, 2", "0.5, 1", pair[0], pair[1], 2)
+    form = ("cat\ndog", "1, 2", "0.5, 1", pair[0], pair[1], 2, "", "", "")
     assert "20 pictures, time not measured yet" in tabs.compare.sweep_size(*form, PAGE)
     updates = list(tabs.compare.sweep(*form, PAGE))
     html = last_html(updates, 0)
@@ -309,14 +309,16 @@ def test_a_sweep_says_its_size_first_and_labels_every_column(tabs, pair):
     for label in ("LoRA 0.5", "LoRA 1", "DoRA 0.5", "DoRA 1", "cat", "dog"):
         assert f">{label}<" in html
     assert "20 pictures, about 0:" in tabs.compare.sweep_size(*form, PAGE)
-    assert "more than the 300" in tabs.compare.sweep_size("a\n" * 60, "1", "0.5, 1, 1.5", pair[0], pair[1], 2, PAGE)
+    assert "more than the 300" in tabs.compare.sweep_size(
+        "a\n" * 60, "1", "0.5, 1, 1.5", pair[0], pair[1], 2, "", "", "", PAGE
+    )
 
 
 def test_every_view_shows_the_pictures_that_were_drawn(tabs, pair):
     shown = shown_in(draw(tabs, seeds="1, 2", first=pair[0], second=pair[1]))
-    slider = tabs.compare.look(shown, "Slider", "Base | DoRA")[0]
+    slider = tabs.compare.look(shown, "Slider", "Base | DoRA", PAGE)[0]
     assert slider.count("type='range'") == 2 and slider.count("<img") == 4 and "LoRA" not in slider
-    difference = tabs.compare.look(shown, "Difference", "")[0]
+    difference = tabs.compare.look(shown, "Difference", "", PAGE)[0]
     assert difference.count("<img") == 6 and "128+" in difference
     assert f"mean {shown.cells[1].difference:.1f}" in difference
 
@@ -325,7 +327,7 @@ def test_the_blind_vote_says_nothing_before_and_everything_after(tabs, pair, stu
     updates = draw(tabs, seeds="1, 2", first=pair[0], second=pair[1], view=BLIND)
     assert "<img" not in "".join(u[0] for u in updates if isinstance(u[0], str))
     blind: BlindVote = tabs.compare.layout.votes
-    ballot, html, *_ = blind.begin(shown_in(updates))
+    ballot, html, *_ = blind.begin(shown_in(updates), PAGE)
     assert html.count("<img") == 2
     for word in ("lora", "dora", "rank", "strength", "run/"):
         assert word not in html.lower()

@@ -10,6 +10,7 @@ from pathlib import Path
 import bases
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 from web_helpers import HANGS, sample_files
 from web_pages import ME, OTHER, PAGE, Tabs, draw, shown_in, start_job, until
@@ -17,12 +18,16 @@ from web_pages import ME, OTHER, PAGE, Tabs, draw, shown_in, start_job, until
 from dora_diffusion.comparison.curves import Curve, draw_curves
 from dora_diffusion.data.cache import long_captions
 from dora_diffusion.data.folder import TrainingImage
-from dora_diffusion.errors import DataError, TrainingError
+from dora_diffusion.errors import ConfigError, DataError, TrainingError
 from dora_diffusion.formats.files import read_adapter_file
+from dora_diffusion.memory import not_enough
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run import _ways_to_need_less
 from dora_diffusion.webapp import parts, uploads
 from dora_diffusion.webapp.jobs import JobState
-from dora_diffusion.webapp.train_form import MORE, PRESETS, Pictures, TrainForm
+from dora_diffusion.webapp.train_form import PRESETS, Pictures, TrainForm, checks
 from dora_diffusion.webapp.visitors import visitor_of
+from dora_diffusion.webapp.wording import FIELDS, MORE
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:gradio")  # toasts, which no page is there to show
 
@@ -386,8 +391,8 @@ def test_duplicates_are_named(tabs, tmp_path):
 def test_a_start_that_is_refused_leaves_nothing_behind(tabs, studio):
     for changes, said in (
         ({}, "have no caption"),
-        ({"rank": 0, "prompt": "x"}, "rank is 0"),
-        ({"steps": 10**9}, "steps"),
+        ({"rank": 0, "prompt": "x"}, "“Rank” is 0"),
+        ({"steps": 10**9}, "“Steps of each” is 1000000000"),
     ):
         panel, _ = start(tabs, sample_files(1, captions=False), [["", "automobile.png", ""]], **changes)
         assert panel["visible"] and said in panel["value"]
@@ -452,3 +457,59 @@ def test_history_lists_tells_apart_shares_and_deletes(tabs, studio, few_pictures
     assert "no longer there" in tabs.history.remove(second.name, OTHER)["value"]
     assert not tabs.history.remove(second.name, PAGE)["visible"]
     assert [run.name for run in studio.runs.all(ME)] == [first.name]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rate": "-1"}, "“Learning rate” is '-1'; give a number above 0"),
+        ({"rate": "much"}, "“Learning rate” is 'much'"),
+        ({"rate": "nan"}, "“Learning rate” is 'nan'"),
+        ({"rate": "1e999"}, "“Learning rate” is '1e999'"),
+        ({"steps": None}, "“Steps of each” is None; it must be between 1 and 4000"),
+        ({"steps": 0.5}, "“Steps of each” is 0.5"),
+        ({"rank": float("nan")}, "“Rank” is nan"),
+        ({"batch_size": 99}, "“Batch size” is 99; it must be between 1 and 16"),
+        ({"seed": -3}, "“Seed” is -3"),
+        ({"seed": 1e30}, "“Seed” is 1e+30"),
+        ({"kind": "x"}, "“Adapters” is 'x'"),
+        ({"norm_axis": "x"}, "“DoRA's norm” is 'x'"),
+        ({"more": ("x",)}, "'x' is none of the choices: Mirror pictures"),
+    ],
+)
+def test_a_value_that_cannot_be_is_said_by_its_field_before_the_start(values, said):
+    form = TrainForm(**values)
+    with pytest.raises(ConfigError) as raised:
+        form.config(Path("images"), Path("out"), "emoji")
+    assert said in str(raised.value) and not any(key in str(raised.value) for key in FIELDS if "_" in key)
+    assert said in str(raised.value) and False in checks(["a"] * 6, form, Pictures(), None).values()
+
+
+def test_errors_on_the_page_speak_of_fields_and_list_no_keys():
+    config = TrainConfig(images="i", out="o", rank=4)
+    short = not_enough("to train so", torch.device("cpu"), _ways_to_need_less(config, None))
+    with pytest.raises(ConfigError) as unknown:
+        TrainConfig.from_values({"images": "i", "out": "o", "zzzz": 1}, "a run")
+    keys = [key for key in TrainConfig.model_fields if "_" in key]
+    for error in (
+        short,
+        unknown.value,
+        TrainingError("the configuration changed:\n  batch_size: was 4, is 2\n  rank: was 4, is 8"),
+        ConfigError("train_text_encoder: emoji-dit has no text encoder that can be trained. Leave it out."),
+        ConfigError("start_from: x.safetensors is a DoRA, and a LoRA is to be trained: set kind to dora."),
+    ):
+        html = parts.error_panel(error)
+        assert not [key for key in keys if key in html], html
+    assert "not enough memory on this machine to train so." in parts.error_panel(short)
+    assert "a smaller “Batch size”" in parts.error_panel(short)
+    assert "“Text encoder too”: emoji-dit has no text encoder" in parts.error_panel(
+        ConfigError("train_text_encoder: emoji-dit has no text encoder that can be trained.")
+    )
+
+
+def test_the_forms_words_are_those_of_its_fields(tabs):
+    labels = " ".join(str(field.label) for field in tabs.train.layout.settings)
+    labels += " ".join(text for text, _ in tabs.train.layout.more.choices)
+    assert all(label in labels for label in FIELDS.values()) and set(MORE) <= set(FIELDS) <= set(
+        TrainConfig.model_fields
+    )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from dora_diffusion.lettering.fonts import Lettering
+from dora_diffusion.lettering.labels import distinct
 
 from .files import write_atomically
 
@@ -30,16 +33,17 @@ def save_pairs(first: Tensor, second: Tensor, path: Path, columns: int = 12) -> 
 
 def save_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], path: Path, columns: int = 10) -> None:
     """A grid of pictures with a small label under each."""
-    font = ImageFont.load_default(9)
+    font = Lettering(9)
     size = pictures[0].width
     cell_width, cell_height = size + 24, size + 16
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+    short = distinct(labels, lambda text: font.length(text) <= cell_width)
+    for k, (picture, label) in enumerate(zip(pictures, short, strict=True)):
         left, top = k % columns * cell_width, k // columns * cell_height
         sheet.paste(picture, (left + 12, top + 2))
         middle = left + cell_width // 2
-        draw.text((middle, top + size + 3), label[:19], fill="#444", font=font, anchor="ma")
+        font.write(draw, (middle, top + size + 3), label, "#444", "ma")
     # 256 colours are enough for icons and keep the landed folder small.
     _save(sheet.quantize(256, dither=Image.Dither.NONE), path)
