@@ -198,7 +198,7 @@ def _compare(
     studio: Studio, page: gr.Request, prompt: str, seeds: list[int], chosen: list[Chosen], steps: int, size: str
 ) -> Comparison:
     request, _ = compare_request(studio, visitor_of(page), prompt, seeds, chosen, steps, size=size)
-    session = f"api {page.session_hash}"
+    session = f"api {visitor_of(page)} {page.session_hash}"  # MCP clients share Gradio's own session
     drawing = studio.painter.begin(session, request, visitor_of(page))
     album, record = studio.albums.new(), record_of(request, studio.base_name, studio.packing)
     pictures = []
@@ -231,8 +231,9 @@ def _train(
 
 
 def _uploads(images: list[dict[str, Any]], captions: list[str]) -> list[Upload]:
-    """Raises DataError. Gradio has checked that each path is one of an upload."""
-    paths = [Path(str(image.get("path", ""))) for image in images if isinstance(image, dict)]
+    """Raises DataError. The page has checked that each path is one of the caller's uploads."""
+    named = [image.get("path") for image in images]
+    paths = [Path(path) for path in named if isinstance(path, str)]
     if len(paths) != len(images) or (captions and len(captions) > len(images)):
         raise DataError("images must be uploaded files, and captions at most one for each.")
     uploads = read_uploads(paths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_diffusion.comparison.votes import Votes
@@ -11,6 +11,7 @@ from dora_diffusion.outputs import make_folder
 from dora_diffusion.webapp.drawing import Painter
 from dora_diffusion.webapp.jobs import TrainingJob, TrainingJobs
 from dora_diffusion.webapp.pictures import Albums
+from dora_diffusion.webapp.received import Received
 from dora_diffusion.webapp.runs import Runs
 from dora_diffusion.webapp.shelf import Shelf
 
@@ -31,6 +32,7 @@ class Studio:
     shelf: Shelf
     runs: Runs
     albums: Albums
+    received: Received = field(default_factory=Received)
 
     @classmethod
     def open(cls, outputs: Path, base_name: str = EMBEDDED_NAME, packing: Packing | None = None) -> Studio:
