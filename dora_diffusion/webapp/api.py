@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from dora_diffusion.comparison.export import metadata_of, record_of
 from dora_diffusion.comparison.request import Cell
 from dora_diffusion.errors import DataError, DoraDiffusionError
+from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.exports import command_line
 from dora_diffusion.webapp.forms import Chosen, compare_request
 from dora_diffusion.webapp.shelf import SAMPLES
@@ -191,7 +192,7 @@ class _Told:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, DoraDiffusionError):
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(parts.said(error), print_exception=False) from error
 
 
 def _compare(
@@ -227,7 +228,8 @@ def _train(
         Adapter(kind=path.stem, key=studio.shelf.key_of(path, visitor), file=File(path=str(job.album.copy_in(path))))
         for path in state.adapters
     ]
-    yield Training(phase=state.phase, text=state.text, error=str(state.error or ""), adapters=adapters)
+    error = parts.said(state.error) if state.error else ""
+    yield Training(phase=state.phase, text=state.text, error=error, adapters=adapters)
 
 
 def _uploads(images: list[dict[str, Any]], captions: list[str]) -> list[Upload]:

@@ -16,10 +16,8 @@ __all__ = ["API", "Door", "Refused", "door_of", "refuse_foreign_pages"]
 
 API = "/gradio_api/"
 Door = Literal["look", "upload", "login", "call", "mcp"]
-LOOKS = frozenset(
-    ("user", "login_check", "app_id", "info", "openapi.json", "heartbeat", "call", "queue", "upload_progress")
-    + ("startup-events", "theme.css", "mcp")
-)
+ABOUT = ("app_id", "info", "login_check", "openapi.json", "startup-events", "theme.css", "user")
+LOOKS = frozenset((*ABOUT, "call", "heartbeat", "mcp", "queue", "upload_progress"))
 CALLS = frozenset(("run", "api", "call"))  # each followed by a function's name
 CONTROLS = frozenset(("queue/join", "cancel", "reset"))
 
