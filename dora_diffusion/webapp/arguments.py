@@ -51,6 +51,10 @@ def _wanted(field: object, value: object) -> str:
 
 
 def _is_text(_field: Any, value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_key(_field: Any, value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
@@ -59,11 +63,11 @@ def _is_number(_field: Any, value: object) -> bool:
 
 
 def _is_choice(field: Any, value: object) -> bool:
-    return value is None or any(value == key for _, key in field.choices)
+    return isinstance(value, str) and any(value == key for _, key in field.choices)
 
 
 def _are_choices(field: Any, value: object) -> bool:
-    return isinstance(value, list) and all(_is_choice(field, each) and each is not None for each in value)
+    return isinstance(value, list) and all(_is_choice(field, each) for each in value)
 
 
 def _is_table(_field: Any, value: object) -> bool:
@@ -91,7 +95,7 @@ def _is_one_file(value: object) -> bool:
 
 FIELDS: dict[type | tuple[type, ...], tuple[Callable[[Any, object], bool], str]] = {
     gr.Textbox: (_is_text, "text"),
-    gr.Dropdown: (_is_text, "text"),  # what is offered changes; who uses the choice looks it up
+    gr.Dropdown: (_is_key, "text"),  # what is offered changes; who uses the choice looks it up
     (gr.Slider, gr.Number): (_is_number, "a number"),
     gr.Checkbox: (lambda _, value: isinstance(value, bool), "true or false"),
     gr.CheckboxGroup: (_are_choices, "a list of what is offered"),

@@ -79,7 +79,7 @@ def _trouble(value: object, depth: int) -> str:
         return _trouble_of_text(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "a number without bounds"
-    if isinstance(value, int) and abs(value) > LARGEST:
+    if isinstance(value, (int, float)) and abs(value) > LARGEST:
         return "a number that is too large"
     inside: list[object] = []
     if isinstance(value, dict):

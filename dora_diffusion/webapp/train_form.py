@@ -159,7 +159,7 @@ class Costing:
             with tempfile.TemporaryDirectory(dir=work) as folder, self.studio.painter.turn(lambda _: None) as base:
                 images = Path(folder) / "images"
                 caption = form.prompt.strip() or "anything"
-                put_into(images, uploads[: int(form.batch_size)], caption)
+                put_into(images, uploads[: int(form.batch_size or 1)], caption)
                 config = form.config(images, Path(folder), self.studio.base_name, [caption])
                 self.known[key] = estimate_run(config, base)
         return self.known[key]

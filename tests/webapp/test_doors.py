@@ -150,7 +150,9 @@ def _spellings(path: str, own: str) -> list[object]:
 
 
 def _harmless(component: dict) -> object:
-    values = {"dropdown": "", "radio": None, "slider": 1, "number": 0, "checkbox": False, "checkboxgroup": []}
+    if component["type"] == "radio":
+        return component["props"]["choices"][0][1]
+    values = {"dropdown": "", "slider": 1, "number": 0, "checkbox": False, "checkboxgroup": []}
     values |= {"textbox": "words", "dataframe": {"headers": ["", "a", "b"], "data": []}}
     return values.get(component["type"])
 
@@ -282,8 +284,6 @@ ODD = '{"data": [[{"p\\u0061th": "/etc/passwd"}]], "fn_index": %d, "session_hash
 TWICE = '{"data": [[]], "data": [[{"path": "/etc/passwd"}]], "fn_index": %d, "session_hash": "odd"}'
 
 
-@pytest.mark.parametrize("text", [ODD, TWICE])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -298,13 +298,13 @@ TWICE = '{"data": [[]], "data": [[{"path": "/etc/passwd"}]], "fn_index": %d, "se
         None,
     ],
 )
-def test_a_request_is_judged_by_what_it_says(
-    visitor: Visitor, text: str, encoding: str, kind: str | None, no_traceback: None
-) -> None:
-    body = (text % visitor.number("take_dropped")).encode(encoding)
+def test_a_request_is_judged_by_what_it_says(visitor: Visitor, kind: str | None, no_traceback: None) -> None:
     headers = {} if kind is None else {"content-type": kind}
-    for path in ("/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/queue/join/"):
-        assert visitor.post(path, content=body, headers=headers).status_code == 403
+    for text in (ODD, TWICE):
+        for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32-be"):
+            body = (text % visitor.number("take_dropped")).encode(encoding)
+            for path in ("/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/queue/join/"):
+                assert visitor.post(path, content=body, headers=headers).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -362,6 +362,8 @@ def test_arguments_of_the_wrong_kind_are_named_and_print_nothing(visitor: Visito
     ]
     for function, place, field, is_new in _places(visitor):
         for value in wrong if is_new and field["type"] in takes else []:
+            if value is None and field["type"] in ("dropdown", "slider", "number", "file", "uploadbutton"):
+                continue  # emptied by the visitor
             is_flag = isinstance(value, bool) and field["type"] != "checkbox"
             if is_flag or not isinstance(value, takes[field["type"]]):
                 answer = _asked_with(visitor, function, place, value)
@@ -613,3 +615,36 @@ def test_a_visitor_is_the_same_for_the_guard_and_for_the_page() -> None:
 
     assert visitor_of(page_of("s", "A" * 32)) == visitor_known_by("A" * 32, "other")
     assert visitor_of(page_of("s", "bad")) == visitor_known_by(None, "s")
+
+
+def test_mcp_clients_reach_their_own_uploads_and_nothing_else(
+    studio: Studio, tmp_path: Path, no_traceback: None
+) -> None:
+    """Gradio's MCP reads files by itself, so it must not get to see a path that is not the caller's."""
+    pytest.importorskip("mcp", reason="pip install '.[mcp]'")
+    words = tmp_path / "words.txt"
+    words.write_text(os.urandom(8).hex())
+
+    def call(client: httpx.Client, images: list[object]) -> httpx.Response:
+        wanted = {"name": "train", "arguments": {"images": images, "steps": 1}}
+        message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": wanted}
+        accepted = {"accept": "application/json, text/event-stream"}
+        return client.post("/gradio_api/mcp/", json=message, headers=accepted)
+
+    def upload(client: httpx.Client) -> str:
+        files = {"files": (words.name, words.read_bytes())}
+        return client.post("/gradio_api/upload", files=files).json()[0]
+
+    for server in _serve(studio, mcp=True):
+        browser = Visitor(server)
+        theirs = browser.upload(SAMPLES / "cat-face.png")[0]
+        with httpx.Client(base_url=server, timeout=60) as program:
+            for path in ("/etc/passwd", str(words), theirs, "http://127.0.0.1:9/x"):
+                for named in ({"path": path}, file(path), file(path, url=path)):
+                    assert call(program, [named]).status_code == 403
+            own = upload(program)
+            program.cookies.clear()  # it keeps none, and is known by its address
+            assert "there are no pictures" in call(program, [file(own)]).text
+            assert call(browser, [file(own)]).status_code == 403
+        assert "there are no pictures" in call(browser, [file(upload(browser))]).text
+        browser.close()
