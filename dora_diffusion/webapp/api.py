@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from dora_diffusion.comparison.export import metadata_of, record_of
 from dora_diffusion.comparison.request import Cell
 from dora_diffusion.errors import DataError, DoraDiffusionError
+from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.exports import command_line
 from dora_diffusion.webapp.forms import Chosen, compare_request
 from dora_diffusion.webapp.shelf import SAMPLES
@@ -191,14 +192,14 @@ class _Told:
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, DoraDiffusionError):
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(parts.said(error), print_exception=False) from error
 
 
 def _compare(
     studio: Studio, page: gr.Request, prompt: str, seeds: list[int], chosen: list[Chosen], steps: int, size: str
 ) -> Comparison:
     request, _ = compare_request(studio, visitor_of(page), prompt, seeds, chosen, steps, size=size)
-    session = f"api {page.session_hash}"
+    session = f"api {visitor_of(page)} {page.session_hash}"  # MCP clients share Gradio's own session
     drawing = studio.painter.begin(session, request, visitor_of(page))
     album, record = studio.albums.new(), record_of(request, studio.base_name, studio.packing)
     pictures = []
@@ -227,12 +228,14 @@ def _train(
         Adapter(kind=path.stem, key=studio.shelf.key_of(path, visitor), file=File(path=str(job.album.copy_in(path))))
         for path in state.adapters
     ]
-    yield Training(phase=state.phase, text=state.text, error=str(state.error or ""), adapters=adapters)
+    error = parts.said(state.error) if state.error else ""
+    yield Training(phase=state.phase, text=state.text, error=error, adapters=adapters)
 
 
 def _uploads(images: list[dict[str, Any]], captions: list[str]) -> list[Upload]:
-    """Raises DataError. Gradio has checked that each path is one of an upload."""
-    paths = [Path(str(image.get("path", ""))) for image in images if isinstance(image, dict)]
+    """Raises DataError. The page has checked that each path is one of the caller's uploads."""
+    named = [image.get("path") for image in images]
+    paths = [Path(path) for path in named if isinstance(path, str)]
     if len(paths) != len(images) or (captions and len(captions) > len(images)):
         raise DataError("images must be uploaded files, and captions at most one for each.")
     uploads = read_uploads(paths)

@@ -26,12 +26,13 @@ from dora_diffusion.webapp.compare import CompareTab
 from dora_diffusion.webapp.guard import MOST_BYTES_A_FILE, Guard
 from dora_diffusion.webapp.header import Header
 from dora_diffusion.webapp.history import HistoryTab
+from dora_diffusion.webapp.page import Page
 from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.style import CSS, HEAD, theme
 from dora_diffusion.webapp.train import TrainTab
 from dora_diffusion.webapp.watch import Watch
 
-__all__ = ["build", "launch"]
+__all__ = ["build", "launch", "open_server"]
 
 LOOPBACK = ("127.0.0.1", "localhost")
 EVERYWHERE = ("0.0.0.0", "::")
@@ -42,12 +43,13 @@ LOOK_EVERY = 1.0  # seconds between looks at the training
 M_ARENA_MAX = -8  # as <malloc.h> has it
 
 
-def build(studio: Studio) -> gr.Blocks:
+def build(studio: Studio) -> Page:
     """The page. Gradio's own folder must be set before: components remember it."""
     os.environ["GRADIO_TEMP_DIR"] = str(studio.cache)
     header, compare, train = Header(studio), CompareTab(studio), TrainTab(studio)
     history = HistoryTab(studio, compare, train)
-    with gr.Blocks(title="DoRA Diffusion", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+    with Page(title="DoRA Diffusion", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        page.received = studio.received
         header.build()
         with gr.Tabs() as tabs:
             with gr.Tab("Compare", id="compare"):
@@ -65,7 +67,8 @@ def build(studio: Studio) -> gr.Blocks:
             begun.then(**look)
         train.layout.look.click(lambda: gr.Tabs(selected="compare"), None, tabs, queue=False, **parts.QUIET)
         add_endpoints(studio)
-    return page.queue(max_size=MOST_QUEUED, default_concurrency_limit=16)
+    page.queue(max_size=MOST_QUEUED, default_concurrency_limit=16)
+    return page
 
 
 def launch(
@@ -95,10 +98,25 @@ def launch(
     _keep_quiet()
     _share_memory()
     studio = Studio.open(outputs, base, packing)
+    url, page = open_server(studio, address, port, login, mcp)
+    print(f"DoRA Diffusion is open at {url}  (Ctrl-C ends it; everything is kept in {outputs / 'web'})", flush=True)
+    if mcp:
+        print(f"Its tools for MCP clients are at {url}gradio_api/mcp/", flush=True)
+    studio.painter.warm_up()
+    if not _serve_until_asked(page, studio):
+        print("The training was ended without a last checkpoint.", flush=True)
+
+
+def open_server(
+    studio: Studio, address: str, port: int, login: tuple[str, str] | None = None, mcp: bool = False
+) -> tuple[str, Page]:
+    """Serve the page in a thread; its URL. Raises ConfigError where the port cannot be had."""
+    # Whoever may say where a request really came from is for the one who puts a proxy before this to name.
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     page = build(studio)
     guards = [
         Middleware(TrustedHostMiddleware, allowed_hosts=_hosts(address)),
-        Middleware(Guard, uploads=studio.cache),
+        Middleware(Guard, page=page, uploads=studio.cache, received=studio.received),
     ]
     try:
         _, url, _ = page.launch(
@@ -127,12 +145,7 @@ def launch(
         raise ConfigError(
             f"port {port} on {address} cannot be opened, or is taken. Choose another with --port."
         ) from error
-    print(f"DoRA Diffusion is open at {url}  (Ctrl-C ends it; everything is kept in {outputs / 'web'})", flush=True)
-    if mcp:
-        print(f"Its tools for MCP clients are at {url}gradio_api/mcp/", flush=True)
-    studio.painter.warm_up()
-    if not _serve_until_asked(page, studio):
-        print("The training was ended without a last checkpoint.", flush=True)
+    return url, page
 
 
 def _serve_until_asked(page: gr.Blocks, studio: Studio) -> bool:

@@ -243,7 +243,7 @@ class CompareTab:
             more = (steps, guidance, negative_prompt, size)
             request, _ = sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, *more)
         except DoraDiffusionError as error:
-            return parts.status_line(str(error))
+            return parts.status_line(parts.said(error))
         return parts.status_line(f"{request.pictures} pictures, {self._time(request)}")
 
     def _time(self, request: CompareRequest) -> str:

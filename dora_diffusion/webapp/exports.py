@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dora_diffusion.comparison.export import command_of, metadata_of, record_of
 from dora_diffusion.comparison.request import CompareRequest
+from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.pictures import Album, url_of
 from dora_diffusion.webapp.shown import Shown
@@ -25,7 +26,7 @@ def export_files(shown: Shown, album: Album, studio: Studio) -> tuple[Path, Path
     cells = [placed.cell() for placed in shown.cells]
     record = record_of(shown.request, studio.base_name, studio.packing)
     grid = album.add(draw_grid(shown.request, cells), metadata_of(record))
-    command = command_of(shown.request, studio.base_name, studio.packing)
+    command = parts.told(command_line(shown.request, studio))  # it is made to be handed on
     html = write_report("Side by side", shown.request, cells, base_name=studio.base_label, commands=(command,))
     return grid, album.add_text(html, "html"), grid_note(shown.request)
 

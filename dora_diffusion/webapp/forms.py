@@ -67,9 +67,9 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _strength(value: float) -> float:
-    if not (math.isfinite(value) and 0 <= value <= MOST_STRENGTH):
-        raise ConfigError(f"strength is {value:g}; it must be between 0 and {MOST_STRENGTH}.")
+def _strength(value: float | None) -> float:
+    if value is None or not (math.isfinite(value) and 0 <= value <= MOST_STRENGTH):
+        raise ConfigError(f"strength is {_shown(value)}; it must be between 0 and {MOST_STRENGTH}.")
     return float(value)
 
 
@@ -90,10 +90,15 @@ def _negative(text: str) -> str:
     return text.strip()[:MOST_LETTERS]
 
 
-def _steps(value: float) -> int:
-    if not (math.isfinite(value) and 1 <= value <= MOST_STEPS):
-        raise ConfigError(f"steps is {value:g}; it must be between 1 and {MOST_STEPS}.")
+def _steps(value: float | None) -> int:
+    if value is None or not (math.isfinite(value) and 1 <= value <= MOST_STEPS):
+        raise ConfigError(f"steps is {_shown(value)}; it must be between 1 and {MOST_STEPS}.")
     return int(value)
+
+
+def _shown(value: float | None) -> str:
+    """An emptied field comes as None."""
+    return "empty" if value is None else f"{value:g}"
 
 
 def _guidance(text: str) -> float | None:

@@ -88,8 +88,15 @@ class TrainingJob:
     def start(self) -> None:
         """Raises OutputError."""
         self._save()
-        self.config_file = self.album.add_text(self.config.to_toml(), "toml")
+        self.config_file = self.album.add_text(self._config_to_take_away().to_toml(), "toml")
         self._thread.start()
+
+    def _config_to_take_away(self) -> TrainConfig:
+        """With the folders as they would be beside the file, and not as they lie on this server."""
+        places = {"images": "images", "out": f"outputs/{self.name}"}
+        if self.config.start_from:
+            places["start_from"] = Path(self.config.start_from).name
+        return self.config.model_copy(update=places)
 
     def stop(self) -> None:
         """Ask for a stop; the step at hand is finished first and a checkpoint saved."""

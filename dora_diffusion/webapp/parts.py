@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -23,8 +24,10 @@ __all__ = [
     "header",
     "job_panel",
     "panel",
+    "said",
     "status_line",
     "toast",
+    "told",
 ]
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -50,7 +53,19 @@ CHIPS = {
     "failed": "training failed",
     "interrupted": "training interrupted",
 }
+# The way to a visitor's folder, whose name stands for them, and to an upload.
+HIDDEN = re.compile(r"[^\s'\"]*/web/(?:visitors/[0-9a-f]{16}|cache/[0-9a-f]{64})/")
 MARKS = {True: "dd-ok", False: "dd-bad", None: "dd-hint"}
+
+
+def told(text: str) -> str:
+    """A text as it may leave the server: files below a visitor's folder by what the visitor knows of them."""
+    return HIDDEN.sub("", text)
+
+
+def said(error: DoraDiffusionError) -> str:
+    """As told."""
+    return told(str(error))
 
 
 def header(base_name: str, device: str | None) -> str:
@@ -77,7 +92,7 @@ def error_panel(error: DoraDiffusionError | None) -> str:
     headline = HEADLINES.get(type(error).__name__, "That did not work")
     return (
         f"<div class='dd-error' role='alert'><b>{headline}</b>"
-        f"<pre>{escape(in_form_words(str(error)))}</pre><small>Nothing you entered was lost.</small></div>"
+        f"<pre>{escape(in_form_words(said(error)))}</pre><small>Nothing you entered was lost.</small></div>"
     )
 
 
@@ -87,7 +102,7 @@ def panel(error: DoraDiffusionError | None) -> object:
 
 
 def toast(error: DoraDiffusionError) -> None:
-    gr.Warning(escape(in_form_words(str(error)).partition("\n")[0]), title="That did not work")
+    gr.Warning(escape(in_form_words(said(error)).partition("\n")[0]), title="That did not work")
 
 
 def adapter_choices(shelved: Sequence[Shelved], chosen: str | None, nothing: tuple[str, str]) -> object:
@@ -112,7 +127,7 @@ def checklist(lines: Mapping[str, bool | None]) -> str:
     if not lines:
         return ""
     items = "".join(
-        f"<li class='{MARKS[good]}'>{escape(in_form_words(line)).replace(chr(10), '<br>')}</li>"
+        f"<li class='{MARKS[good]}'>{escape(in_form_words(told(line))).replace(chr(10), '<br>')}</li>"
         for line, good in lines.items()
     )
     return f"<ul class='dd-checks' aria-label='before the start'>{items}</ul>"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dora_diffusion.comparison.curves import LABELS
 from dora_diffusion.errors import OutputError, TrainingError
 from dora_diffusion.journal import read_log
-from dora_diffusion.outputs import make_folder, write_text
+from dora_diffusion.outputs import make_folder, whole_file, write_text
 from dora_diffusion.webapp.heavy import ready
 
 if sys.version_info >= (3, 11):
@@ -35,6 +35,7 @@ STEPS = "steps"  # a folder of the run with its adapters as they were on the way
 START = "start"  # a folder of the run with copies of the adapters that it goes on from
 LEFT_OUT = {"images", "out"}  # where things lie says nothing of a run
 STAMP = "%Y-%m-%d-%H%M%S"
+STAMP_LETTERS = 17
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Runs:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.shared = root.parent / "shared"
 
     def new(self, visitor: str) -> Path:
         """An empty folder for a run that begins now. Raises OutputError."""
@@ -116,23 +118,44 @@ class Runs:
         raise TrainingError("this run is no longer there. Choose another one.")
 
     def folders(self, visitor: str) -> Iterator[Path]:
-        """Folders of the visitor's runs and of those that others share."""
+        """Of the visitor's own runs, and of what others share: their adapters in a place that names no owner."""
         for home in self.root.iterdir() if self.root.is_dir() else ():
             runs = home / "runs"
             for folder in runs.iterdir() if runs.is_dir() else ():
-                if home.name == visitor or (folder / SHARED).exists():
+                if home.name == visitor:
                     yield folder
+                elif (folder / SHARED).exists():
+                    yield self._publish(folder)
 
     def delete(self, name: str, visitor: str) -> None:
+        self.share(name, visitor, False)
         shutil.rmtree(self.find(name, visitor).folder)
 
     def share(self, name: str, visitor: str, shared: bool) -> None:
         """Let everybody on this server compare with the run's adapters, or no longer."""
-        mark = self.find(name, visitor).folder / SHARED
+        folder = self.find(name, visitor).folder
+        mark = folder / SHARED
         if shared and not mark.exists():
             write_text(mark, secrets.token_hex(6))
-        elif not shared:
-            mark.unlink(missing_ok=True)
+        elif not shared and mark.exists():
+            published = self._published(folder)
+            mark.unlink()
+            shutil.rmtree(published, ignore_errors=True)
+
+    def _published(self, folder: Path) -> Path:
+        code = (folder / SHARED).read_text(encoding="utf-8")
+        return self.shared / f"{folder.name[:STAMP_LETTERS]}-{code}"
+
+    def _publish(self, folder: Path) -> Path:
+        """What a shared run has of adapters by now, where everybody may know the path. Raises OutputError."""
+        published = self._published(folder)
+        for path in (*folder.glob("*.safetensors"), *folder.glob(f"{STEPS}/*.safetensors")):
+            place = published / path.relative_to(folder)
+            if not place.exists() or _version(place) != _version(path):
+                make_folder(place.parent)
+                with whole_file(place) as unfinished:
+                    shutil.copy2(path, unfinished)
+        return published
 
     def _home(self, visitor: str) -> Path:
         return self.root / visitor / "runs"
@@ -186,6 +209,11 @@ def _reached(folder: Path, config: dict[str, object]) -> str:
     return f"at step {last.step} of {config.get('steps', '?')} ({LABELS[last.kind]})"
 
 
+def _version(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
 def _said(key: str, value: object) -> object:
     """A value as people may see it: where a copy lies says nothing."""
     return "an earlier adapter" if key == "start_from" else value
@@ -194,6 +222,6 @@ def _said(key: str, value: object) -> object:
 def started_by(name: str) -> str:
     """A run's name as people read a date."""
     try:
-        return f"{datetime.strptime(name[:17], STAMP):%d %b, %H:%M:%S}"
+        return f"{datetime.strptime(name[:STAMP_LETTERS], STAMP):%d %b, %H:%M:%S}"
     except ValueError:
         return name

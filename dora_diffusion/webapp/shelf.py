@@ -15,7 +15,7 @@ from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.outputs import copy_file, make_folder, write_text
 from dora_diffusion.webapp.example import EXAMPLE
 from dora_diffusion.webapp.heavy import ready
-from dora_diffusion.webapp.runs import SHARED, STEPS, Runs, started_by
+from dora_diffusion.webapp.runs import STEPS, Runs, started_by
 
 __all__ = ["SAMPLES", "Shelf", "Shelved"]
 
@@ -33,6 +33,7 @@ class Shelved:
     key: str
     label: str
     path: Path
+    is_strangers: bool = False  # another visitor shares it: offered, but nobody else's page chooses it by itself
 
 
 class Shelf:
@@ -41,6 +42,8 @@ class Shelf:
     def __init__(self, outputs: Path, visitors: Path, with_samples: bool = True) -> None:
         self.outputs = outputs
         self.visitors = visitors
+        self.runs = Runs(visitors)
+        self.shared = self.runs.shared
         self.with_samples = with_samples
 
     def all(self, visitor: str) -> list[Shelved]:
@@ -63,8 +66,11 @@ class Shelf:
         return self._shelved(path.resolve(), visitor).key
 
     def pair(self, visitor: str) -> tuple[str | None, str | None]:
-        """The keys to begin with: the newest twins, else the packaged pair, else the newest two of any kind."""
-        shelved = self.all(visitor)
+        """The keys to begin with: the newest twins, else the packaged pair, else the newest two of any kind.
+
+        What other visitors share is never among them.
+        """
+        shelved = [each for each in self.all(visitor) if not each.is_strangers]
         for each in shelved:
             lora, dora = each.path.with_name("lora.safetensors"), each.path.with_name("dora.safetensors")
             if each.key not in SAMPLES and lora.exists() and dora.exists():
@@ -100,7 +106,7 @@ class Shelf:
             if path.is_file() and not any(part in SKIPPED or part.startswith(".") for part in inside):
                 yield path
         yield from self._uploads(visitor).glob("*.safetensors")
-        for runs in Runs(self.visitors).folders(visitor):
+        for runs in self.runs.folders(visitor):
             yield from (*runs.glob("*.safetensors"), *runs.glob("steps/*.safetensors"))
 
     def _uploads(self, visitor: str) -> Path:
@@ -112,6 +118,8 @@ class Shelf:
 
     def _shelved(self, path: Path, visitor: str) -> Shelved:
         """Keys name no visitor: `mine/` and `shared/` are all that others see of a folder."""
+        if path.is_relative_to(self.shared):
+            return self._shelved_of_strangers(path)
         if not path.is_relative_to(self.visitors):
             key = path.relative_to(self.outputs).with_suffix("").as_posix()
             return Shelved(key, key, path)
@@ -119,11 +127,19 @@ class Shelf:
             name = path.with_suffix(".txt")
             label = name.read_text(encoding="utf-8") if name.is_file() else path.stem
             return Shelved(f"uploaded/{path.stem}", f"{label} (uploaded)", path)
-        run = path.parent.parent if path.parent.name == STEPS else path.parent
-        kind, _, step = path.stem.partition("-")
-        kind = {"lora": "LoRA", "dora": "DoRA"}.get(kind, kind)
-        trained = f"trained {started_by(run.name)}" + (f", after {int(step)} steps" if step.isdigit() else "")
-        if run.is_relative_to(self.visitors / visitor):
-            return Shelved(f"mine/{run.name}/{path.stem}", f"{kind} {trained}", path)
-        code = (run / SHARED).read_text(encoding="utf-8")
-        return Shelved(f"shared/{code}/{path.stem}", f"{kind} shared, {trained}", path)
+        run, kind, trained = _trained(path)
+        return Shelved(f"mine/{run.name}/{path.stem}", f"{kind} {trained}", path)
+
+    @staticmethod
+    def _shelved_of_strangers(path: Path) -> Shelved:
+        run, kind, trained = _trained(path)
+        code = run.name.rpartition("-")[2]
+        return Shelved(f"shared/{code}/{path.stem}", f"{kind} shared, {trained}", path, is_strangers=True)
+
+
+def _trained(path: Path) -> tuple[Path, str, str]:
+    """The run's folder, which kind it is, and when it was trained how far."""
+    run = path.parent.parent if path.parent.name == STEPS else path.parent
+    kind, _, step = path.stem.partition("-")
+    kind = {"lora": "LoRA", "dora": "DoRA"}.get(kind, kind)
+    return run, kind, f"trained {started_by(run.name)}" + (f", after {int(step)} steps" if step.isdigit() else "")

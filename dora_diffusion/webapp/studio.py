@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_diffusion.comparison.votes import Votes
@@ -12,6 +12,7 @@ from dora_diffusion.webapp.drawing import Painter
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.jobs import TrainingJob, TrainingJobs
 from dora_diffusion.webapp.pictures import Albums
+from dora_diffusion.webapp.received import Received
 from dora_diffusion.webapp.runs import Runs
 from dora_diffusion.webapp.seen import Seen
 from dora_diffusion.webapp.shelf import Shelf
@@ -34,6 +35,7 @@ class Studio:
     runs: Runs
     albums: Albums
     seen: Seen
+    received: Received = field(default_factory=Received)
 
     @classmethod
     def open(cls, outputs: Path, base_name: str = EMBEDDED_NAME, packing: Packing | None = None) -> Studio:

@@ -185,7 +185,7 @@ class Costing:
             with scratch_folder(work / "cost") as folder, self.studio.painter.turn(lambda _: None) as base:
                 images = folder / "images"
                 caption = form.prompt.strip() or "anything"
-                put_into(images, uploads[: int(form.batch_size)], caption)
+                put_into(images, uploads[: int(form.batch_size or 1)], caption)
                 config = form.config(images, folder, self.studio.base_name, [caption])
                 self.known[key] = estimate_run(config, base)
         return self.known[key]

@@ -82,7 +82,7 @@ class Watch:
             parts.panel(state.error),
             draw_curves(job.curves, job.config.steps),
             _previews(job.previews, job.config.preview_prompts),
-            gr.update(value="\n".join(job.log[-LOG_TAIL:]), visible=True),
+            gr.update(value=parts.told("\n".join(job.log[-LOG_TAIL:])), visible=True),
             gr.update(value=self._command(folder), visible=True),
             gr.update(value=_config_link(job), visible=True),
             gr.update(visible=not going),
