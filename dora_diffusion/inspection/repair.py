@@ -28,7 +28,7 @@ from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
 from dora_diffusion.layers import DoRAUpdate
 from dora_diffusion.models.loading import Base
 
-__all__ = ["FORMS", "Form", "Repaired", "Unrepairable", "repair"]
+__all__ = ["FORMS", "Form", "Repaired", "Unrepairable", "form_named", "repair"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def repair(
     with attached(base, path) as adapter, torch.no_grad():
         training = description.training if description else None
         file = file_of(adapter, out, training=training, base_name=description.base.name if description else None)
-        for one in FORMS if form is None else (_form_named(form),):
+        for one in FORMS if form is None else (form_named(form),):
             changed = one.change(file, adapter)
             if changed is None:
                 tried.append(f"{one.name} cannot hold this adapter")
@@ -115,7 +115,7 @@ def _outcome(found: Parity | None) -> str:
     return f"relative error {max(max(x.error, x.error_at_strength) for x in found.layers):.2g} in the worst layer"
 
 
-def _form_named(name: str) -> Form:
+def form_named(name: str) -> Form:
     for form in FORMS:
         if form.name == name:
             return form
