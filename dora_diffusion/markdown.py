@@ -18,5 +18,7 @@ def code(text: object) -> str:
     """As inline code, between more backticks than the text has in a row (CommonMark 6.1)."""
     shown = printable(text)
     ticks = "`" * (max((len(run) for run in re.findall("`+", shown)), default=0) + 1)
-    space = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
+    # A space at both ends is taken away, where there is more than spaces; a backtick there would join ours.
+    ends = shown[:1] + shown[-1:]
+    space = " " if "`" in ends or (ends == "  " and shown.strip()) else ""
     return f"{ticks}{space}{shown}{space}{ticks}"

@@ -80,6 +80,7 @@ def parity(
     from dora_diffusion.inspection import tables
     from dora_diffusion.inspection.parity import compare_programs
     from dora_diffusion.inspection.programs import program_named
+    from dora_diffusion.inspection.repair import form_named
     from dora_diffusion.inspection.repair import repair as write_repaired
     from dora_diffusion.models.loading import load_base
     from dora_diffusion.outputs import check_output
@@ -87,6 +88,8 @@ def parity(
     if (repair is None) != (out is None) or (form is not None and repair is None):
         raise ConfigError("--repair PROGRAM and --out FILE belong together, and --form to both.")
     program = program_named(repair) if repair is not None else None
+    if form is not None:
+        form_named(form)
     check_adapter(file)
     if out is not None:
         check_output(out, [file])
@@ -137,7 +140,7 @@ def convert(
     from dora_diffusion.outputs import check_output
 
     file = given_path(file)
-    check_options(to.value, dtype.value if dtype else None, rank, base is not None)
+    check_options(to.value, dtype.value if dtype else None, rank, alpha, base is not None)
     check_adapter(file)
     check_output(out, [Path(file)])
     made = convert_adapter(

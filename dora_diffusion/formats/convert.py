@@ -74,7 +74,7 @@ def convert_adapter(
 
     Raises AdapterFileError for what the dialect cannot hold, ConfigError for options that cannot be used, OutputError.
     """
-    check_options(to, dtype, rank, base is not None)
+    check_options(to, dtype, rank, alpha, base is not None)
     file = read_adapter_file(source, alpha=alpha)
     file.check_universal()
     residuals: dict[str, float] = {}
@@ -93,7 +93,7 @@ def convert_adapter(
     return Conversion(path, file, (*file.notes, *notes), residuals, rounding, worst)
 
 
-def check_options(to: str, dtype: str | None, rank: int | None, has_base: bool) -> None:
+def check_options(to: str, dtype: str | None, rank: int | None, alpha: float | None, has_base: bool) -> None:
     """Raise ConfigError for options that do not go together; nothing is read."""
     if to not in TARGETS:
         raise ConfigError(f"to is {to!r}; it must be one of {', '.join(TARGETS)}.")
@@ -101,6 +101,8 @@ def check_options(to: str, dtype: str | None, rank: int | None, has_base: bool) 
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     if rank is not None and (to != "lora" or rank < 1):
         raise ConfigError(f"rank is {rank}; it goes with --to lora, and is at least 1.")
+    if alpha is not None and not alpha > 0:
+        raise ConfigError(f"alpha is {alpha:g}; it must be above 0.")
     if to in ("diff", "lora") and not has_base:
         raise ConfigError(f"--to {to} computes W' - W0 of each layer, so it needs the base: give --base.")
 

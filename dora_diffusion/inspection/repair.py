@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +29,9 @@ from dora_diffusion.inspection.parity import RIGHT, Parity, attached, evaluate, 
 from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
 from dora_diffusion.layers import DoRAUpdate
 from dora_diffusion.models.loading import Base
-from dora_diffusion.outputs import make_folder
+from dora_diffusion.outputs import make_folder, scratch_folder
 
-__all__ = ["FORMS", "Form", "Repaired", "Unrepairable", "repair"]
+__all__ = ["FORMS", "Form", "Repaired", "Unrepairable", "form_named", "repair"]
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,12 @@ def repair(
     refuse_marked(Path(path), read_header(Path(path)).metadata)
     description = read_adapter_file(path).description
     tried = []
-    beside = tempfile.TemporaryDirectory(dir=make_folder(out.parent), prefix=f".{out.stem}.")
-    with attached(base, path) as adapter, torch.no_grad(), beside as folder:
-        written = Path(folder) / out.name
+    make_folder(out.parent)
+    with attached(base, path) as adapter, torch.no_grad(), scratch_folder(out) as scratch:
+        written = scratch / out.name
         training = description.training if description else None
         file = file_of(adapter, out, training=training, base_name=description.base.name if description else None)
-        for one in FORMS if form is None else (_form_named(form),):
+        for one in FORMS if form is None else (form_named(form),):
             changed = one.change(file, adapter, program)
             if changed is None:
                 tried.append(f"{one.name} cannot hold this adapter")
@@ -124,7 +123,7 @@ def _outcome(found: Parity | None) -> str:
     return f"relative error {max(worst.error, worst.error_at_strength):.2g} in {worst.layer}, the worst layer"
 
 
-def _form_named(name: str) -> Form:
+def form_named(name: str) -> Form:
     for form in FORMS:
         if form.name == name:
             return form

@@ -21,7 +21,7 @@ from dora_diffusion.screen import Screen, printable, styled
 PACKAGE = Path(__file__).parents[2] / "dora_diffusion"
 ODD = "[bold]a[-red] :smile: `b` \x1b[31m\u202e"
 SHOWN = "[bold]a[-red] :smile: `b` \\x1b[31m\\u202e"
-PROMPT = 'a [red]"disc"[/blue] :smile: `x` | <b> ![y](z) \\ {0}'
+PROMPT = 'a [red]"b"[/c] :s: `x` <b>'
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,9 @@ def test_no_part_writes_to_a_terminal_past_the_screen() -> None:
         assert not past or path.name == "screen.py", f"{path}: use dora_diffusion.screen instead of {past}"
 
 
-@pytest.mark.parametrize("text", [PROMPT, ODD, "`", "``", " ", "a\n# b", "*a* _b_ ~~c~~ [d](e) &amp; <script>", "a#"])
+@pytest.mark.parametrize(
+    "text", [PROMPT, ODD, "| ![y](z) \\\\ {0}", "`", "``", " ", "a\n# b", "*a* _b_ ~~c~~ [d](e) &amp; <script>", "a#"]
+)
 def test_markdown_shows_the_text_it_was_given(text: str) -> None:
     markdown = MarkdownIt("commonmark")
     (inline,) = [token for token in markdown.parse(f"# {plain(text)}") if token.type == "inline"]
