@@ -75,7 +75,10 @@ def test_what_is_no_alpha_in_the_header_is_named(tmp_path, unet, text):
 
 def test_a_modules_own_alpha_and_pefts_configuration_come_before_the_header(tmp_path, unet):
     made = make(unet, PATHS, flat("lora_unet_"), kohya, lora_delta, s=2.0)
-    assert_means(unet, made.save(tmp_path / "k.safetensors", {"ss_network_alpha": "1"}), made.deltas)
+    path = made.save(tmp_path / "k.safetensors", {"ss_network_alpha": "1", "alpha": "8"})
+    assert_means(unet, path, made.deltas)
+    (note,) = read_adapter_file(path).notes
+    assert note == "the header says ss_network_alpha = 1, the layers have another alpha: theirs counts"
     made = make(unet, PATHS, dotted("unet."), peft, lora_delta, s=2.0)
     header = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8}), "ss_network_alpha": "1"}
     assert_means(unet, made.save(tmp_path / "p.safetensors", header), made.deltas)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.description import HEADER_KEY, Description
-from dora_diffusion.formats.scales import PeftConfig, alpha_in_header
+from dora_diffusion.formats.scales import PeftConfig, alpha_in_header, overruled
 from dora_diffusion.injection import AdapterConfig, AnyKind
 
 __all__ = ["config_of", "read_description"]
@@ -76,6 +76,8 @@ def _alphas(
         notes += [note] if note else []
     elif elsewhere is not None and not silent:
         notes.append(f"the alpha that was given, {elsewhere:g}, is not used: the file has its own")
+    if not peft.stabilised:
+        notes += overruled(file.header, {alpha for layer, alpha in said.items() if alpha and layer not in silent})
     for layer in silent:
         if elsewhere is not None:
             said[layer] = elsewhere

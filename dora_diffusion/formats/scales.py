@@ -6,7 +6,7 @@ Everything here comes from a file, so every value is checked before it is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dora_diffusion.errors import AdapterFileError
@@ -15,7 +15,7 @@ from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.patterns import Patterns
 from dora_diffusion.injection import MAX_ALPHA
 
-__all__ = ["ALPHA_KEYS", "RANK_KEYS", "PeftConfig", "alpha_in_header"]
+__all__ = ["ALPHA_KEYS", "RANK_KEYS", "PeftConfig", "alpha_in_header", "overruled"]
 
 # The header's entries that name an alpha and a rank for the whole file, in the words of several programs.
 _NAMES = ("", "unet.", "transformer.")
@@ -99,6 +99,19 @@ def alpha_in_header(path: Path, header: Mapping[str, str]) -> tuple[float | None
             "alone, as ComfyUI, diffusers and sd-scripts do, take alpha = rank"
         )
     return None, ""
+
+
+def overruled(header: Mapping[str, str], alphas: Collection[float]) -> list[str]:
+    """What to say of alphas in the header that none of the file's layers has, which go by their own."""
+    notes = []
+    for key in ALPHA_KEYS:
+        try:
+            value = float(header[key])
+        except (KeyError, ValueError):
+            continue
+        if alphas and not any(math.isclose(value, alpha, rel_tol=1e-6) for alpha in alphas):
+            notes.append(f"the header says {key} = {header[key][:80]}, the layers have another alpha: theirs counts")
+    return notes
 
 
 def _parsed(path: Path, key: str, text: str) -> float:
