@@ -25,12 +25,12 @@ from rich.table import Table
 from benchmarks.command import new_console, rank_list
 from benchmarks.reporter import Reporter
 from benchmarks.results import ResultsError, default_path, describe_machine, today
+from dora_diffusion.adapters.injection import KIND_LABEL, NormAxis
 from dora_diffusion.comparison.curves import COLOURS
 from dora_diffusion.demo import PROMPTS, sample_folder
 from dora_diffusion.errors import DoraDiffusionError
 from dora_diffusion.formats.files import load_adapter
 from dora_diffusion.generation import GenerationRequest, generate
-from dora_diffusion.injection import KIND_LABEL, NormAxis
 from dora_diffusion.models.loading import load_base
 from dora_diffusion.outputs import save_png, whole_file, write_text
 from dora_diffusion.training.config import TrainConfig

@@ -21,7 +21,7 @@ from benchmarks.reporter import Reporter
 from benchmarks.results import Entry, Row, describe_machine, save, today
 from benchmarks.variants import VARIANTS, Adapted, Variant, adapt, kernels_of, shared_copy
 from benchmarks.workload import Workload, drop_gradients, prepare
-from dora_diffusion.injection import Adapter
+from dora_diffusion.adapters.injection import Adapter
 
 __all__ = ["MODES", "Mode", "Plan", "run"]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.injection import Adapter, AdapterConfig, inject_adapter
+from dora_diffusion.adapters.injection import Adapter, AdapterConfig, inject_adapter
 
 __all__ = [
     "BY_INPUT",

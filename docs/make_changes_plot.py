@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from dora_diffusion.adapters.injection import adaptable_layers
 from dora_diffusion.demo import sample_folder
-from dora_diffusion.injection import adaptable_layers
 from dora_diffusion.inspection.look import comparable, look_at
 from dora_diffusion.inspection.plots import draw_analyses
 from dora_diffusion.models.loading import load_base

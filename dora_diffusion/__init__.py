@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dora_diffusion.adapters.injection import Adapter, AdapterConfig, inject_adapter
     from dora_diffusion.errors import DoraDiffusionError
     from dora_diffusion.formats.files import AdapterFile, load_adapter, read_adapter_file, save_adapter
     from dora_diffusion.generation import GenerationRequest, generate
-    from dora_diffusion.injection import Adapter, AdapterConfig, inject_adapter
     from dora_diffusion.models.loading import load_base
     from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.training.run import train
@@ -18,14 +18,14 @@ __version__ = "0.1.0"
 
 # Loaded on first use: `import dora_diffusion` stays quick and pulls in no pipeline and no web app.
 _HOME = {
-    "Adapter": "injection",
-    "AdapterConfig": "injection",
+    "Adapter": "adapters.injection",
+    "AdapterConfig": "adapters.injection",
     "AdapterFile": "formats.files",
     "DoraDiffusionError": "errors",
     "GenerationRequest": "generation",
     "TrainConfig": "training.config",
     "generate": "generation",
-    "inject_adapter": "injection",
+    "inject_adapter": "adapters.injection",
     "load_adapter": "formats.files",
     "load_base": "models.loading",
     "read_adapter_file": "formats.files",

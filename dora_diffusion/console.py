@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID
 from rich.text import Text
 
+from dora_diffusion.adapters.injection import KIND_LABEL
 from dora_diffusion.comparison.compare import Cell, CompareRequest
-from dora_diffusion.injection import KIND_LABEL
 from dora_diffusion.screen import PlainColumn, Screen, Words, printable
 from dora_diffusion.stopping import say_no_more
 from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.injection import Adapter, AdapterConfig
-from dora_diffusion.layers import LoRAUpdate
+from dora_diffusion.adapters.injection import Adapter, AdapterConfig
+from dora_diffusion.adapters.layers import LoRAUpdate
 
 BY_INPUT = "dora by input"
 KINDS = ("dora", BY_INPUT, "lora")  # what can be trained

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dora_diffusion"
-# The life of a picture, from the top down; a part is a module or a folder of the package.
+# The life of a picture, from the top down; a part is a module or a folder of the package. The engine's wing, adapters/,
+# keeps an order of its own.
 ORDER = (
     "errors",
     "memory",
@@ -22,15 +23,16 @@ ORDER = (
     "outputs",
     "journal",
     "lettering",
-    "packed",
-    "products",
-    "frozen",
-    "kernels",
-    "layers",
-    "variants",
-    "hosting",
-    "roots",
-    "injection",
+    "adapters",
+    "adapters/packed",
+    "adapters/products",
+    "adapters/frozen",
+    "adapters/kernels",
+    "adapters/layers",
+    "adapters/variants",
+    "adapters/hosting",
+    "adapters/roots",
+    "adapters/injection",
     "formats",
     "models",
     "generation",
@@ -48,7 +50,13 @@ ORDER = (
 def parts_of(root: Path) -> dict[Path, str]:
     """Every module of the package, and the part it belongs to; the package's own __init__ belongs to none."""
     modules = {path.relative_to(root): path for path in sorted(root.rglob("*.py"))}
-    return {path: name.parts[0].removesuffix(".py") for name, path in modules.items() if name != Path("__init__.py")}
+    return {path: part_of(name.with_suffix("").parts) for name, path in modules.items() if name != Path("__init__.py")}
+
+
+def part_of(names: tuple[str, ...]) -> str:
+    """The part that a module belongs to, by its path in the package."""
+    first, *rest = names
+    return f"{first}/{rest[0]}" if first == "adapters" and rest and rest[0] != "__init__" else first
 
 
 def imports_of(source: str, package: str) -> set[str]:
@@ -64,7 +72,7 @@ def imports_of(source: str, package: str) -> set[str]:
         else:
             continue
         # `from dora_diffusion import x` names a part if x is one; a public name counts as a part not in the order.
-        found |= {name.split(".")[1] for name in names if name.startswith("dora_diffusion.")}
+        found |= {part_of(tuple(name.split(".")[1:])) for name in names if name.startswith("dora_diffusion.")}
         found |= {"the whole package" for name in names if name == "dora_diffusion"}
     return found
 
@@ -80,7 +88,8 @@ def test_every_part_has_its_place_in_the_order():
 
 def test_every_part_is_explained_in_the_architecture_page():
     page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
-    missing = {part for part in parts_of(PACKAGE).values() if f"`{part}.py`" not in page and f"`{part}/`" not in page}
+    names = {part.removeprefix("adapters/") for part in parts_of(PACKAGE).values()}
+    missing = {name for name in names if f"`{name}.py`" not in page and f"`{name}/`" not in page}
     assert not missing
 
 
@@ -97,13 +106,14 @@ def test_a_module_imports_only_its_own_part_and_the_parts_above(path):
 @pytest.mark.parametrize(
     "source, parts",
     [
-        ("import dora_diffusion.layers", {"layers"}),
+        ("import dora_diffusion.adapters.layers", {"adapters/layers"}),
         ("from dora_diffusion.formats.files import save_adapter", {"formats"}),
-        ("from dora_diffusion import layers", {"layers"}),
-        ("from dora_diffusion import formats as f, layers", {"formats", "layers"}),
+        ("from dora_diffusion.adapters import layers", {"adapters/layers"}),
+        ("from dora_diffusion import errors", {"errors"}),
+        ("from dora_diffusion import formats as f, errors", {"formats", "errors"}),
         ("import dora_diffusion", {"the whole package"}),
         ("from . import files", {"formats"}),
-        ("from ..layers import AdaptedLayer", {"layers"}),
+        ("from ..adapters.layers import AdaptedLayer", {"adapters/layers"}),
         ("def f():\n    from dora_diffusion.cli import app", {"cli"}),
         ("import torch, os.path\nfrom diffusers import UNet2DConditionModel", set()),
     ],

@@ -22,12 +22,12 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
 
+from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.formats.patterns import Patterns
 from dora_diffusion.formats.storage import MAX_HEADER
-from dora_diffusion.layers import AdaptedLayer
 
 MUTANTS = 20_000
 QUICK = 600

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from dora_diffusion import AdapterConfig, inject_adapter
+from dora_diffusion.adapters.frozen import FrozenLinear, freeze_view
+from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
 from dora_diffusion.errors import AdapterStateError, TargetError
-from dora_diffusion.frozen import FrozenLinear, freeze_view
-from dora_diffusion.layers import AdaptedLayer, LoRAUpdate
 
 IN, OUT, RANK, ALPHA = 128, 96, 4, 6.0  # 128 x 96 values: no other tensor of these tests has so many
 
@@ -188,7 +188,7 @@ def test_norms_and_products_are_those_of_the_unpacked_weight(name, training):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_a_4bit_weight_read_in_several_chunks_is_whole(shape, double_quant, quant_type, monkeypatch):
     bnb = pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("dora_diffusion.packed.CHUNK", 2000)  # a few rows, or less than one
+    monkeypatch.setattr("dora_diffusion.adapters.packed.CHUNK", 2000)  # a few rows, or less than one
     out_features, in_features = shape
     layer = bnb.nn.Linear4bit(in_features, out_features, True, torch.float32, double_quant, quant_type).to("cpu")
     whole = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from training_helpers import HANGS
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.models.loading import Base
 
 

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter, inject_into
 from dora_diffusion.cli import main
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.convert import best_low_rank, convert_adapter
@@ -31,7 +32,6 @@ from dora_diffusion.formats.description import Description, identify_base
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.formats.unet_names import unet_original
 from dora_diffusion.formats.writing import save_adapter
-from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter, inject_into
 
 kinds = pytest.mark.parametrize("kind", ["dora", "lora"])
 TARGETS = ("to_q", "to_k", "to_out.0", "conv1", "proj_in", "add_q_proj", "proj_mlp", "q_proj", "out_proj", "fc1")

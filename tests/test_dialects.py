@@ -16,15 +16,15 @@ from oracles import inputs_of, output_of, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter
+from dora_diffusion.adapters.layers import InputAxisDoRAUpdate
+from dora_diffusion.adapters.variants import DifferenceUpdate, UnscaledNormDoRAUpdate
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
 from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.formats.names import locate, unflatten
 from dora_diffusion.formats.unet_names import unet_original
-from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter
-from dora_diffusion.layers import InputAxisDoRAUpdate
-from dora_diffusion.variants import DifferenceUpdate, UnscaledNormDoRAUpdate
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 PATHS = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn1.to_out.0", f"{BLOCK}.ff.net.0.proj"]

@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from oracles import perturb
 from transformers import CLIPTokenizer
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.models.loading import ASSETS, EMBEDDED, load_base
 
 SCRIPTS = Path(__file__).parent.parent / "train_scripts"

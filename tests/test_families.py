@@ -19,12 +19,12 @@ from oracles import perturb, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.injection import AdapterConfig, adaptable_layers, inject_adapter, matching_layers
 from dora_diffusion.errors import ConfigError, PromptError
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
 from dora_diffusion.formats.original import is_flux2
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
-from dora_diffusion.injection import AdapterConfig, adaptable_layers, inject_adapter, matching_layers
 from dora_diffusion.inspection.parity import compare_programs
 from dora_diffusion.inspection.programs import program_named
 from dora_diffusion.inspection.repair import repair

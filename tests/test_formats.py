@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from stock_diffusers import pipeline_around
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.injection import Adapter, AdapterConfig, inject_adapter
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, AdapterStateError, ConfigError, OutputError
 from dora_diffusion.formats import storage
 from dora_diffusion.formats.description import Description, identify_base
 from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
 from dora_diffusion.formats.storage import read_safetensors, write_safetensors
-from dora_diffusion.injection import Adapter, AdapterConfig, inject_adapter
 
 kinds = pytest.mark.parametrize("kind", ["dora", "lora"])
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

@@ -11,10 +11,10 @@ from dialect_files import flat, kohya, lora_delta, make
 from diffusers import StableDiffusionPipeline
 from training_helpers import config, stop_after
 
+from dora_diffusion.adapters.injection import AnyKind
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, ConfigError, TrainingError
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import read_adapter_file
-from dora_diffusion.injection import AnyKind
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.events import Finished, Preparing

@@ -14,9 +14,9 @@ from oracles import BY_INPUT, KINDS, adapted_weight, config_of, inputs_of, outpu
 from peft import LoraConfig
 from torch import nn
 
+from dora_diffusion.adapters.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter, matching_layers
+from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError
-from dora_diffusion.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter, matching_layers
-from dora_diffusion.layers import AdaptedLayer
 
 JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 WITH_CONVOLUTIONS = ("to_q", "to_v", "to_out.0", "conv1", "conv2", "conv_in", "time_emb_proj")

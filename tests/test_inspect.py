@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from stock_diffusers import pipeline_around
 from torch import nn
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.inspection.analysis import Analysis, LayerChange, fit
 from dora_diffusion.inspection.look import comparable, look_at, names_of
 from dora_diffusion.inspection.plots import COLOURS, draw_analyses, nice_ticks

@@ -13,9 +13,9 @@ from test_layers import adapt, kinds, linear, update_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_diffusion import kernels
-from dora_diffusion.injection import inject_adapter
-from dora_diffusion.layers import AdaptedLayer
+from dora_diffusion.adapters import kernels
+from dora_diffusion.adapters.injection import inject_adapter
+from dora_diffusion.adapters.layers import AdaptedLayer
 
 # (tokens, in, out): the first three are merged in float32, the others are not.
 SHAPES = [(200, 24, 40), (300, 64, 16), (600, 320, 320), (5, 24, 40), (1, 3, 9), (77, 320, 640)]

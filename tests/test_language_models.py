@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from dora_diffusion import AdapterConfig, inject_adapter
+from dora_diffusion.adapters.injection import Adapter
 from dora_diffusion.errors import AdapterStateError
-from dora_diffusion.injection import Adapter
 
 RANK, ALPHA = 4, 10.0
 Inputs = dict[str, Tensor]

@@ -23,10 +23,10 @@ from peft.tuners.lora import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dora_diffusion.adapters.frozen import freeze_view
+from dora_diffusion.adapters.kernels import row_norms
+from dora_diffusion.adapters.layers import AdaptedLayer, DoRAUpdate, InputAxisDoRAUpdate, LoRAUpdate
 from dora_diffusion.errors import AdapterStateError
-from dora_diffusion.frozen import freeze_view
-from dora_diffusion.kernels import row_norms
-from dora_diffusion.layers import AdaptedLayer, DoRAUpdate, InputAxisDoRAUpdate, LoRAUpdate
 
 UPDATES = {"dora": DoRAUpdate, BY_INPUT: InputAxisDoRAUpdate, "lora": LoRAUpdate}
 kinds = pytest.mark.parametrize("kind", UPDATES)

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from dora_diffusion.adapters.injection import Adapter, inject_adapter
+from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.cli import app
 from dora_diffusion.errors import AdapterStateError, ConfigError
 from dora_diffusion.formats.files import load_adapter, save_adapter
-from dora_diffusion.injection import Adapter, inject_adapter
-from dora_diffusion.layers import AdaptedLayer
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.models.merging import save_merged
 

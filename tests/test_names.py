@@ -15,6 +15,7 @@ from oracles import relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dora_diffusion.adapters.injection import AdapterConfig, adaptable_layers, inject_adapter
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import MODELS, Anatomy, Model, anatomy_of, model_of
 from dora_diffusion.formats.convert import convert_adapter
@@ -22,7 +23,6 @@ from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_a
 from dora_diffusion.formats.names import locate
 from dora_diffusion.formats.original import TRANSFORMERS
 from dora_diffusion.formats.unet_names import originals_of
-from dora_diffusion.injection import AdapterConfig, adaptable_layers, inject_adapter
 
 FAMILIES: dict[Model, Callable[[], nn.Module]] = {
     "unet": bases.unet,

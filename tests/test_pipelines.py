@@ -14,11 +14,11 @@ from test_convert import saved
 from test_dialects import kohya_pipeline_file
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
+from dora_diffusion.adapters.layers import AdaptedLayer
 from dora_diffusion.errors import AdapterStateError, ConfigError
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
-from dora_diffusion.layers import AdaptedLayer
 
 README = Path(__file__).parent.parent / "README.md"
 ENCODERS = {"sd": {"text_encoder": "lora_te_"}, "xl": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dora_diffusion.adapters.injection import Adapter
 from dora_diffusion.comparison.cache import PictureCache, file_digest
 from dora_diffusion.comparison.metrics import mean_difference
 from dora_diffusion.comparison.request import BASE, Cell, Column, CompareRequest, one_for_each, written_number
@@ -17,7 +18,6 @@ from dora_diffusion.errors import AdapterMismatchError
 from dora_diffusion.formats.description import identify_base
 from dora_diffusion.formats.files import AdapterFile, attach, fit_of, read_adapter_file
 from dora_diffusion.generation import OnStep, check_prompt, generate
-from dora_diffusion.injection import Adapter
 from dora_diffusion.lettering.labels import named_apart
 from dora_diffusion.models.loading import Base
 

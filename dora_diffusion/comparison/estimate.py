@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from dora_diffusion.adapters.injection import Kind
 from dora_diffusion.generation import GenerationRequest, generate
-from dora_diffusion.injection import Kind
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import (

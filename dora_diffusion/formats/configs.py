@@ -10,11 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import AdapterConfig, AnyKind
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.description import HEADER_KEY, Description
 from dora_diffusion.formats.scales import PeftConfig, alpha_in_header, overruled
-from dora_diffusion.injection import AdapterConfig, AnyKind
 
 __all__ = ["config_of", "read_description"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import Model
 from dora_diffusion.formats.description import MADE_FOR_KEY, BaseIdentity, Description
-from dora_diffusion.injection import AdapterConfig
 
 __all__ = ["AdapterFile", "Raw", "by_layer"]
 

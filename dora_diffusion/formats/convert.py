@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats import kohya
 from dora_diffusion.formats.anatomy import MODEL_LABEL, model_of
@@ -25,7 +26,6 @@ from dora_diffusion.formats.loading import attach, by_the_models_names, denoiser
 from dora_diffusion.formats.placing import open_names
 from dora_diffusion.formats.reading import read_adapter_file
 from dora_diffusion.formats.writing import Layout, describe, file_layer, write_adapter_file
-from dora_diffusion.injection import AdapterConfig
 
 __all__ = ["DTYPES", "TARGETS", "Conversion", "Target", "check_options", "convert_adapter"]
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from dora_diffusion.frozen import FrozenLayer
-from dora_diffusion.injection import adaptable_layers
+from dora_diffusion.adapters.frozen import FrozenLayer
+from dora_diffusion.adapters.injection import adaptable_layers
 
 __all__ = ["HEADER_KEY", "MADE_FOR_KEY", "BaseIdentity", "Description", "identify_base"]
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.injection import AdapterConfig
 
 __all__ = ["METADATA_KEY", "peft_config", "scales", "to_keys"]
 

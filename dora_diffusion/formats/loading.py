@@ -10,16 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
-from dora_diffusion.formats.anatomy import Anatomy, anatomy_of
-from dora_diffusion.formats.content import AdapterFile, by_layer
-from dora_diffusion.formats.description import BaseIdentity, identify_base
-from dora_diffusion.formats.findings import Findings, some
-from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.placing import place_again
-from dora_diffusion.formats.reading import read_with_findings
-from dora_diffusion.frozen import FrozenLayer
-from dora_diffusion.injection import (
+from dora_diffusion.adapters.frozen import FrozenLayer
+from dora_diffusion.adapters.injection import (
     Adapter,
     AdapterConfig,
     Kind,
@@ -28,7 +20,15 @@ from dora_diffusion.injection import (
     check_strength,
     inject_into,
 )
-from dora_diffusion.layers import DoRAUpdate
+from dora_diffusion.adapters.layers import DoRAUpdate
+from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
+from dora_diffusion.formats.anatomy import Anatomy, anatomy_of
+from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.description import BaseIdentity, identify_base
+from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.names import TEXT_ENCODERS
+from dora_diffusion.formats.placing import place_again
+from dora_diffusion.formats.reading import read_with_findings
 
 __all__ = [
     "Fit",

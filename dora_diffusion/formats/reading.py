@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats import names
 from dora_diffusion.formats.anatomy import Anatomy
@@ -23,7 +24,6 @@ from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
 from dora_diffusion.formats.storage import read_header, read_safetensors
-from dora_diffusion.injection import AdapterConfig
 
 __all__ = ["check_adapter", "read_adapter_file", "read_with_findings", "some"]
 

@@ -9,11 +9,11 @@ import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from dora_diffusion.adapters.injection import MAX_ALPHA
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats import diffusers
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.patterns import Patterns
-from dora_diffusion.injection import MAX_ALPHA
 
 __all__ = ["ALPHA_KEYS", "RANK_KEYS", "PeftConfig", "alpha_in_header", "overruled"]
 

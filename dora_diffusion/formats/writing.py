@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import Adapter
 from dora_diffusion.formats import diffusers, kohya
 from dora_diffusion.formats.anatomy import model_of
 from dora_diffusion.formats.content import AdapterFile
@@ -18,7 +19,6 @@ from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Descrip
 from dora_diffusion.formats.modelspec import modelspec
 from dora_diffusion.formats.scales import ALPHA_KEYS, RANK_KEYS
 from dora_diffusion.formats.storage import write_safetensors
-from dora_diffusion.injection import Adapter
 
 __all__ = ["Layout", "describe", "file_layer", "file_of", "save_adapter", "write_adapter_file"]
 

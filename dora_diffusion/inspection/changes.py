@@ -14,12 +14,12 @@ from typing import Literal
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.frozen import FrozenLayer
+from dora_diffusion.adapters.injection import adaptable_layers
+from dora_diffusion.adapters.layers import LoRAUpdate
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
 from dora_diffusion.formats.files import check_adapter, load_adapter, read_adapter_file
-from dora_diffusion.frozen import FrozenLayer
-from dora_diffusion.injection import adaptable_layers
 from dora_diffusion.inspection.parity import refuse_marked
-from dora_diffusion.layers import LoRAUpdate
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.paths import obstacle
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import Adapter, adaptable_layers, check_strength
+from dora_diffusion.adapters.layers import DoRAUpdate, InputAxisDoRAUpdate
+from dora_diffusion.adapters.variants import UnscaledNormDoRAUpdate
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import Anatomy, anatomy_of, model_of
 from dora_diffusion.formats.description import MADE_FOR_KEY
@@ -22,14 +25,11 @@ from dora_diffusion.formats.original import WHOLE
 from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.storage import read_header, read_safetensors
-from dora_diffusion.injection import Adapter, adaptable_layers, check_strength
 from dora_diffusion.inspection.formula import DoesNotFit, program_update
 from dora_diffusion.inspection.programs import PROGRAMS, Program
 from dora_diffusion.inspection.reading import FileModule, Reading, read_as, split_key
 from dora_diffusion.inspection.stock import read_by_diffusers
-from dora_diffusion.layers import DoRAUpdate, InputAxisDoRAUpdate
 from dora_diffusion.models.loading import Base
-from dora_diffusion.variants import UnscaledNormDoRAUpdate
 
 __all__ = [
     "RIGHT",

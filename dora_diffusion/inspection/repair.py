@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import Adapter, AdapterConfig, check_strength
+from dora_diffusion.adapters.layers import DoRAUpdate
 from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import MADE_FOR_KEY
@@ -23,11 +25,9 @@ from dora_diffusion.formats.original import WHOLE
 from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.storage import read_header
 from dora_diffusion.formats.writing import Layout, file_layer, file_of, write_adapter_file
-from dora_diffusion.injection import Adapter, AdapterConfig, check_strength
 from dora_diffusion.inspection.formula import halves_swapped
 from dora_diffusion.inspection.parity import RIGHT, Parity, attached, evaluate, is_swapped, knows, refuse_marked
 from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
-from dora_diffusion.layers import DoRAUpdate
 from dora_diffusion.models.loading import Base
 from dora_diffusion.outputs import make_folder, scratch_folder
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.injection import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from dora_diffusion.errors import BaseModelError
-from dora_diffusion.injection import ATTENTION_TARGETS, FEED_FORWARD_TARGETS
 from dora_diffusion.models import dits, unets
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.latents import flux2_posterior, kl_posterior, qwen_posterior

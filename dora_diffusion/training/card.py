@@ -8,8 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from dora_diffusion.adapters.injection import KIND_LABEL
 from dora_diffusion.formats.files import AdapterFile
-from dora_diffusion.injection import KIND_LABEL
 from dora_diffusion.markdown import code, plain
 from dora_diffusion.models.loading import EMBEDDED, Base
 from dora_diffusion.training.config import TrainConfig

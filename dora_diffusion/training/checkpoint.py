@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dora_diffusion.adapters.injection import Adapter, Kind
 from dora_diffusion.errors import AdapterFileError, TrainingError
 from dora_diffusion.formats.storage import read_header, read_safetensors, write_safetensors
-from dora_diffusion.injection import Adapter, Kind
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.optimizers import Numbers, group_numbers, set_group_numbers
 

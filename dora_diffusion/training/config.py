@@ -22,9 +22,9 @@ from pydantic import (
     model_validator,
 )
 
+from dora_diffusion.adapters.injection import AdapterConfig, Kind, NormAxis
 from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
 from dora_diffusion.formats.storage import read_header
-from dora_diffusion.injection import AdapterConfig, Kind, NormAxis
 from dora_diffusion.models.quantising import Packing
 from dora_diffusion.paths import given_path, obstacle
 from dora_diffusion.training.optimizers import OptimizerName

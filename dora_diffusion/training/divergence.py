@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from dora_diffusion.adapters.injection import KIND_LABEL, Kind
 from dora_diffusion.errors import TrainingError
-from dora_diffusion.injection import KIND_LABEL, Kind
 from dora_diffusion.training.config import TrainConfig
 
 __all__ = ["all_finite", "diverged"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.injection import Kind
+from dora_diffusion.adapters.injection import Kind
 from dora_diffusion.training.loop import Step
 
 __all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Saved", "Stopped"]

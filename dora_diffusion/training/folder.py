@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dora_diffusion.adapters.injection import Kind
 from dora_diffusion.errors import TrainingError
-from dora_diffusion.injection import Kind
 from dora_diffusion.journal import append_entry, read_log
 from dora_diffusion.outputs import check_places, write_text
 from dora_diffusion.training.checkpoint import checkpoint_path

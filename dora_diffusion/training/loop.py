@@ -20,12 +20,12 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dora_diffusion.adapters.injection import Adapter, Kind, inject_adapter
 from dora_diffusion.data.buckets import bucket_sizes
 from dora_diffusion.data.cache import EncodedImages, encode_images, long_captions
 from dora_diffusion.data.folder import ImageFolder, TrainingImage, read_folder, smallest_side
 from dora_diffusion.errors import ConfigError, DataError
 from dora_diffusion.formats.files import attach_trainable
-from dora_diffusion.injection import Adapter, Kind, inject_adapter
 from dora_diffusion.models.conditioning import Conditioning
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig

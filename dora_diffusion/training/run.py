@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
+from dora_diffusion.adapters.injection import KIND_LABEL, Adapter, Kind
 from dora_diffusion.data.folder import list_pictures
 from dora_diffusion.errors import ConfigError, OutputError, TrainingError
 from dora_diffusion.formats.files import read_adapter_file, save_adapter
 from dora_diffusion.formats.reading import some
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
-from dora_diffusion.injection import KIND_LABEL, Adapter, Kind
 from dora_diffusion.memory import not_enough, ran_out
 from dora_diffusion.models.cautions import cautions
 from dora_diffusion.models.loading import Base, load_base, pick_device

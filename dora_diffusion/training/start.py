@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from dora_diffusion.adapters.injection import KIND_LABEL, Kind
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.formats.files import AdapterFile, check_fits, fit_of, read_adapter_file
-from dora_diffusion.injection import KIND_LABEL, Kind
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.config import TrainConfig
 

@@ -140,8 +140,8 @@ class TrainingJob:
 
     def _train(self) -> None:
         ready()
+        from dora_diffusion.adapters.injection import KIND_LABEL
         from dora_diffusion.console import clock
-        from dora_diffusion.injection import KIND_LABEL
         from dora_diffusion.training.events import Preparing
         from dora_diffusion.training.run import train
 
@@ -163,7 +163,7 @@ class TrainingJob:
 
     def _take(self, event: Event) -> None:
         ready()
-        from dora_diffusion.injection import KIND_LABEL
+        from dora_diffusion.adapters.injection import KIND_LABEL
         from dora_diffusion.training.events import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
         from dora_diffusion.training.loop import Step
 
@@ -198,8 +198,8 @@ class TrainingJob:
 
     def _step(self, step: Step) -> None:
         ready()
+        from dora_diffusion.adapters.injection import KIND_LABEL
         from dora_diffusion.console import clock
-        from dora_diffusion.injection import KIND_LABEL
 
         self.curves.setdefault(step.kind, Curve()).loss.append(step.loss)
         kinds = self.config.kinds

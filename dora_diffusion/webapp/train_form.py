@@ -279,8 +279,8 @@ def _cost(form: TrainForm, captions: Sequence[str], estimate: Estimate) -> dict[
         config = form.config(Path(), Path(), "", captions)
     except ConfigError:
         return {}  # the checklist says it
+    from dora_diffusion.adapters.injection import KIND_LABEL
     from dora_diffusion.console import clock
-    from dora_diffusion.injection import KIND_LABEL
 
     parameters = ", ".join(f"{KIND_LABEL[kind]} {cost.parameters:,}" for kind, cost in estimate.costs.items())
     return {

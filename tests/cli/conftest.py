@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.models.loading import Base
 
 

@@ -9,9 +9,9 @@ import pytest
 from oracles import perturb
 from stock_diffusers import pipeline_around
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.models.loading import Base
 
 TARGETS = (

@@ -23,9 +23,9 @@ from programs_run import Deltas, assert_same, by_rules
 from safetensors.torch import load_file
 from torch import nn
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.models.loading import Base
 
 COMFYUI = os.environ.get("COMFYUI_PYTHON")

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from stock_diffusers import pipeline_around
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.models.loading import Base
 
 SDCPP = os.environ.get("SDCPP_PYTHON")

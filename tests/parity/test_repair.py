@@ -20,9 +20,9 @@ from programs_run import (
 from safetensors import safe_open
 from stock_diffusers import pipeline_around
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.inspection.look import look_at
 from dora_diffusion.inspection.parity import RIGHT, compare_programs
 from dora_diffusion.inspection.programs import PROGRAMS, program_named

@@ -34,10 +34,10 @@ from safetensors.torch import load_file, save_file
 from stock_diffusers import pipeline_around
 from torch import Tensor
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import load_adapter, save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.inspection.formula import DoesNotFit, program_update
 from dora_diffusion.inspection.parity import RIGHT
 from dora_diffusion.inspection.programs import PROGRAMS, program_named

@@ -13,9 +13,9 @@ from oracles import perturb
 from programs_run import Deltas, by_rules, errors_of
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.injection import AdapterConfig, inject_adapter
 from dora_diffusion.inspection.parity import RIGHT
 from dora_diffusion.inspection.programs import program_named
 from dora_diffusion.inspection.repair import repair

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from dora_diffusion.adapters.packed import Rows, float_rows, has_gradient, packed_rows
+from dora_diffusion.adapters.products import LayerProducts, device_of
 from dora_diffusion.errors import AdapterStateError
-from dora_diffusion.packed import Rows, float_rows, has_gradient, packed_rows
-from dora_diffusion.products import LayerProducts, device_of
 
 __all__ = ["FrozenConv1D", "FrozenConv2d", "FrozenLayer", "FrozenLinear", "device_of", "freeze_view"]
 

@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from torch import nn
 
+from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
 from dora_diffusion.errors import AdapterStateError, ConfigError
-from dora_diffusion.layers import AdaptedLayer, LoRAUpdate
 
 __all__ = ["ScaleDial", "host", "release"]
 

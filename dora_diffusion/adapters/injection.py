@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.frozen import FrozenLayer, freeze_view
+from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
+from dora_diffusion.adapters.roots import Roots
+from dora_diffusion.adapters.variants import LOW_RANK, update_class
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
-from dora_diffusion.frozen import FrozenLayer, freeze_view
-from dora_diffusion.layers import AdaptedLayer, LoRAUpdate
-from dora_diffusion.roots import Roots
-from dora_diffusion.variants import LOW_RANK, update_class
 
 __all__ = [
     "ATTENTION_TARGETS",

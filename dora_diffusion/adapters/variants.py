@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.frozen import FrozenLayer, device_of
-from dora_diffusion.layers import DoRAUpdate, InputAxisDoRAUpdate, LoRAUpdate
+from dora_diffusion.adapters.frozen import FrozenLayer, device_of
+from dora_diffusion.adapters.layers import DoRAUpdate, InputAxisDoRAUpdate, LoRAUpdate
 
 __all__ = ["DifferenceUpdate", "UnscaledNormDoRAUpdate", "update_class"]
 

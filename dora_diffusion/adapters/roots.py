@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dora_diffusion.hosting import host, release
-from dora_diffusion.layers import AdaptedLayer
+from dora_diffusion.adapters.hosting import host, release
+from dora_diffusion.adapters.layers import AdaptedLayer
 
 __all__ = ["Roots"]
 

@@ -21,8 +21,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.frozen import FrozenLayer, FrozenLinear, device_of
-from dora_diffusion.kernels import adapted_linear, column_norms, linear_without_gradients, norm_ratio, row_norms
+from dora_diffusion.adapters.frozen import FrozenLayer, FrozenLinear, device_of
+from dora_diffusion.adapters.kernels import (
+    adapted_linear,
+    column_norms,
+    linear_without_gradients,
+    norm_ratio,
+    row_norms,
+)
 
 __all__ = ["AdaptedLayer", "DoRAUpdate", "InputAxisDoRAUpdate", "LoRAUpdate"]
 
