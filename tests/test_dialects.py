@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.injection import Adapter, AdapterConfig, adaptable_layers, inject_adapter
 from dora_diffusion.adapters.layers import InputAxisDoRAUpdate
-from dora_diffusion.adapters.variants import DifferenceUpdate, UnscaledNormDoRAUpdate
+from dora_diffusion.adapters.variants import UnscaledNormDoRAUpdate
+from dora_diffusion.adapters.whole import DifferenceUpdate
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
 from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.convert import convert_adapter

@@ -34,11 +34,13 @@ class FrozenLayer(Protocol):
     @property
     def weight(self) -> Tensor: ...
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor: ...
+    def whole(self, x: Tensor, D: Tensor) -> Tensor: ...
     def output(self, x: Tensor) -> Tensor: ...
     def unbiased(self, x: Tensor) -> Tensor: ...
     def without_bias(self, y: Tensor) -> Tensor: ...
     def per_output(self, v: Tensor) -> Tensor: ...
     def per_input(self, v: Tensor) -> Tensor: ...
+    def output_axis(self, y: Tensor) -> int: ...
     def times_weight(self, A: Tensor) -> Tensor: ...
     def transposed(self, dy: Tensor) -> Tensor: ...
     def squared_norms(self, by_input: bool = False) -> Tensor: ...
@@ -103,6 +105,10 @@ class FrozenLinear:
         """x (B A)^T: [..., in] to [..., out]."""
         return F.linear(F.linear(x, A), B)
 
+    def whole(self, x: Tensor, D: Tensor) -> Tensor:
+        """x D^T for D in the shape of the weight: [..., in] to [..., out]."""
+        return F.linear(x, D)
+
     def output(self, x: Tensor) -> Tensor:
         """The layer's own output, bias included, differentiable in x also where the layer's own code is not.
 
@@ -130,6 +136,9 @@ class FrozenLinear:
 
     def per_input(self, v: Tensor) -> Tensor:
         return v  # [in], the last axis of x
+
+    def output_axis(self, y: Tensor) -> int:
+        return y.dim() - 1
 
     def times_weight(self, A: Tensor) -> Tensor:
         """W0 A^T [out, r], float32, from A [r, in]: exact rows, or A's rows as r extra tokens."""
@@ -227,6 +236,10 @@ class FrozenConv2d:
         BA = B.flatten(1) @ A.flatten(1)
         return self._conv(x, BA.reshape(self.module.weight.shape))
 
+    def whole(self, x: Tensor, D: Tensor) -> Tensor:
+        """The convolution with D in the shape of the weight."""
+        return self._conv(x, D)
+
     def output(self, x: Tensor) -> Tensor:
         return self.module(x)  # type: ignore[no-any-return]
 
@@ -242,6 +255,9 @@ class FrozenConv2d:
 
     def per_input(self, v: Tensor) -> Tensor:
         return v.repeat(self.module.groups)[:, None, None]  # every group has its own channels for the kernel's
+
+    def output_axis(self, y: Tensor) -> int:
+        return y.dim() - 3
 
     def times_weight(self, A: Tensor) -> Tensor:
         return self.weight.flatten(1).float() @ A.T

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.frozen import FrozenLayer, freeze_view
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
 from dora_diffusion.adapters.roots import Roots
-from dora_diffusion.adapters.variants import LOW_RANK, update_class
+from dora_diffusion.adapters.variants import LOW_RANK, update_class, update_of
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
 
 __all__ = [
@@ -289,19 +289,21 @@ def inject_into(
     name: str | None = None,
     seed: int | None = None,
     text_encoders: Mapping[str, nn.Module] | None = None,
-    parameters: Mapping[str, Iterable[str]] | None = None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Adapter:
     """`inject_adapter` at exactly these layers, whatever config.target_modules says.
 
-    `text_encoders` by their names in the pipeline; `parameters` by layer, where they are not those of the config.
+    `text_encoders` by their names in the pipeline. `tensors` by layer are the values of the updates' parameters, which
+    say what form each update has; without them it is the config's, as training starts.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     roots = Roots(model, text_encoders or {})
     name = _check_name(name, roots.adapter_names())
     updates = {}
     for path, frozen in views.items():  # all are made before the first is put in: a layer may refuse
-        make = update_class(config.parameters if parameters is None else parameters[path])
-        updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator)
+        values = None if tensors is None else tensors[path]
+        make = update_class(config.parameters) if values is None else update_of(values)
+        updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator, values)
     roots.freeze(views)
     layers = {}
     for path, frozen in views.items():

@@ -17,6 +17,7 @@ frozen.py; kernels.py has the norms, and the same numbers quicker for the case t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ class LoRAUpdate(nn.Module):
     B starts at zero. `strength` is w in W0 + w (W' - W0); the layer that carries the update heeds it.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(
         self,
         frozen: FrozenLayer,
@@ -47,18 +51,24 @@ class LoRAUpdate(nn.Module):
         scale: float,
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """With `tensors` the parameters have these values; without, those that training starts from."""
         super().__init__()
         self.frozen = frozen
         self.scale = scale
         self.strength = 1.0
         self.dropout = nn.Dropout(dropout)
         device = device_of(frozen.module)
-        # The usual start of a linear layer, drawn on the CPU so that a seed means the same on every device.
-        bound = 1 / math.sqrt(math.prod(frozen.in_shape))
+        for name, tensor in (self.start(frozen, rank, generator) if tensors is None else tensors).items():
+            self.register_parameter(name, nn.Parameter(tensor.detach().to(device, torch.float32, copy=True)))
+
+    @staticmethod
+    def start(frozen: FrozenLayer, rank: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """The values that training starts from, drawn on the CPU so that a seed means the same on every device."""
+        bound = 1 / math.sqrt(math.prod(frozen.in_shape))  # the usual start of a linear layer
         A = torch.empty(rank, *frozen.in_shape).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(A.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(frozen.out_features, rank, *frozen.up_shape, device=device))
+        return {"lora_A": A, "lora_B": torch.zeros(frozen.out_features, rank, *frozen.up_shape)}
 
     @property
     def rank(self) -> int:
@@ -103,6 +113,14 @@ class LoRAUpdate(nn.Module):
         """W' - W0, float32, in the shape of the weight."""
         return self.direction()
 
+    def norms(self, base_squared: Tensor, by_input: bool) -> Tensor:
+        """||W0 + s B A|| of every output [out] or input [in], float32, given ||W0||^2 of the same."""
+        A, B = self.lora_A.detach().float(), self.lora_B.detach().float().flatten(1)
+        if by_input:
+            return column_norms(base_squared, self.frozen.transposed(B.T), A, B, self.scale)
+        A = A.flatten(1)
+        return row_norms(base_squared, self.frozen.times_weight(A), A, B, self.scale)
+
 
 class DoRAUpdate(LoRAUpdate):
     """One adapter's change of one layer: W' - W0 = (m / n) (W0 + s B A) - W0 (Liu et al. 2024, equation 5).
@@ -121,12 +139,14 @@ class DoRAUpdate(LoRAUpdate):
         scale: float,
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(frozen, rank, scale, dropout, generator)
+        super().__init__(frozen, rank, scale, dropout, generator, tensors)
         # No buffer: model.half() would round a buffer, and the norm is float32 whatever the weights are.
         with torch.no_grad():
             self._base_squared = frozen.squared_norms(self.by_input)
-        self.register_parameter(self.magnitude_name, nn.Parameter(self._base_squared.sqrt()))
+        if tensors is None:
+            self.register_parameter(self.magnitude_name, nn.Parameter(self._base_squared.sqrt()))
         self._norm_of: tuple[object, ...] | None = None
         self._norm: Tensor | None = None
 
@@ -138,20 +158,20 @@ class DoRAUpdate(LoRAUpdate):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """n = ||W0 + s B A|| per output, [out], float32 under autocast too; in eval mode kept until A or B change."""
-        A, B = self.lora_A, self.lora_B
+        changing = [p for name, p in self.named_parameters() if name != self.magnitude_name]
         # Versions are not visible to the tracer, inference tensors have none, and not every optimizer changes them.
-        if self.training or torch.compiler.is_compiling() or A.is_inference() or B.is_inference():
+        if self.training or torch.compiler.is_compiling() or any(p.is_inference() for p in changing):
             return self._fresh_norm()
-        state = (A._version, B._version, A.data_ptr(), B.data_ptr(), A.device, A.dtype)
+        state = tuple((p._version, p.data_ptr(), p.device, p.dtype) for p in changing)
         if self._norm is None or self._norm_of != state:
             with torch.inference_mode(False), torch.no_grad():  # what is kept must do for a later training step too
                 self._norm, self._norm_of = self._fresh_norm(), state
         return self._norm
 
     def _fresh_norm(self) -> Tensor:
-        with torch.autocast(self.lora_A.device.type, enabled=False):
-            A, B = self.lora_A.detach().float().flatten(1), self.lora_B.detach().float().flatten(1)
-            return row_norms(self._base_squared.to(A.device), self.frozen.times_weight(A), A, B, self.scale)
+        m = self.get_parameter(self.magnitude_name)
+        with torch.autocast(m.device.type, enabled=False):
+            return self.norms(self._base_squared.to(m.device), self.by_input)
 
     def ratio(self) -> Tensor:
         """g = m / n; 0 for a row that is zero, never NaN."""
@@ -196,12 +216,6 @@ class InputAxisDoRAUpdate(DoRAUpdate):
 
     magnitude_name = "input_magnitude"
     by_input = True
-
-    def _fresh_norm(self) -> Tensor:
-        with torch.autocast(self.lora_A.device.type, enabled=False):
-            A, B = self.lora_A.detach().float(), self.lora_B.detach().float().flatten(1)
-            Bt_W0 = self.frozen.transposed(B.T)
-            return column_norms(self._base_squared.to(A.device), Bt_W0, A, B, self.scale)
 
     def _stretched(self, x: Tensor, excess: Tensor) -> Tensor:
         """x (1 + excess), excess [in]; x's own bits where it is 0."""

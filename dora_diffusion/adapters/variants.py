@@ -6,16 +6,21 @@ Each is computed as its writer computed it, never approximated by another; all a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dora_diffusion.adapters.frozen import FrozenLayer, device_of
+from dora_diffusion.adapters.glora import GLoRAUpdate
+from dora_diffusion.adapters.ia3 import IA3InputUpdate, IA3OutputUpdate
 from dora_diffusion.adapters.layers import DoRAUpdate, InputAxisDoRAUpdate, LoRAUpdate
+from dora_diffusion.adapters.loha import LoHaUpdate
+from dora_diffusion.adapters.lokr import LoKrUpdate
+from dora_diffusion.adapters.orthogonal import BOFTUpdate, OFTUpdate
+from dora_diffusion.adapters.whole import DifferenceUpdate
 
-__all__ = ["DifferenceUpdate", "UnscaledNormDoRAUpdate", "update_class"]
+__all__ = ["LOW_RANK", "UnscaledNormDoRAUpdate", "decomposed", "update_class", "update_of"]
 
 
 class UnscaledNormDoRAUpdate(DoRAUpdate):
@@ -41,49 +46,48 @@ class UnscaledNormDoRAUpdate(DoRAUpdate):
         return sBA + (g - 1) * (W0 + sBA / self.scale)
 
 
-class DifferenceUpdate(LoRAUpdate):
-    """The whole W' - W0, as `.diff` files hold it: difference in the shape of the weight, no rank, no scale."""
-
-    def __init__(
-        self,
-        frozen: FrozenLayer,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.frozen = frozen
-        self.scale = 1.0
-        self.strength = 1.0
-        self.dropout = nn.Dropout(0.0)
-        device = device_of(frozen.module)
-        self.difference = nn.Parameter(torch.zeros(frozen.out_features, *frozen.in_shape, device=device))
-
-    @property
-    def rank(self) -> int:
-        return min(self.difference.flatten(1).shape)
-
-    def forward(self, x: Tensor, y0: Tensor) -> Tensor:
-        D = self.difference.to(x.dtype)
-        if isinstance(self.frozen.module, nn.Conv2d):
-            return self.frozen.module._conv_forward(x, D, None)
-        return F.linear(x, D)
-
-    def direction(self) -> Tensor:
-        return self.difference.detach().float()
-
-
 LOW_RANK = ("lora_A", "lora_B")
-_CLASSES: dict[frozenset[str], type[LoRAUpdate]] = {
-    frozenset(LOW_RANK): LoRAUpdate,
-    frozenset({*LOW_RANK, "magnitude"}): DoRAUpdate,
-    frozenset({*LOW_RANK, "input_magnitude"}): InputAxisDoRAUpdate,
-    frozenset({*LOW_RANK, "unscaled_magnitude"}): UnscaledNormDoRAUpdate,
-    frozenset({"difference"}): DifferenceUpdate,
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+LOKR_W1 = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+LOKR_W2 = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"), ("lokr_w2_a", "lokr_w2_b", "lokr_t2"))
+MAGNITUDES: dict[str, type[DoRAUpdate]] = {
+    update.magnitude_name: update for update in (DoRAUpdate, InputAxisDoRAUpdate, UnscaledNormDoRAUpdate)
 }
+# By the parameters that a layer's update has beside a magnitude; of some there are several sets.
+_FORMS: dict[frozenset[str], type[LoRAUpdate]] = {
+    frozenset(LOW_RANK): LoRAUpdate,
+    frozenset({"difference"}): DifferenceUpdate,
+    **{frozenset({*LOHA, *cores}): LoHaUpdate for cores in ((), ("hada_t1", "hada_t2"))},
+    **{frozenset({*w1, *w2}): LoKrUpdate for w1 in LOKR_W1 for w2 in LOKR_W2},
+    frozenset({"a1", "a2", "b1", "b2"}): GLoRAUpdate,
+    frozenset({"output_factor"}): IA3OutputUpdate,
+    frozenset({"input_factor"}): IA3InputUpdate,
+}
+_TURNS = (frozenset({"oft_blocks", "constraint"}), frozenset({"oft_blocks", "constraint", "rescale"}))
+
+
+def update_of(tensors: Mapping[str, Tensor]) -> type[LoRAUpdate]:
+    """The update that has exactly these parameters."""
+    if tensors.keys() in _TURNS:
+        return BOFTUpdate if tensors["oft_blocks"].dim() == 4 else OFTUpdate
+    return update_class(tensors)
 
 
 def update_class(parameters: Iterable[str]) -> type[LoRAUpdate]:
-    """The update that has exactly these parameters."""
-    return _CLASSES[frozenset(parameters)]
+    """The update whose parameters have exactly these names."""
+    names = frozenset(parameters)
+    magnitudes = names & MAGNITUDES.keys()
+    return decomposed(_FORMS[names - magnitudes], next(iter(magnitudes), None))
+
+
+@cache
+def decomposed(form: type[LoRAUpdate], magnitude: str | None) -> type[LoRAUpdate]:
+    """The form with a magnitude of this name: W' = (m / n) (W0 + dW) for any dW."""
+    if magnitude is None:
+        return form
+    decomposition = MAGNITUDES[magnitude]
+    return (
+        decomposition
+        if form is LoRAUpdate
+        else type(f"{decomposition.__name__}Of{form.__name__}", (decomposition, form), {})
+    )

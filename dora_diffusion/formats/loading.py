@@ -219,9 +219,8 @@ def _attach(pipe_or_model: object, fitted: _Fitted, strength: float, name: str |
         {path: fitted.views[path] for path in fitted.tensors},
         name=name,
         text_encoders=text_encoders_of(pipe_or_model),
-        parameters=fitted.tensors,
+        tensors=fitted.tensors,
     )
-    adapter.load(fitted.by_name())
     adapter.strength = strength
     return adapter
 

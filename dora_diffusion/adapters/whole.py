@@ -1,0 +1,55 @@
+"""Updates whose W' - W0 is made whole from a few tensors, and not as B A: what LoHa, LoKr and others have in common.
+
+With a magnitude W' = (m / n) (W0 + dW) holds for any dW, so `DoRAUpdate` goes before each of them as it does before
+`LoRAUpdate` (`variants.py` joins them). A form says what dW is; one that has a cheaper way to x dW^T or to the norms
+than through the whole matrix says that too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.adapters.frozen import FrozenLayer
+from dora_diffusion.adapters.layers import LoRAUpdate
+
+__all__ = ["DifferenceUpdate", "WholeUpdate"]
+
+
+class WholeUpdate(LoRAUpdate):
+    """W' - W0 = s dW, with dW in the shape of the weight."""
+
+    @staticmethod
+    def start(frozen: FrozenLayer, rank: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        raise NotImplementedError("this form is read from files and not trained")
+
+    def product(self) -> Tensor:
+        """s dW in the shape of the weight, float32, differentiable in the parameters."""
+        raise NotImplementedError
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """s x dW^T: [..., in] to [..., out]."""
+        return self.frozen.whole(x, self.product().to(x.dtype))
+
+    def direction(self) -> Tensor:
+        with torch.no_grad(), torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self.product()
+
+    def norms(self, base_squared: Tensor, by_input: bool) -> Tensor:
+        V = self.frozen.dense_weight() + self.direction()
+        return (V.transpose(0, 1) if by_input else V).flatten(1).norm(dim=1)
+
+
+class DifferenceUpdate(WholeUpdate):
+    """The whole W' - W0, as `.diff` files hold it: difference in the shape of the weight, no rank, no scale."""
+
+    @staticmethod
+    def start(frozen: FrozenLayer, rank: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        return {"difference": torch.zeros(frozen.out_features, *frozen.in_shape)}
+
+    @property
+    def rank(self) -> int:
+        return min(self.get_parameter("difference").flatten(1).shape)
+
+    def product(self) -> Tensor:
+        return self.get_parameter("difference")
