@@ -4,6 +4,8 @@ No `from __future__ import annotations` here: Gradio reads the types of these fu
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -239,5 +241,12 @@ def _uploads(images: list[dict[str, Any]], captions: list[str]) -> list[Upload]:
     if len(paths) != len(images) or (captions and len(captions) > len(images)):
         raise DataError("images must be uploaded files, and captions at most one for each.")
     uploads = read_uploads(paths)
-    padded = [*captions, *[""] * (len(uploads) - len(captions))]
-    return [Upload(each.path, each.label, caption or each.caption) for each, caption in zip(uploads, padded)]
+    given = list(zip_longest(paths, captions, fillvalue=""))
+    pictures = {upload.path for upload in uploads}
+    if strays := [path.name for path, caption in given if caption.strip() and path not in pictures]:
+        raise DataError(
+            f"a caption is given for {strays[0]}, which is no picture. Give captions in the order of images."
+        )
+    rest = iter(given)  # a text file among the images has a place too, and no caption
+    written = [next(caption for path, caption in rest if path == upload.path) for upload in uploads]
+    return [replace(upload, caption=caption or upload.caption) for upload, caption in zip(uploads, written)]
