@@ -12,7 +12,8 @@ from dora_diffusion.comparison.grid import draw_grid
 from dora_diffusion.comparison.report import write_report
 from dora_diffusion.console import show_cells, show_training
 from dora_diffusion.errors import ConfigError, DataError
-from dora_diffusion.models.loading import ASSETS, Base, load_base
+from dora_diffusion.models.loading import Base, load_base
+from dora_diffusion.models.naming import ASSETS
 from dora_diffusion.outputs import check_places, make_folder, save_png, write_text
 from dora_diffusion.screen import Screen
 from dora_diffusion.training.config import TrainConfig, read_config

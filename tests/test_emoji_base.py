@@ -17,7 +17,8 @@ from transformers import CLIPTokenizer
 
 from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.formats.files import save_adapter
-from dora_diffusion.models.loading import ASSETS, EMBEDDED, load_base
+from dora_diffusion.models.loading import load_base
+from dora_diffusion.models.naming import ASSETS, EMBEDDED
 
 SCRIPTS = Path(__file__).parent.parent / "train_scripts"
 sys.path.insert(0, str(SCRIPTS))

@@ -19,29 +19,13 @@ from dora_diffusion.errors import BaseModelError, ConfigError
 from dora_diffusion.formats.loading import text_encoders_of
 from dora_diffusion.memory import ran_out, within_memory
 from dora_diffusion.models.families import Family, family_of
+from dora_diffusion.models.naming import ASSETS, EMBEDDED, find_base
 from dora_diffusion.models.quantising import Packing, base_label, quantise
-from dora_diffusion.paths import given_path, obstacle
 from dora_diffusion.quiet import quieten
 
-__all__ = ["ASSETS", "EMBEDDED", "Base", "Device", "find_base", "load_base", "pick_device", "ways_to_load_less"]
+__all__ = ["Base", "Device", "load_base", "pick_device", "ways_to_load_less"]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A base that comes with the package, and what works well on it."""
-
-    folder: str
-    guidance_scale: float
-    learning_rate: float
-
-
-EMBEDDED = {
-    "emoji": Embedded("emoji", guidance_scale=5.0, learning_rate=2e-4),
-    "emoji-dit": Embedded("emoji-dit", guidance_scale=5.0, learning_rate=3e-4),
-}
 
 
 @dataclass(frozen=True)
@@ -175,33 +159,6 @@ def load_base(
         target,
         ways_to_load_less(packing, target),
     )
-
-
-def find_base(name: str) -> str:
-    """The name with ~ expanded, of an embedded base, a file, a folder, or what may be a hub id; nothing is loaded.
-
-    Raises BaseModelError, and ConfigError for a path that cannot be one.
-    """
-    if not name.strip():
-        raise BaseModelError(f"no base model is named. Embedded bases: {', '.join(EMBEDDED)}.")
-    if name in EMBEDDED:
-        return name
-    name = given_path(name)
-    path = Path(name)
-    if reason := obstacle(path):
-        raise BaseModelError(f"no base model at {name!r}: it {reason}.")
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise BaseModelError(
-            f"{path} is no base model: it has no model_index.json. Give the folder that a diffusers pipeline "
-            "was saved in, a .safetensors checkpoint, a hub id such as "
-            "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'emoji'."
-        )
-    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
-        raise BaseModelError(
-            f"no base model at {name!r}: no such file or folder, and no hub id (those look like 'owner/name'). "
-            f"Embedded bases: {', '.join(EMBEDDED)}."
-        )
-    return name
 
 
 def _load_base(name: str, device: torch.device, dtype: torch.dtype, packing: Packing | None) -> Base:

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
 from dora_diffusion.errors import BaseModelError
-from dora_diffusion.models.loading import ASSETS, EMBEDDED
+from dora_diffusion.models.naming import ASSETS, EMBEDDED
 from dora_diffusion.quiet import quieten
 
 __all__ = ["load_tokenizers"]

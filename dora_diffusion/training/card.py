@@ -11,7 +11,8 @@ from huggingface_hub import ModelCardData
 from dora_diffusion.adapters.injection import KIND_LABEL
 from dora_diffusion.formats.files import AdapterFile
 from dora_diffusion.markdown import code, plain
-from dora_diffusion.models.loading import EMBEDDED, Base
+from dora_diffusion.models.loading import Base
+from dora_diffusion.models.naming import EMBEDDED
 from dora_diffusion.training.config import TrainConfig
 
 __all__ = ["MADE_HERE", "card_text"]

@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from dora_diffusion.errors import ConfigError
-from dora_diffusion.models.loading import find_base
+from dora_diffusion.models.naming import find_base
 from dora_diffusion.models.quantising import Packing
 from dora_diffusion.stopping import stop_request
 from dora_diffusion.webapp import parts

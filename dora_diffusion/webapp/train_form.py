@@ -214,7 +214,7 @@ def checks(
     captions = [caption for _, caption in rows]
     lines = {**_pictures(rows, pictures), **_captions(rows, form, long or {})}
     try:
-        form.config(Path(), Path(), "", captions)
+        form.config(Path("images"), Path("out"), "base", captions)
     except ConfigError as error:
         lines[str(error)] = False
     else:
@@ -276,7 +276,7 @@ def _captions(rows: Sequence[tuple[str, str]], form: TrainForm, long: Mapping[st
 
 def _cost(form: TrainForm, captions: Sequence[str], estimate: Estimate) -> dict[str, bool | None]:
     try:
-        config = form.config(Path(), Path(), "", captions)
+        config = form.config(Path("images"), Path("out"), "base", captions)
     except ConfigError:
         return {}  # the checklist says it
     from dora_diffusion.adapters.injection import KIND_LABEL

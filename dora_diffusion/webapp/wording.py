@@ -38,17 +38,22 @@ KEY = re.compile(rf"\b({'|'.join(key for key in FIELDS if '_' in key)})\b(?: = (
 LINE = re.compile(rf"^( *)({'|'.join(FIELDS)})(?= = |:)", re.MULTILINE)
 KNOWN_KEYS = re.compile(r": known keys: [a-z_, ]+")
 MEMORY = re.compile(r" What needs less: .*\(keys of the configuration.*", re.DOTALL)
-LESS_MEMORY = (
-    f" What needs less: a smaller “{FIELDS['batch_size']}”, or an app that is started with --quantise nf4. The "
-    "command line can do more: the run's config is there to be downloaded."
-)
 
 
 def in_form_words(message: str) -> str:
     """The message of any error with the form's fields in place of keys."""
-    message = KNOWN_KEYS.sub(", which this version does not know", MEMORY.sub(LESS_MEMORY, message))
+    message = KNOWN_KEYS.sub(", which this version does not know", MEMORY.sub(_less_memory, message))
     message = LINE.sub(lambda found: f"{found[1]}“{FIELDS[found[2]]}”", message)
     return KEY.sub(lambda found: f"“{FIELDS[found[1]]}”", message)
+
+
+def _less_memory(advice: re.Match[str]) -> str:
+    """What of the advice a visitor can follow; an app is packed where packing helps."""
+    packed = ", or an app that is started with --quantise nf4" if "nf4" in advice[0] else ""
+    return (
+        f" What needs less: a smaller “{FIELDS['batch_size']}”{packed}. The command line can do more: the run's "
+        "config is there to be downloaded."
+    )
 
 
 def form_error(error: ConfigError) -> ConfigError:

@@ -146,7 +146,7 @@ def words(tmp_path: Path, pictures: Path, adapter_file: Path):  # type: ignore[n
                 said = str(good[other.name])
                 flags += [said] if other.flag is None else [f"{other.flag}={said}"]
             elif other.name == "out" and option.command != "parity":
-                flags.append(f"--out={tmp_path / 'out'}")
+                flags.append(f"--out={tmp_path / option.command}-out")
         beside = [word.format(out=tmp_path / "out") for word in BESIDE.get((option.command, option.name), [])]
         mine = [f"{option.flag}={one}" for one in value] if option.flag else ["--", *value]
         return [*arguments, *flags, *beside, *mine]

@@ -644,7 +644,7 @@ def test_mcp_clients_reach_their_own_uploads_and_nothing_else(
                     assert call(program, [named]).status_code == 403
             own = upload(program)
             program.cookies.clear()  # it keeps none, and is known by its address
-            assert "there are no pictures" in call(program, [file(own)]).text
+            assert "is no picture" in call(program, [file(own)]).text
             assert call(browser, [file(own)]).status_code == 403
-        assert "there are no pictures" in call(browser, [file(upload(browser))]).text
+        assert "is no picture" in call(browser, [file(upload(browser))]).text
         browser.close()

@@ -55,7 +55,7 @@ def test_a_shared_run_tells_its_owner_nowhere(tabs: Tabs, studio: Studio, shared
     keys = _keys(studio)
     updates = draw(tabs, OTHER, first=keys["lora"], second=keys["dora"])
     shown = shown_in(updates)
-    grid, report = export_files(shown, studio.albums.new(), studio)
+    grid, report, _ = export_files(shown, studio.albums.new(), studio)
     told = [json.dumps(updates, default=str), report.read_text(encoding="utf-8"), command_line(shown.request, studio)]
     for path in (grid, *(cell.path for cell in shown.cells)):
         with Image.open(path) as image:

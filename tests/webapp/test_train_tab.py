@@ -482,12 +482,16 @@ def test_a_value_that_cannot_be_is_said_by_its_field_before_the_start(values, sa
     with pytest.raises(ConfigError) as raised:
         form.config(Path("images"), Path("out"), "emoji")
     assert said in str(raised.value) and not any(key in str(raised.value) for key in FIELDS if "_" in key)
-    assert said in str(raised.value) and False in checks(["a"] * 6, form, Pictures(), None).values()
+    labels = tuple(f"{number}.png" for number in range(6))
+    lines = checks([(label, "a") for label in labels], form, Pictures(labels=labels), None)
+    assert lines[str(raised.value)] is False and [good for good in lines.values()].count(False) == 1
 
 
 def test_errors_on_the_page_speak_of_fields_and_list_no_keys():
     config = TrainConfig(images="i", out="o", rank=4)
-    short = not_enough("to train so", torch.device("cpu"), _ways_to_need_less(config, None))
+    here, there = (_ways_to_need_less(config, None, torch.device(name)) for name in ("cpu", "cuda"))
+    short = not_enough("to train so", torch.device("cpu"), here)
+    assert "nf4" in parts.error_panel(not_enough("to train so", torch.device("cpu"), there))
     with pytest.raises(ConfigError) as unknown:
         TrainConfig.from_values({"images": "i", "out": "o", "zzzz": 1}, "a run")
     keys = [key for key in TrainConfig.model_fields if "_" in key]
@@ -501,7 +505,7 @@ def test_errors_on_the_page_speak_of_fields_and_list_no_keys():
         html = parts.error_panel(error)
         assert not [key for key in keys if key in html], html
     assert "not enough memory on this machine to train so." in parts.error_panel(short)
-    assert "a smaller “Batch size”" in parts.error_panel(short)
+    assert "a smaller “Batch size”" in parts.error_panel(short) and "nf4" not in parts.error_panel(short)
     assert "“Text encoder too”: emoji-dit has no text encoder" in parts.error_panel(
         ConfigError("train_text_encoder: emoji-dit has no text encoder that can be trained.")
     )
