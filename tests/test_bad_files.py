@@ -87,7 +87,10 @@ SHAPES = {
         "unexpected:\n  lora_unet_to_q.lora_sideways",
     ),
     "a layer of nobody's": ({DOWN.replace("to_q", "to_k"): torch.ones(4, 6)}, "lora_unet_to_k: lora_B"),
-    "biases": ({"lora_unet_to_q.diff_b": torch.ones(6)}, "diff_b: a change of biases, which is not read here"),
+    "biases": (
+        {"lora_unet_to_q.diff_b": torch.ones(6)},
+        "not read:\n  a change of biases, which is not read here: lora_unet_to_q",
+    ),
     "a difference beside a LoRA": ({"lora_unet_to_q.diff": torch.ones(6, 6)}, "lora_A beside a whole difference"),
 }
 

@@ -178,7 +178,7 @@ def test_every_bad_picture_is_listed_with_its_reason(folder: Path) -> None:
         (lambda folder: folder / "missing", "no folder at"),
         (lambda folder: folder / "0.png", "is a file; images must be a folder"),
         (lambda folder: _mkdir(folder / "new"), "has no pictures"),
-        (lambda folder: folder / ("x" * 999), "cannot read the folder"),
+        (lambda folder: folder / ("x" * 999), "it is too long a name"),
         (lambda folder: _within(folder, "10_sks dog"), r"its subfolders have \(10_sks dog\): give one of these"),
     ],
 )

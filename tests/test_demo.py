@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from dora_diffusion.data.folder import read_folder
 from dora_diffusion.demo import DEMO, PROMPTS, DemoSize, run_demo, sample_folder
+from dora_diffusion.screen import Screen
 from dora_diffusion.training.config import read_config
 
 SMALL = DemoSize(steps=2, batch_size=2, prompts=1, seeds=(1,), num_inference_steps=2)
@@ -15,7 +14,7 @@ SMALL = DemoSize(steps=2, batch_size=2, prompts=1, seeds=(1,), num_inference_ste
 
 def test_the_demo_writes_adapters_grid_report_and_configuration(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    console = Console(file=(tmp_path / "screen.txt").open("w"))
+    console = Screen(file=(tmp_path / "screen.txt").open("w"))
     made = run_demo(out, SMALL, console, lambda: False)
     names = ["lora.safetensors", "dora.safetensors", "comparison.png", "report.html"]
     assert [path.name for path in made] == names and all(path.exists() for path in made)
@@ -28,7 +27,7 @@ def test_the_demo_writes_adapters_grid_report_and_configuration(tmp_path: Path) 
 
 
 def test_a_stopped_demo_goes_on_where_it_was(tmp_path: Path) -> None:
-    console = Console(file=(tmp_path / "screen.txt").open("w"))
+    console = Screen(file=(tmp_path / "screen.txt").open("w"))
     assert run_demo(tmp_path / "demo", SMALL, console, lambda: True) == []
     run_demo(tmp_path / "demo", SMALL, console, lambda: False)
     assert "going on after step 1 of 2" in (tmp_path / "screen.txt").read_text()

@@ -362,7 +362,9 @@ def test_an_interruption_while_writing_leaves_the_old_file(tmp_path, monkeypatch
 
 def test_a_place_that_is_no_folder_is_an_output_error(tmp_path, unet):
     (tmp_path / "file").write_text("here before")
-    with pytest.raises(OutputError, match=r"cannot write .*file.*a\.safetensors.*Choose a place"):
+    with pytest.raises(
+        OutputError, match=r"cannot write .*file.*a\.safetensors.*leads through a file.*Choose another place"
+    ):
         save_adapter(trained(unet), tmp_path / "file" / "a.safetensors")
     assert (tmp_path / "file").read_text() == "here before"
 

@@ -19,12 +19,13 @@ from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import Anatomy, anatomy_of, model_of
 from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.diffusers import METADATA_KEY
-from dora_diffusion.formats.files import load_adapter
+from dora_diffusion.formats.files import load_adapter, read_adapter_file
 from dora_diffusion.formats.names import locate
 from dora_diffusion.formats.original import WHOLE
 from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.storage import read_header, read_safetensors
+from dora_diffusion.formats.writing import file_layer
 from dora_diffusion.inspection.formula import DoesNotFit, program_update
 from dora_diffusion.inspection.programs import PROGRAMS, Program
 from dora_diffusion.inspection.reading import FileModule, Reading, read_as, split_key
@@ -150,7 +151,7 @@ def attached(base: Base, path: str | os.PathLike[str]) -> Iterator[Adapter]:
 def evaluate(programs: Sequence[Program], path: Path, base: Base, adapter: Adapter, strength: float) -> list[Parity]:
     """The programs on this file, whose meaning is what `adapter`, in the base, computes; one layer at a time."""
     tensors, header = read_safetensors(path)
-    has_header, updates = METADATA_KEY in header, adapter.updates()
+    has_header, config = METADATA_KEY in header, read_adapter_file(path).config
     anatomy = anatomy_of(adapter.model, {*adaptable_layers(adapter.model), *adapter.layers})
     names = dict.fromkeys(split_key(key)[0] for key in tensors)
     places = {name: pieces for name in names if (pieces := pieces_of(name, anatomy, adapter))}
@@ -164,7 +165,7 @@ def evaluate(programs: Sequence[Program], path: Path, base: Base, adapter: Adapt
     layers: list[list[LayerParity]] = [[] for _ in programs]
     for name, pieces in places.items():
         true = true_update(pieces, adapter)
-        scale = updates[pieces[0].layer].scale if has_header and "." in name else None
+        scale = config.scale_of(file_layer(pieces[0].layer)) if has_header and "." in name else None
         for program, reading, modules, found in zip(programs, readings, taken, layers):
             if not reading.by_layer:
                 moved = is_swapped(program, pieces, adapter)
