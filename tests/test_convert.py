@@ -42,6 +42,14 @@ FAMILIES = {
     "xl": ("unet", "text_encoder", "text_encoder_2"),
     "flux": ("transformer", "text_encoder"),
 }
+TRANSFORMERS_OF: dict[str, Callable[[], nn.Module]] = {
+    "sd3": bases.sd3_transformer,
+    "flux": bases.flux_transformer,
+    "chroma": bases.chroma_transformer,
+    "flux2": bases.flux2_transformer,
+    "qwen": bases.qwen_transformer,
+    "z-image": bases.z_image_transformer,
+}
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -454,6 +462,22 @@ def test_sd3_gets_the_names_of_sd_scripts_which_forge_reads_too(tmp_path, kind):
     assert relative_error(fused - W0.double(), expected) < 1e-5
     convert_adapter(tmp_path / "k.safetensors", tmp_path / "back.safetensors", "diffusers")
     assert_same_bits(tmp_path / "back.safetensors", tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("family", sorted(TRANSFORMERS_OF))
+def test_the_difference_of_every_layer_of_a_transformer_comes_back_at_its_rows(tmp_path, family, kind):
+    """The checkpoints have some final layers with their halves the other way round."""
+    model = TRANSFORMERS_OF[family]()
+    everything = tuple(adaptable_layers(model))
+    adapter = perturb(inject_adapter(model, AdapterConfig(kind=kind, rank=2, target_modules=everything), seed=1))
+    expected = {path: update.delta_weight().detach() for path, update in adapter.updates().items()}
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    adapter.eject()
+    convert_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "diff", base=model)
+    found = load_adapter(model, tmp_path / "d.safetensors").updates()
+    assert found.keys() == expected.keys()
+    assert not [path for path in expected if not torch.equal(found[path].delta_weight(), expected[path])]
 
 
 def test_sd3_layers_without_an_original_name_of_their_own_are_said(tmp_path):

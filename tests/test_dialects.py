@@ -409,7 +409,7 @@ def test_a_module_that_is_not_whole_does_not_make_flux_1_another_model(tmp_path)
 def test_a_norm_by_input_of_a_fused_layer_is_refused_with_the_reason(tmp_path):
     model = bases.flux_transformer()
     path = fused_flux(model, "input").save(tmp_path / "a.safetensors")
-    with pytest.raises(AdapterFileError, match=r"img_attn_qkv: its norm by input runs over all rows.*no exact way"):
+    with pytest.raises(AdapterFileError, match=r"norm by input runs over all rows.*no exact way.*img_attn_qkv"):
         load_adapter(model, path)
     with pytest.warns(UserWarning, match="2 of 2 layers"):
         load_adapter(model, path, partial=True)

@@ -180,6 +180,7 @@ def test_a_pipeline_with_an_adapter_in_it_is_not_saved_but_merged_it_is(tmp_path
     adapter = load_adapter(pipe, paths[0])
     with pytest.raises(AdapterStateError, match=r"adapter\.merge\(\).*adapter\.eject\(\).*save_adapter"):
         pipe.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
     with pytest.raises(AdapterStateError, match="cannot save a model while an adapter is in it"):
         pipe.unet.save_pretrained(tmp_path / "refused")
     drawn = picture(pipe)
@@ -230,9 +231,55 @@ def test_stock_loras_stand_beside_an_adapter_in_other_layers(tmp_path):
     assert torch.equal(picture(pipe), picture(fresh("sd")))
     adapter = load_adapter(pipe, attention)
     before = picture(pipe)
-    with pytest.raises(ValueError, match="AdaptedLayer"):
+    for part in ("unet", "text_encoder"):
+        copied = copy.deepcopy(getattr(pipe, part))
+        assert getattr(copied, "load_adapter", copied.load_lora_adapter if part == "unet" else None).__self__ is copied
+    with pytest.raises(AdapterStateError, match=r"load_lora_weights cannot.*Load this file with load_adapter too"):
         pipe.load_lora_weights(str(attention))
     assert torch.equal(picture(pipe), before)
+
+
+def test_stock_loras_cannot_stand_on_a_text_encoders_adapter(tmp_path, family):
+    path, _ = saved(tmp_path, family, "lora")
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, path)
+    encoder = pipe.text_encoder
+    from peft import LoraConfig
+
+    with pytest.raises(AdapterStateError, match=r"Load this file with load_adapter too.*adapter\.eject\(\)"):
+        encoder.load_adapter(peft_config=LoraConfig(target_modules=["q_proj"]), adapter_state_dict={"a": torch.ones(1)})
+    adapter.eject()
+    assert "load_adapter" not in encoder.__dict__ and not encoder._forward_pre_hooks
+
+
+def test_a_scale_ends_with_its_call_however_that_ends(family, paths):
+    pipe = fresh(family)
+    adapter = load_adapter(pipe, paths[0])
+    before, half = picture(pipe), {"cross_attention_kwargs": {"scale": 0.5}}
+    scaled = picture(pipe, **half)
+
+    def fail(_pipe, _step, _timestep, _values):
+        raise RuntimeError("stopped")
+
+    def wrong_prompt():
+        with pytest.raises(TypeError, match="same type"):  # raised in encode_prompt, after it has scaled
+            pipe("a", negative_prompt=("b",), **half, num_inference_steps=2)
+
+    wrong_prompt()
+    assert torch.equal(picture(pipe), before)
+    wrong_prompt()
+    assert torch.equal(picture(pipe, **half), scaled)
+    with pytest.raises(RuntimeError, match="stopped"):
+        picture(pipe, **half, callback_on_step_end=fail)
+    assert torch.equal(picture(pipe), before)
+    wrong_prompt()
+    adapter.strength = 0.5
+    assert torch.equal(picture(pipe), scaled)
+    wrong_prompt()
+    assert torch.equal(picture(pipe), scaled), "what was set stays, and is not taken for what was before the scale"
+    wrong_prompt()
+    adapter.fuse()
+    assert largest_difference(picture(pipe), scaled) < 1e-4
 
 
 def saved_at(folder: Path, targets: tuple[str, ...]) -> Path:

@@ -7,16 +7,21 @@ folder that nothing reads, is refused in words.
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterable
+from types import FrameType, MethodType
 from typing import NoReturn
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
 from dora_diffusion.errors import AdapterStateError, ConfigError
 
-__all__ = ["ScaleDial", "host", "release"]
+__all__ = ["ScaleDial", "host", "release", "settle"]
 
 DIAL = "dora_diffusion_scale"  # the dial's name in the model
 FUSING = "fuses what load_lora_weights loaded. Adapters of load_adapter are fused by themselves: adapter.fuse()."
@@ -26,6 +31,7 @@ class ScaleDial(nn.Module):
     """Multiplies the strengths of a model's adapters for as long as diffusers scales its LoRAs.
 
     It answers as one of PEFT's layers does, without being one: it has no weights and is in no forward pass.
+    `encode_prompt` scales a text encoder, and leaves it so when it raises: what it scaled counts until it is left.
     """
 
     merged = False
@@ -36,6 +42,8 @@ class ScaleDial(nn.Module):
         self.r: dict[str, int] = {}  # of PEFT's adapters, which diffusers counts to name the next
         self.layers: list[AdaptedLayer] = []  # a plain list: they are in the model already
         self._own: list[tuple[LoRAUpdate, float]] = []
+        self.hook: RemovableHandle | None = None
+        self._during: FrameType | None = None  # the call that the scale is for, where it may fail to take it back
 
     @property
     def active_adapter(self) -> list[str]:
@@ -55,6 +63,8 @@ class ScaleDial(nn.Module):
                 "adapter.unfuse() first, or leave scale out and set adapter.strength."
             )
         updates: list[LoRAUpdate] = [u for layer in self.layers for u in layer.updates.values()]  # type: ignore[misc]
+        caller = sys._getframe(1).f_back  # of scale_lora_layers, which calls this
+        self._during = caller if caller is not None and caller.f_code.co_name == "encode_prompt" else None
         self._own = [(update, update.strength) for update in updates]
         for update, own in self._own:
             update.strength = own * scale
@@ -62,7 +72,17 @@ class ScaleDial(nn.Module):
     def unscale_layer(self, scale: float | None = None) -> None:
         for update, own in self._own:
             update.strength = own
-        self._own = []
+        self._own, self._during = [], None
+
+    def settle(self) -> None:
+        """Take back a scale whose call is over."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and self._during is not None:
+            if frame is self._during:
+                return
+            frame = frame.f_back
+        if self._during is not None:
+            self.unscale_layer()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """How diffusers ends a scale of 0. The strengths of what is not its own it does not set."""
@@ -87,19 +107,76 @@ def _refusing(message: str) -> Callable[..., NoReturn]:
     return refuse
 
 
+CANNOT_SAVE = (
+    "cannot save a model while an adapter is in it: its weights would have names that nothing reads. Nothing is "
+    "written. Write the adapter into the weights for good with adapter.merge(), or take it out with adapter.eject(), "
+    "then save. save_adapter(adapter, path) saves the adapter alone."
+)
+CANNOT_STAND_ON = (
+    "load_lora_weights cannot put its layers around those that load_adapter has put in. Load this file with "
+    "load_adapter too: adapters add up, in any order. Or take the others out first with adapter.eject(), or write them "
+    "into the weights for good with adapter.merge()."
+)
 # Methods of a model that its adapters stand in the way of.
 REFUSED = {
-    "save_pretrained": _refusing(
-        "cannot save a model while an adapter is in it: its weights would have names that nothing reads. The folder is "
-        "not whole now. Write the adapter into the weights for good with adapter.merge(), or take it out with "
-        "adapter.eject(), then save. save_adapter(adapter, path) saves the adapter alone."
-    ),
+    "save_pretrained": _refusing(CANNOT_SAVE),
     "fuse_lora": _refusing(f"fuse_lora {FUSING}"),
     "unload_lora": _refusing(
         "unload_lora_weights takes out what load_lora_weights loaded. Take adapters of load_adapter out first: "
         "adapter.eject()."
     ),
 }
+
+
+def _explaining(root: nn.Module, name: str) -> MethodType:
+    """A model's way to load a LoRA through PEFT, which knows no layer but its own and says so in its words."""
+
+    @functools.wraps(getattr(type(root), name))
+    def explained(self: nn.Module, *values: object, **options: object) -> object:
+        try:
+            return getattr(type(self), name)(self, *values, **options)
+        except ValueError as error:
+            if "AdaptedLayer" not in str(error):
+                raise
+            raise AdapterStateError(CANNOT_STAND_ON) from error
+
+    return MethodType(explained, root)  # a copy of the model has one of its own
+
+
+LOADING = ("load_lora_adapter", "load_adapter")  # of diffusers' models, and of transformers'
+
+
+def _check_before_saving() -> None:
+    """Have diffusers' pipelines refuse to be saved before they write their other parts.
+
+    A pipeline asks its models one after the other, each when the one before is on disk; and no model knows of the
+    pipelines that it is in. So it is the class that has to look.
+    """
+    from diffusers import DiffusionPipeline
+
+    save = DiffusionPipeline.save_pretrained
+    if getattr(save, DIAL, False):
+        return
+
+    @functools.wraps(save)
+    def checked(self: DiffusionPipeline, *values: object, **options: object) -> None:
+        if any(DIAL in part._modules for part in self.components.values() if isinstance(part, nn.Module)):
+            raise AdapterStateError(CANNOT_SAVE)
+        save(self, *values, **options)
+
+    setattr(checked, DIAL, True)
+    DiffusionPipeline.save_pretrained = checked  # type: ignore[method-assign]
+
+
+def settle(root: nn.Module) -> None:
+    """Take back a scale that a call has left behind."""
+    if isinstance(dial := root._modules.get(DIAL), ScaleDial):
+        dial.settle()
+
+
+def _settle_before(root: nn.Module, _values: object) -> None:
+    if not torch.compiler.is_compiling():
+        settle(root)
 
 
 def host(root: nn.Module) -> None:
@@ -112,6 +189,10 @@ def host(root: nn.Module) -> None:
         BaseTunerLayer.register(ScaleDial)
         root.add_module(DIAL, ScaleDial())
         root.__dict__.update({name: refuse for name, refuse in REFUSED.items() if hasattr(root, name)})
+        root.__dict__.update({name: _explaining(root, name) for name in LOADING if hasattr(type(root), name)})
+        _check_before_saving()
+        if hasattr(root, "load_adapter"):  # a text encoder; diffusers' own models always take their scale back
+            root.get_submodule(DIAL).hook = root.register_forward_pre_hook(_settle_before)  # type: ignore[assignment]
     dial = root.get_submodule(DIAL)
     dial.layers = _adapted(root.modules())  # type: ignore[assignment]
 
@@ -123,8 +204,9 @@ def release(root: nn.Module) -> None:
     if _adapted(root.modules()):
         host(root)
         return
-    del root._modules[DIAL]
-    for name in REFUSED:
+    if hook := root._modules.pop(DIAL).hook:  # type: ignore[union-attr]
+        hook.remove()  # type: ignore[operator]
+    for name in (*REFUSED, *LOADING):
         root.__dict__.pop(name, None)
 
 

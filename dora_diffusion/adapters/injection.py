@@ -252,6 +252,7 @@ class Adapter:
     def _require_layers(self, action: str) -> None:
         if not self.layers:
             raise AdapterStateError(f"cannot {action} adapter {self.name!r}: it was ejected. Inject or load it again.")
+        self._roots.settle()
 
 
 def inject_adapter(

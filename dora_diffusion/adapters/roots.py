@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dora_diffusion.adapters.hosting import host, release
+from dora_diffusion.adapters.hosting import host, release, settle
 from dora_diffusion.adapters.layers import AdaptedLayer
 
 __all__ = ["Roots"]
@@ -54,6 +54,11 @@ class Roots:
         """Make the models' own calls know of the adapters that have come into these layers."""
         for root in {id(root): root for root in (self._find(path)[0] for path in paths)}.values():
             host(root)
+
+    def settle(self) -> None:
+        """Take back what a call of diffusers that failed has left of its scale."""
+        for root in (self.denoiser, *self.text_encoders.values()):
+            settle(root)
 
     def thaw(self) -> None:
         """Undo `freeze` and `host` in the models that no adapter is left in."""

@@ -16,7 +16,7 @@ from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.description import HEADER_KEY, Description
 from dora_diffusion.formats.scales import PeftConfig, alpha_in_header, overruled
 
-__all__ = ["config_of", "read_description"]
+__all__ = ["config_of", "read_description", "says_dora"]
 
 Parameters = Mapping[str, Mapping[str, Tensor]]
 
@@ -26,6 +26,14 @@ def read_description(path: Path, header: Mapping[str, str]) -> Description | Non
         return Description.model_validate_json(header[HEADER_KEY]) if HEADER_KEY in header else None
     except ValidationError as error:
         raise AdapterFileError(f"{path} has a damaged header ({error}). Download or save it again.") from error
+
+
+def says_dora(file: AdapterFile, prefix: str) -> str:
+    """Where the file says that it is a DoRA; empty where it does not."""
+    if file.description and file.description.kind == "dora":
+        return f"the header ({HEADER_KEY}) says that it is a DoRA"
+    fields = PeftConfig(file.header, prefix, file.raw.peft_config if file.raw else None).fields
+    return "PEFT's configuration says use_dora" if any(held.get("use_dora") is True for held in fields.values()) else ""
 
 
 def config_of(file: AdapterFile, parameters: Parameters, prefix: str) -> tuple[AdapterConfig, list[str]]:
@@ -63,13 +71,17 @@ def _alphas(
     file: AdapterFile, raw: Raw, parameters: Parameters, ranks: Mapping[str, int], peft: PeftConfig
 ) -> tuple[dict[str, float], list[str]]:
     said: dict[str, float | None] = {}
+    others: list[tuple[float | None, float | None]] = []  # an alpha of a layer, and PEFT's configuration's
     for layer, held in parameters.items():
         if "alpha" in held:  # a module's alpha is divided by the rank, whatever PEFT's configuration says of its root
             said[layer] = _shortest(held["alpha"]) * (ranks[layer] ** -0.5 if peft.stabilised else 1)
+            others.append((said[layer], peft.alpha_of(layer, ranks[layer])))
         else:
             said[layer] = None if "unscaled_magnitude" in held else peft.alpha_of(layer, ranks[layer])
     silent = [layer for layer, alpha in said.items() if alpha is None and "lora_A" in parameters[layer]]
-    notes = []
+    notes = peft.overruled_ranks(ranks)
+    if any(own != its for own, its in others if own is not None and its is not None):
+        notes.append("layers have another .alpha than PEFT's configuration says: theirs counts")
     elsewhere = raw.alpha
     if elsewhere is None and any("unscaled_magnitude" not in parameters[layer] for layer in silent):
         elsewhere, note = alpha_in_header(file.path, file.header)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.modules import BY_ROW
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.original import FLUX, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
@@ -66,7 +67,7 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
         if theirs is None:
             return _transformer_prefix(file) + layer.replace(".", "_"), held
         if theirs in model.swapped:
-            held = {p: torch.cat(t.chunk(2)[::-1]) if p in ("lora_B", "magnitude") else t for p, t in held.items()}
+            held = {p: torch.cat(t.chunk(2)[::-1]) if p in BY_ROW else t for p, t in held.items()}
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
     if is_xl(file) and layer not in file.flat:
@@ -155,6 +156,11 @@ def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
         notes.append(
             f"{len({key.partition('.')[0] for key in apart})} layers of Stable Diffusion 3 have no name of the "
             "original checkpoint of their own, and keep diffusers' (lora_transformer_): ComfyUI reads them, Forge not"
+        )
+    if is_xl(file) and file.base.layers_per_block is None and any("put_blocks_" in key for key in keys):
+        notes.append(
+            "the original names are those of a UNet with two layers in a block, as SDXL has them; the file does not "
+            "say how many its own has (--base does)"
         )
     if file.config.use_rslora:
         notes.append("alpha / sqrt(rank) is written as the alpha that gives the same with alpha / rank")

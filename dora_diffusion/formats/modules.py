@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dora_diffusion.formats.original import Rows
 
-__all__ = ["cannot_fall_apart", "check_module", "cut", "foreign_kind", "one_form"]
+__all__ = ["BY_ROW", "cannot_fall_apart", "check_module", "cut", "foreign_kind", "has_no_parts", "one_form"]
 
 MAGNITUDES = ("magnitude", "unscaled_magnitude", "dora_scale")
-BY_ROW = ("lora_B", "magnitude", "unscaled_magnitude", "difference")
+BY_ROW = ("lora_B", "magnitude", "unscaled_magnitude", "difference")  # what has a row for each output
 
 
 def check_module(held: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -100,14 +100,19 @@ def one_form(held: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def cannot_fall_apart(tensors: Mapping[str, Tensor], rows: Sequence[Rows]) -> str:
-    """Why a fused layer's update cannot be cut along its rows; empty when it can, and exactly."""
+    """Why a fused layer's update has no such rows; empty when it has."""
     height = tensors["lora_B" if "lora_B" in tensors else "difference"].shape[0]
     if not all(part.fits(height) for part in rows):
         return f"{height} rows do not fall into {rows[0].of} equal shares"
+    return ""
+
+
+def has_no_parts(tensors: Mapping[str, Tensor], rows: Sequence[Rows]) -> str:
+    """What a sound update of a fused layer is that is not the sum of its parts; empty for one that is."""
     if len(rows) > 1 and "input_magnitude" in tensors:
         return (
-            "its norm by input runs over all rows of a fused layer, which diffusers has in parts: there is no exact "
-            "way to cut it (a norm by output can be cut)"
+            "a DoRA whose norm by input runs over all rows of a fused layer, which diffusers has in parts, so that "
+            "there is no exact way to cut it (a norm by output can be cut)"
         )
     return ""
 

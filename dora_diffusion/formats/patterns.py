@@ -2,7 +2,8 @@
 
 A key of `alpha_pattern` is a regular expression for the end of a layer's name, from a dot on; the first one that fits
 counts. The expressions come with the file, from whoever made it, and one that repeats something repeated can take for
-ever. Nearly all are plain names, though, and those are looked up; the rest has a few seconds for all layers together.
+ever. Nearly all are plain names, though, and those are looked up; of the rest only simple ones are tried, and have a
+few seconds for all layers together.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _PLAIN = re.compile(
     r"(\^?)((?:[\w.-]|\\[^\w\s])*)\$?"
 )  # all that fits has one length: a name, with dots for any letter
 _COUNTED = re.compile(r"\{\d*,?\d*\}")  # spelt out when an expression is compiled
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]")  # an escape or a class: one letter of a name
+MAX_REPEATS, MAX_CHOICES = 3, 8
 Holes = tuple[int, ...]  # where any letter may stand
 
 
@@ -74,10 +77,29 @@ class Patterns:
                     yield table[letters]
 
 
+def _is_simple(pattern: str) -> bool:
+    """Whether matching takes at most a power of the name's length, and a small one.
+
+    No group is repeated, nothing looks around or back, and little is repeated or left to choose at all.
+    """
+    shape = _ATOM.sub("x", pattern).replace("(?:", "(")
+    repeats = re.findall(r"[*+?{]", shape)
+    return (
+        len(pattern) <= MAX_LENGTH
+        and len(repeats) <= MAX_REPEATS
+        and shape.count("|") <= MAX_CHOICES
+        and not re.search(r"\)[*+?{]|\(\?|\[", shape)
+        and not re.search(r"\\[1-9gk]", pattern)
+        and all(len(count) <= 5 for count in _COUNTED.findall(shape))
+    )
+
+
 def _compiled(pattern: str) -> regex.Pattern[str]:
-    counted = _COUNTED.findall(pattern)
-    if len(pattern) > MAX_LENGTH or len(counted) > 1 or any(len(count) > 5 for count in counted):
-        raise ValueError(f"the pattern {pattern[:80]!r} could take for ever to match")
+    if not _is_simple(pattern):
+        raise ValueError(
+            f"the pattern {pattern[:80]!r} could take for ever to match: a name with up to {MAX_REPEATS} repeats, none "
+            "of a group, is matched"
+        )
     try:
         return regex.compile(rf"(.*\.)?({pattern})$")
     except regex.error as error:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dora_diffusion.formats import names
 from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, Model
-from dora_diffusion.formats.configs import config_of
+from dora_diffusion.formats.configs import config_of, says_dora
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.findings import Findings, some
-from dora_diffusion.formats.modules import cannot_fall_apart, cut
+from dora_diffusion.formats.modules import cannot_fall_apart, cut, has_no_parts
 from dora_diffusion.formats.unet_names import is_original
 
 __all__ = ["open_names", "place", "place_again"]
@@ -47,6 +47,8 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
     placed = _place(raw.modules, here, findings)
     prefix = names.denoiser_prefix(raw.modules, placed.parameters, models[0])
     config, notes = config_of(file, placed.parameters, prefix)
+    if config.kind == "lora" and (said := says_dora(file, prefix)):
+        findings.missing.append(f"every magnitude: {said}, and no layer has one, so that it is a LoRA of other weights")
     for layer, held in placed.parameters.items():
         if "unscaled_magnitude" in held and config.scale_of(layer) == 1:  # ai-toolkit's norm is DoRA's, then
             held["magnitude"] = held.pop("unscaled_magnitude")
@@ -104,21 +106,26 @@ def _guesses(file: AdapterFile) -> Iterable[str]:
 def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findings: Findings) -> _Placed:
     """Each module at its layer, or at several where it was fused."""
     placed = _Placed()
+    whole: dict[str, str] = {}
     for module, held in modules.items():
         located = names.locate(module, anatomy)
-        problem = cannot_fall_apart(held, [part.rows for part in located.parts])
+        rows = [part.rows for part in located.parts]
+        problem = cannot_fall_apart(held, rows)
         taken = [part.layer for part in located.parts if part.layer in placed.parameters]
         if problem:
             findings.misshapen.append(f"{module}: {problem}")
+        elif kind := has_no_parts(held, rows):
+            whole[module] = kind
         elif taken:
             findings.unexpected.append(
                 f"{module}: the layer {taken[0]} is there already, as {placed.written[taken[0]]}"
             )
         else:
-            for part, tensors in zip(located.parts, cut(held, [part.rows for part in located.parts])):
+            for part, tensors in zip(located.parts, cut(held, rows)):
                 placed.parameters[part.layer] = tensors
                 placed.written[part.layer] = module
                 placed.flat |= {part.layer} if located.flat else set()
+    findings.add_foreign(whole)
     _check_evenness(placed, findings)
     return placed
 

@@ -53,18 +53,35 @@ class PeftConfig:
             raise ValueError(f"use_rslora is {value!r}; it must be true or false")
         return bool(value)
 
+    def overruled_ranks(self, ranks: Mapping[str, int]) -> list[str]:
+        """What to say of a rank in the configuration that no layer of its component has, where each goes by its own."""
+        notes = []
+        for component, fields in self.fields.items():
+            r = fields.get("r")
+            own = {rank for layer, rank in ranks.items() if _component(layer) == component}
+            if isinstance(r, int) and own and r not in own and not fields.get("rank_pattern"):
+                notes.append(
+                    f"PEFT's configuration says r = {r}, no layer has that rank: alpha is divided by the tensors' rank"
+                )
+        return notes
+
     def alpha_of(self, layer: str, rank: int) -> float | None:
         """As PEFT matches: the end of the name at a dot, and the first pattern that fits; else the default.
 
         None where the configuration says nothing. Raises ValueError for patterns that take too long.
         """
-        first, _, rest = layer.partition(".")
-        component, name = (first, rest) if first in TEXT_ENCODERS else ("", layer)
+        component = _component(layer)
+        name = layer.removeprefix(f"{component}.") if component else layer
         found = self._patterns[component].first(name)
         alpha = self._default(component) if found is None else list(self._values[component].values())[found]
         if alpha is not None and self.stabilised and not self._is_stabilised(component):
             return alpha / math.sqrt(rank)
         return alpha
+
+
+def _component(layer: str) -> str:
+    first = layer.partition(".")[0]
+    return first if first in TEXT_ENCODERS else ""
 
 
 def _alpha(value: object, name: str) -> float:
