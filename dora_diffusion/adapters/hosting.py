@@ -204,8 +204,9 @@ def release(root: nn.Module) -> None:
     if _adapted(root.modules()):
         host(root)
         return
-    if hook := root._modules.pop(DIAL).hook:  # type: ignore[union-attr]
-        hook.remove()  # type: ignore[operator]
+    dial = root._modules.pop(DIAL)
+    if isinstance(dial, ScaleDial) and dial.hook is not None:
+        dial.hook.remove()
     for name in (*REFUSED, *LOADING):
         root.__dict__.pop(name, None)
 
