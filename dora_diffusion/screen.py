@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import unicodedata
+from typing import IO
 
 from rich.console import Console
 from rich.progress import ProgressColumn, Task
@@ -49,8 +50,8 @@ def styled(*words: Words) -> Text:
 class Screen(Console):
     """A rich console on which text is text: no markup, no emoji names, no highlighting, no escape sequences."""
 
-    def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
-        super().__init__(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+    def __init__(self, *, stderr: bool = False, quiet: bool = False, file: IO[str] | None = None) -> None:
+        super().__init__(stderr=stderr, quiet=quiet, file=file, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **options: object) -> Text:  # type: ignore[override]
         """How rich turns every plain string into what it draws, the cells of tables too."""

@@ -64,10 +64,10 @@ class LoKrUpdate(WholeUpdate):
     def factors(self) -> tuple[Tensor, Tensor]:
         """w1 [out_1, in_1] and w2 [out_2, in_2, ...], as they are multiplied out, without the scale."""
         held = self._parameters
-        w1 = held.get("lokr_w1")
+        w1: Tensor | None = held.get("lokr_w1")
         if w1 is None:
             w1 = self.get_parameter("lokr_w1_a") @ self.get_parameter("lokr_w1_b")
-        w2 = held.get("lokr_w2")
+        w2: Tensor | None = held.get("lokr_w2")
         if w2 is None:
             a, b, core = self.get_parameter("lokr_w2_a"), self.get_parameter("lokr_w2_b"), held.get("lokr_t2")
             w2 = a @ b if core is None else torch.einsum("ijhw,ip,jr->prhw", core, a, b)

@@ -77,7 +77,7 @@ def update_class(parameters: Iterable[str]) -> type[LoRAUpdate]:
     """The update whose parameters have exactly these names."""
     names = frozenset(parameters)
     magnitudes = names & MAGNITUDES.keys()
-    return decomposed(_FORMS[names - magnitudes], next(iter(magnitudes), None))
+    return decomposed(_FORMS[names - magnitudes], next(iter(magnitudes), None))  # type: ignore[arg-type]
 
 
 @cache

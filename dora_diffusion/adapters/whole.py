@@ -33,7 +33,7 @@ class WholeUpdate(LoRAUpdate):
 
     def direction(self) -> Tensor:
         with torch.no_grad(), torch.autocast(next(self.parameters()).device.type, enabled=False):
-            return self.product()
+            return self.product().detach()
 
     def norms(self, base_squared: Tensor, by_input: bool) -> Tensor:
         V = self.frozen.dense_weight() + self.direction()

@@ -20,7 +20,7 @@ from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.original import FLUX, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
 
-__all__ = ["is_xl", "to_keys"]
+__all__ = ["has_halves_turned", "is_xl", "to_keys"]
 
 ENDINGS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "difference": "diff"}
 ENCODER_PREFIX = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
@@ -31,16 +31,33 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors by the keys of a file, and what is worth saying of them."""
     layers = by_layer(file.tensors)
     keys: dict[str, Tensor] = {}
-    model = TRANSFORMERS.get(file.models[0], FLUX)
+    model = _model(file)
     groups = dict(_fused_groups(file, layers, model))
+    original = _has_original_names(file, bool(groups))
     in_groups = {layer for _, members in groups.values() for layer in members}
     for name, (held, members) in groups.items():
         keys |= dict(_module(f"lora_unet_{name.replace('.', '_')}", held, file.scale_of(members[0])))
     for layer, held in layers.items():
         if layer not in in_groups:
-            name, held = _named(file, layer, held, model, original=bool(groups) or "sd3" in file.models)
+            name, held = _named(file, layer, held, model, original)
             keys |= dict(_module(name, held, file.scale_of(layer)))
     return keys, _notes(file, keys)
+
+
+def has_halves_turned(file: AdapterFile, layer: str) -> bool:
+    """Whether this layer is written by the checkpoint's name, with its two halves in the checkpoint's order."""
+    model = _model(file)
+    groups = _fused_groups(file, by_layer(file.tensors), model)
+    return _has_original_names(file, any(True for _ in groups)) and model.original(layer) in model.swapped
+
+
+def _model(file: AdapterFile) -> Transformer:
+    return TRANSFORMERS.get(file.models[0], FLUX)
+
+
+def _has_original_names(file: AdapterFile, has_groups: bool) -> bool:
+    """Whether a transformer's layers get the checkpoint's names, as its fused layers do."""
+    return file.prefix == "transformer" and (has_groups or "sd3" in file.models)
 
 
 def _module(name: str, held: Held, scale: float) -> Iterator[tuple[str, Tensor]]:

@@ -21,6 +21,7 @@ from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.files import read_adapter_file
+from dora_diffusion.formats.kohya import has_halves_turned
 from dora_diffusion.formats.original import WHOLE
 from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.storage import read_header
@@ -153,7 +154,7 @@ def _compensated(file: AdapterFile, adapter: Adapter, program: Program) -> Adapt
         factor = torch.where(n > 0, (n0 + FLOAT32_EPSILON) / n.clamp_min(1e-300), 0.0)
         name = f"{file_layer(path)}.magnitude"
         magnitude = (tensors[name].double() * factor.cpu()).float()
-        moved = is_swapped(program, (Piece(path, WHOLE),), adapter)
+        moved = is_swapped(program, (Piece(path, WHOLE),), adapter) and not has_halves_turned(file, file_layer(path))
         tensors[name] = halves_swapped(magnitude) if moved else magnitude
     return replace(file, tensors=tensors)
 

@@ -5,7 +5,6 @@ No `from __future__ import annotations` here: Gradio reads the types of these fu
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +240,7 @@ def _uploads(images: list[dict[str, Any]], captions: list[str]) -> list[Upload]:
     if len(paths) != len(images) or (captions and len(captions) > len(images)):
         raise DataError("images must be uploaded files, and captions at most one for each.")
     uploads = read_uploads(paths)
-    given = list(zip_longest(paths, captions, fillvalue=""))
+    given = list(zip(paths, [*captions, *[""] * (len(paths) - len(captions))], strict=True))
     pictures = {upload.path for upload in uploads}
     if strays := [path.name for path, caption in given if caption.strip() and path not in pictures]:
         raise DataError(
