@@ -398,6 +398,12 @@ def test_arguments_of_the_wrong_kind_are_named_and_print_nothing(visitor: Visito
                 assert "must be" in json.dumps(answer.json()["detail"])
 
 
+@pytest.mark.parametrize("name", ["../x", "2026-01-01-000000", "x" * 5000])
+def test_a_choice_that_is_not_offered_is_told_so_and_lists_nothing(visitor: Visitor, name: str) -> None:
+    answer = visitor.result(visitor.number("remove"), [name])
+    assert answer["output"]["error"] == "What was chosen is no longer offered. Choose again from the list."
+
+
 def test_a_program_reads_in_words_which_argument_is_wrong(server: str, no_traceback: None) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AppError
