@@ -18,7 +18,9 @@ def web_app(
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 7860,
     host: Annotated[str | None, typer.Option(help="Another address to listen at; needs --auth.")] = None,
     auth: Annotated[str | None, typer.Option(help="USER:PASSWORD for everybody who opens it.")] = None,
-    mcp: Annotated[bool, typer.Option("--mcp", help="Offer compare and train as tools to MCP clients too.")] = False,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Offer compare and train as tools to MCP clients too; not with --auth.")
+    ] = False,
 ) -> None:
     """Open the web app, on this machine only unless --host and --auth say otherwise."""
     from dora_diffusion.webapp.folders import keep_inside

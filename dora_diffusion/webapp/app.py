@@ -92,6 +92,8 @@ def launch(
     address = host or LOOPBACK[0]
     _check_address(address)
     login = _login(address, auth)
+    if mcp and login is not None:  # Gradio answers MCP clients that have no login, and cannot call for those that have
+        raise ConfigError("--mcp does not go with --auth: MCP clients have no login. Start without one of them.")
     if mcp and find_spec("mcp") is None:
         raise ConfigError("--mcp needs a package that is not installed: pip install 'dora-diffusion[mcp]'.")
     base = find_base(base)

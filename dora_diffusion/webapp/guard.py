@@ -11,13 +11,13 @@ import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import cached_property
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 import gradio as gr
 from starlette.formparsers import MultiPartException
+from starlette.requests import cookie_parser
 
 from dora_diffusion.webapp.arguments import NOT_YOURS, foreign_file, in_words, unfit
 from dora_diffusion.webapp.calls import Call, Message, Receive, again, parsed, read, written
@@ -276,8 +276,6 @@ def _size(folder: Path) -> int:
 
 
 def _cookie_in(header: str) -> str | None:
-    try:
-        morsel = SimpleCookie(header).get(COOKIE)
-    except CookieError:
-        return None
-    return morsel.value if morsel is not None and valid_cookie(morsel.value) else None
+    """As Gradio reads it: what other apps of this host leave in the header must not hide ours."""
+    value = cookie_parser(header).get(COOKIE)
+    return value if valid_cookie(value) else None

@@ -14,6 +14,9 @@ from dora_diffusion.webapp.visitors import visitor_of
 
 __all__ = ["Page"]
 
+NOT_OFFERED = "not in the list of choices"  # as Gradio has it, with the whole list behind
+GONE = "What was chosen is no longer offered. Choose again from the list."
+
 
 class Page(gr.Blocks):
     """Whoever calls a function of it is told of their own mistakes, and nothing of them is printed here."""
@@ -41,7 +44,8 @@ class Page(gr.Blocks):
         try:
             return await super().preprocess_data(block_fn, inputs, state, explicit_call)
         except Exception as error:
-            raise gr.Error(f"This cannot be used: {error}", print_exception=False) from error
+            words = GONE if NOT_OFFERED in str(error) else f"This cannot be used: {error}"
+            raise gr.Error(words, print_exception=False) from error
 
     def _judge(self, function: BlockFunction, inputs: Sequence[object], request: object) -> None:
         if not isinstance(request, gr.Request):

@@ -14,8 +14,14 @@ MOST_KEPT = 20_000  # records; those of files that are gone are dropped first
 
 @dataclass
 class _File:
-    path: str
+    """One content under one name. Spellings that differ in case are one file on some disks, and several on others."""
+
+    paths: set[str] = field(default_factory=set)
     owners: set[str] = field(default_factory=set)
+
+    @property
+    def is_there(self) -> bool:
+        return any(map(os.path.exists, self.paths))
 
 
 class Received:
@@ -28,9 +34,11 @@ class Received:
     def add(self, paths: Iterable[str], *visitors: str) -> None:
         with self._lock:
             for path in map(os.path.realpath, paths):
-                self._files.setdefault(path.casefold(), _File(path)).owners.update(visitors)
+                file = self._files.setdefault(path.casefold(), _File())
+                file.paths.add(path)
+                file.owners.update(visitors)
             if len(self._files) > MOST_KEPT:
-                self._files = {key: file for key, file in self._files.items() if os.path.exists(file.path)}
+                self._files = {key: file for key, file in self._files.items() if file.is_there}
             while len(self._files) > MOST_KEPT:
                 del self._files[next(iter(self._files))]
 
@@ -39,7 +47,7 @@ class Received:
         if not isinstance(path, str):
             return False
         file = self._files.get(path.casefold())
-        return file is not None and file.path == path and visitor in file.owners
+        return file is not None and path in file.paths and visitor in file.owners
 
     def may_see(self, path: str, visitor: str) -> bool:
         """Whether the file there is no upload, or one of this visitor; links and `..` are followed first."""

@@ -137,6 +137,10 @@ class TrainForm:
         except ConfigError as error:
             raise form_error(error) from error
 
+    def without_places(self, captions: Sequence[str]) -> TrainConfig:
+        """To be judged, before there is a run: its files and its base are names alone. Raises ConfigError."""
+        return self.config(Path("images"), Path("run"), "base", captions)
+
 
 def _rate(text: str) -> float | None:
     """None, for what suits the base, when nothing is written. Raises ConfigError."""
@@ -214,7 +218,7 @@ def checks(
     captions = [caption for _, caption in rows]
     lines = {**_pictures(rows, pictures), **_captions(rows, form, long or {})}
     try:
-        form.config(Path("images"), Path("out"), "base", captions)
+        form.without_places(captions)
     except ConfigError as error:
         lines[str(error)] = False
     else:
@@ -276,7 +280,7 @@ def _captions(rows: Sequence[tuple[str, str]], form: TrainForm, long: Mapping[st
 
 def _cost(form: TrainForm, captions: Sequence[str], estimate: Estimate) -> dict[str, bool | None]:
     try:
-        config = form.config(Path("images"), Path("out"), "base", captions)
+        config = form.without_places(captions)
     except ConfigError:
         return {}  # the checklist says it
     from dora_diffusion.adapters.injection import KIND_LABEL

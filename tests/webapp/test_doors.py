@@ -268,6 +268,33 @@ def test_a_program_without_a_cookie_gets_one_with_its_upload(server: str, tmp_pa
         assert program.post("/gradio_api/queue/join", json=body).status_code == 200
 
 
+@pytest.mark.parametrize("before", ['prefs={"theme":"dark"}', "list[0]=1", "words=a b", 'open="x', "é=1", "bare", "=;"])
+def test_cookies_of_other_apps_of_this_host_hide_nobody(visitor: Visitor, before: str, no_traceback: None) -> None:
+    """Browsers send a host's cookies to all of its ports."""
+    mine = f"{before}; {COOKIE}={'a' * 32}".encode("latin-1")
+    picture = {"files": ("cat.png", (SAMPLES / "cat-face.png").read_bytes())}
+    with httpx.Client(base_url=visitor.base_url, headers={b"cookie": mine}, timeout=60) as browser:
+        uploaded = browser.post("/gradio_api/upload", files=picture)
+        assert "set-cookie" not in uploaded.headers
+        seen = browser.get(f"/gradio_api/file={uploaded.json()[0]}")
+        assert seen.content == picture["files"][1]
+
+
+def test_names_that_differ_in_case_are_files_of_their_own(visitor: Visitor, other: Visitor, tmp_path: Path) -> None:
+    """The same bytes lie in one folder, and some disks tell these names apart."""
+    content = (SAMPLES / "cat-face.png").read_bytes() + os.urandom(8)
+    for each, name in ((visitor, "Cat.png"), (other, "cat.png"), (visitor, "straße.png"), (visitor, "strasse.png")):
+        (tmp_path / name).write_bytes(content)
+        path = each.upload(tmp_path / name)[0]
+        assert Path(path).name == name
+        assert each.get(f"/gradio_api/file={path}").status_code == 200
+        assert each.result(each.number("take_pictures"), [[file(path)]])["success"], name
+    stranger = Visitor(str(visitor.base_url))
+    assert stranger.get(f"/gradio_api/file={path}").status_code == 403
+    assert NOT_YOURS in stranger.join(stranger.number("take_pictures"), [[file(path)]]).text
+    stranger.close()
+
+
 def test_a_page_belongs_to_the_visitor_who_opened_it(visitor: Visitor, other: Visitor, no_traceback: None) -> None:
     number = visitor.number("choose")
     assert visitor.join(number, ["Quick"]).status_code == 200
@@ -369,6 +396,12 @@ def test_arguments_of_the_wrong_kind_are_named_and_print_nothing(visitor: Visito
                 answer = _asked_with(visitor, function, place, value)
                 assert answer.status_code == 422, (function["api_name"], place, value, answer.text)
                 assert "must be" in json.dumps(answer.json()["detail"])
+
+
+@pytest.mark.parametrize("name", ["../x", "2026-01-01-000000", "x" * 5000])
+def test_a_choice_that_is_not_offered_is_told_so_and_lists_nothing(visitor: Visitor, name: str) -> None:
+    answer = visitor.result(visitor.number("remove"), [name])
+    assert answer["output"]["error"] == "What was chosen is no longer offered. Choose again from the list."
 
 
 def test_a_program_reads_in_words_which_argument_is_wrong(server: str, no_traceback: None) -> None:

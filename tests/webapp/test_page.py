@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from web_helpers import page_of
 from web_pages import ME
 
 from dora_diffusion.errors import AdapterFileError, ConfigError, TrainingError
-from dora_diffusion.webapp.app import _hosts, _login, build
+from dora_diffusion.webapp.app import _hosts, _login, build, launch
 from dora_diffusion.webapp.jobs import TrainingJobs
 from dora_diffusion.webapp.visitors import visitor_of
 
@@ -58,3 +60,9 @@ def test_a_visitor_is_a_hash_whatever_the_browser_sends():
 def test_a_job_that_is_not_started_can_be_closed():
     jobs = TrainingJobs(lambda _: None)
     assert jobs.close(0.1)
+
+
+def test_tools_that_ask_for_no_login_are_not_offered_where_a_login_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--mcp does not go with --auth"):
+        launch(outputs=tmp_path, auth="user:password", mcp=True)
+    assert not any(tmp_path.iterdir())

@@ -459,6 +459,9 @@ def test_history_lists_tells_apart_shares_and_deletes(tabs, studio, few_pictures
     assert [run.name for run in studio.runs.all(ME)] == [first.name]
 
 
+SIX = [(f"{number}.png", "a cat") for number in range(6)]
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -482,9 +485,14 @@ def test_a_value_that_cannot_be_is_said_by_its_field_before_the_start(values, sa
     with pytest.raises(ConfigError) as raised:
         form.config(Path("images"), Path("out"), "emoji")
     assert said in str(raised.value) and not any(key in str(raised.value) for key in FIELDS if "_" in key)
-    labels = tuple(f"{number}.png" for number in range(6))
-    lines = checks([(label, "a") for label in labels], form, Pictures(labels=labels), None)
+    lines = checks(SIX, form, Pictures(), None)
     assert lines[str(raised.value)] is False and [good for good in lines.values()].count(False) == 1
+
+
+def test_a_form_that_has_all_it_needs_can_be_started():
+    for values in ({}, {"prompt": "a cat", "preview": "a dog", "rate": "1e-4", "keep": True}, {"start": "sample/dora"}):
+        lines = checks(SIX, TrainForm(**values), Pictures(), None)
+        assert [line for line, good in lines.items() if good is False] == []
 
 
 def test_errors_on_the_page_speak_of_fields_and_list_no_keys():
