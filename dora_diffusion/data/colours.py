@@ -1,8 +1,9 @@
 """Colours as a screen shows them: whatever a picture's numbers mean, the sRGB that its maker saw.
 
-What the numbers mean is said by a profile inside the file; where there is none, by code points (H.273), by PNG's gAMA and
-cHRM, or by the EXIF mark that cameras give Adobe RGB; and where nothing says it, they are sRGB. Conversions are relative colorimetric with
-black point compensation: colours that sRGB has come out as they are, others as the nearest that it has.
+What the numbers mean is said by a profile inside the file; where there is none, by code points (H.273), by PNG's gAMA
+and cHRM, or by the EXIF mark that cameras give Adobe RGB; and where nothing says it, they are sRGB. Conversions are
+relative colorimetric with black point compensation: colours that sRGB has come out as they are, others as the nearest
+that it has.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ from dora_diffusion.errors import DataError
 
 __all__ = ["SUFFIXES", "Picture", "is_picture", "open_image", "read_picture", "trouble_with"]
 
-HEIF = {".heic", ".heif"}  # photographs as telephones save them
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", *HEIF}
+HEIF = {".heic", ".heif", ".hif"}  # photographs as telephones and cameras save them
+JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}  # the last as browsers on Windows save them
+SUFFIXES = {".png", *JPEG, ".jp2", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", *HEIF}
 # Whatever a file is called, no other of Pillow's readers is let near it: that of EPS runs a program.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "HEIF", "JPEG2000")
 MAX_PIXELS = 100_000_000  # larger ones are refused before they are decoded: a small file can claim any size

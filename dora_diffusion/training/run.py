@@ -120,7 +120,7 @@ def _train(
     if len(training.instances) > 1:
         yield Preparing(_sizes(training))
     if training.ignored:
-        yield Preparing(f"passed over, no pictures: {', '.join(training.ignored)}")
+        yield Preparing(f"passed over: {', '.join(training.ignored)}")
     for note in training.notes:
         yield Preparing(note)
     if training.cut:
