@@ -6,6 +6,7 @@ prompt.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dora_diffusion.paths import obstacle
 __all__ = [
     "ImageFolder",
     "TrainingImage",
+    "alike_in",
     "first_caption",
     "is_passed_over",
     "list_pictures",
@@ -88,6 +90,24 @@ def read_folder(path: str | os.PathLike[str], instance_prompt: str | None = None
     known = {*pictures, *captions.known, *within}
     passed_over = [p for p in entries if p not in known]
     return ImageFolder(folder, images, tuple(p.name + "/" * p.is_dir() for p in passed_over), notes)
+
+
+def alike_in(trained: Sequence[TrainingImage], measured: Sequence[TrainingImage]) -> tuple[str, ...]:
+    """What is to be said of pictures that are the same file's bytes: among those trained on, and those measured on."""
+    first: dict[str, str] = {}
+    twice, seen = [], []
+    for image in trained:
+        digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
+        twice += [f"{image.path.name} (as {first[digest]})"] if digest in first else []
+        first.setdefault(digest, image.path.name)
+    for image in measured:
+        digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
+        seen += [f"{image.path.name} (as {first[digest]})"] if digest in first else []
+    remarks = {
+        "the same pictures more than once, each of which is trained on": twice,
+        "held-out pictures that are trained on too, so the held-out loss is not of unseen pictures": seen,
+    }
+    return tuple(f"{remark}: {named(names)}" for remark, names in remarks.items() if names)
 
 
 def remarks_on(notes: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
