@@ -89,7 +89,8 @@ def _of_heif(meta: bytes) -> CodePoints | None:
     for number in (n for name, data in parts if name == b"ipma" for n in _properties_of(primary, data)):
         name, data = properties[number - 1]
         if name == b"colr" and data[:4] == b"nclx":
-            return CodePoints(*struct.unpack_from(">HH", data, 4), win=False)
+            primaries, transfer = struct.unpack_from(">HH", data, 4)
+            return CodePoints(primaries, transfer, win=False)
     return None
 
 
