@@ -24,6 +24,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "alone_in",
     "check_output",
     "check_places",
     "clear_left_overs",
@@ -74,6 +75,21 @@ def _new_scratch(beside: Path) -> tuple[Path, int | None]:
             if folder.exists():
                 return folder, lock
             _unlock(lock)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder meanwhile. Raises OutputError where one is in it."""
+    try:
+        lock = _lock(folder)
+    except BlockingIOError as error:
+        raise OutputError(
+            f"another run is writing into {folder}. Wait until it has ended, or give another --out."
+        ) from error
+    try:
+        yield
+    finally:
+        _unlock(lock)
 
 
 def clear_left_overs(folder: Path, depth: int = 1) -> None:

@@ -115,7 +115,7 @@ def test_the_command_line_and_the_page_give_the_same_captions(tmp_path: Path, ca
     sent = sort_files(sorted(folder.iterdir()))
     assert {upload.label: upload.caption for upload in sent.uploads} == {k: v or "" for k, v in expected.items()}
     assert sent.problems == () and read.ignored == () and read.notes == sent.notes
-    assert bool(read.notes) == (case == "text files before tables")
+    assert bool(read.notes) == (case in ("text files before tables", "a table with semicolons and lines in it"))
 
 
 # The files, and what is said; the page goes on without these captions, and the command line stops.
@@ -145,6 +145,16 @@ PROBLEMS: dict[str, tuple[dict[str, str | bytes], str]] = {
     "two suffixes": ({"a.txt": "x", "a.TXT": "y"}, "a.png has more than one caption (a.TXT, a.txt)"),
     "two pictures of one stem": ({"a.jpg": "", "a.txt": "x"}, "a.txt: it fits a.jpg, a.png"),
     "empty file": ({"a.txt": " \n"}, "a.txt is empty"),
+    "UTF-16 without its mark": ({"a.txt": "a cat".encode("utf-16-le")}, "a.txt is no text in UTF-8"),
+    "ISO-2022-JP": ({"a.txt": "\u732b".encode("iso2022_jp")}, "the control character '\\x1b'"),
+    "a NUL in a row": ({"metadata.jsonl": jsonl({"file_name": "a.png", "text": "a\0cat"})}, "'\\x00' in it"),
+    "nothing that can be seen": ({"a.txt": "\ufeff\u200b \u2060"}, "a.txt is empty"),
+    "a quote without end": (
+        {"b.png": "", "metadata.csv": 'file_name,text\na.png,"x\nb.png,y\n'},
+        "is no row of a table",
+    ),
+    "one column twice": ({"metadata.csv": "file_name,text,text\na.png,x,y\n"}, "more than one column text"),
+    "a name that is a number": ({"metadata.jsonl": jsonl({"file_name": 1, "text": "x"})}, "its file_name is 1"),
     "latin-1": ({"a.caption": "caf\xe9".encode("latin-1")}, "a.caption is not UTF-8 text"),
 }
 
@@ -169,11 +179,12 @@ def test_captions_that_are_there_and_not_used_are_said(tmp_path: Path) -> None:
     rows = jsonl({"file_name": "a.png", "text": "other"}, {"file_name": "more/b.png", "text": "x"})
     files = {"a.png": "", "a.txt": "one", "cat.txt": "two", "more/b.png": "", "metadata.jsonl": rows, "notes.md": "x"}
     read = read_folder(folder_of(tmp_path / "f", files))
-    assert [image.caption for image in read.images] == ["one"] and read.ignored == ("more/", "notes.md")
+    assert [image.caption for image in read.images] == ["one"] and read.ignored == ("notes.md",)
     assert read.notes == (
         "captions that differ, of which the first is taken: a.png (a.txt, not metadata.jsonl, line 1)",
         "captions not used, as no picture has their name: cat.txt",
         "captions not used, of pictures in subfolders, which are not read: more/b.png",
+        "pictures in subfolders are not read: more/",
     )
 
 
@@ -194,9 +205,53 @@ def test_a_table_names_pictures_as_they_were_before_a_browser_sent_them(tmp_path
 
 
 def test_other_files_are_said_and_stop_nothing(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "f", {"a.png": "", "notes.md": "x", "a.json": "{}"})
+    folder = folder_of(tmp_path / "f", {"a.png": "", "notes.md": "x"})
     sent = sort_files(sorted(folder.iterdir()))
-    assert len(sent.uploads) == 1 and sent.notes == ("passed over, no pictures: a.json, notes.md",)
+    assert len(sent.uploads) == 1 and sent.notes == ("passed over: notes.md",)
     with pytest.raises(DataError, match=r"notes\.md is no picture"):
         sort_files([folder / "notes.md"])
     assert sort_files([]).uploads == ()
+
+
+# Files beside a.png, and what is said of them by both.
+REMARKS: dict[str, tuple[dict[str, str | bytes], str, str]] = {
+    "several lines": ({"a.txt": "a cat\na dog"}, "a cat\na dog", "captions of several lines, each taken whole: a.png"),
+    "None": ({"a.txt": "None\n"}, "None", "where there is none (None, nan): a.png"),
+    "nan": ({"metadata.csv": "file_name,text\na.png,nan\n"}, "nan", "where there is none (None, nan): a.png"),
+    "a table without a row": ({"metadata.csv": "file_name,text\n"}, "", "without a row: metadata.csv"),
+    "sd-scripts' JSON": (
+        {"meta_cap.json": '{"a": {"caption": "a cat"}}'},
+        "",
+        "may hold captions (only metadata.jsonl",
+    ),
+    "a table of another name": ({"captions.csv": "file_name,text\na.png,a cat\n"}, "", "are): captions.csv"),
+}
+
+
+@pytest.mark.parametrize("case", REMARKS)
+def test_captions_that_are_odd_or_not_read_are_said_by_both(tmp_path: Path, case: str) -> None:
+    files, caption, said = REMARKS[case]
+    folder = folder_of(tmp_path / "f", {"a.png": "", **files})
+    read, sent = read_folder(folder, "x"), sort_files(sorted(folder.iterdir()))
+    assert read.images[0].caption == (caption or "x") and sent.uploads[0].caption == caption
+    assert read.ignored == () and read.notes == sent.notes and len(read.notes) == 1 and said in read.notes[0]
+    if not caption:
+        with pytest.raises(DataError) as refused:
+            read_folder(folder)
+        assert said in str(refused.value)
+
+
+def test_masks_of_other_programs_are_no_pictures(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "f", {"a.jpg": "", "a-masklabel.png": "", "b-masklabel.png": ""})
+    assert [i.path.name for i in read_folder(folder, "x").images] == ["a.jpg", "b-masklabel.png"]
+    assert read_folder(folder, "x").ignored == ("a-masklabel.png",)
+    sent = sort_files(sorted(folder.iterdir()))
+    assert [u.label for u in sent.uploads] == ["a.jpg", "b-masklabel.png"]
+    assert sent.notes == ("passed over: a-masklabel.png",)
+
+
+def test_pictures_are_known_by_the_suffixes_that_browsers_and_cameras_give(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "f", {})
+    for suffix in (".jfif", ".jpe", ".JPEG"):
+        Image.new("RGB", (20, 20)).save(folder / f"a{suffix}", "JPEG")
+    assert len(read_folder(folder, "x").images) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,23 @@ def test_a_damaged_one_of_the_users_own_is_an_error_that_names_it(tmp_path: Path
     (tmp_path / "class_images" / "0001.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"class_images/0001\.png is no picture.*delete it"):
         made(tmp_path, sd_base)
+
+
+def test_what_is_no_file_among_them_is_an_error_and_not_waited_for(tmp_path: Path, sd_base: Base) -> None:
+    (tmp_path / "class_images").mkdir()
+    os.mkfifo(tmp_path / "class_images" / "a.png")
+    with pytest.raises(DataError, match=r"a\.png is a named pipe"):
+        made(tmp_path, sd_base)
+    (tmp_path / "class_images" / "a.png").unlink()
+    (tmp_path / "class_images" / "a.png").mkdir()
+    with pytest.raises(DataError, match=r"a\.png is a folder"):
+        made(tmp_path, sd_base)
+
+
+def test_more_of_the_users_own_than_are_asked_for_are_said(tmp_path: Path, sd_base: Base) -> None:
+    (tmp_path / "class_images").mkdir()
+    for name in "abc":
+        Image.new("RGB", (64, 64)).save(tmp_path / "class_images" / f"{name}.png")
+    paths, said = made(tmp_path, sd_base)
+    assert [path.name for path in paths] == ["a.png", "b.png"]
+    assert said[0] == "class images of your own beyond num_class_images = 2, which are not used: 1"

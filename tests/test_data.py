@@ -18,7 +18,7 @@ from PIL import Image
 
 from dora_diffusion.data.buckets import bucket_sizes, nearest_bucket
 from dora_diffusion.data.cache import encode_images, tag_orders
-from dora_diffusion.data.folder import first_caption, read_folder
+from dora_diffusion.data.folder import alike_in, first_caption, read_folder
 from dora_diffusion.data.pictures import open_image
 from dora_diffusion.errors import DataError, PromptError
 from dora_diffusion.models.loading import Base
@@ -262,3 +262,23 @@ def test_tags_are_shuffled_behind_the_first_and_each_order_is_encoded(sd_base: B
     for row, (picture, which) in zip(rows, zip(index, order)):
         stock, _ = sd_base.pipe.encode_prompt(tag_orders(captions[picture], 1)[which], sd_base.device, 1, False)
         assert torch.equal(shuffled.conditioning[[int(row)]].tensors["encoder_hidden_states"], stock)
+
+
+def test_pictures_that_are_measured_on_and_trained_on_are_said(tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "red"), ("c", "blue")):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"{name}.png")
+    images = read_folder(tmp_path, "x").images
+    twice, seen = alike_in(images, images)
+    assert twice.endswith("each of which is trained on: b.png (as a.png)")
+    assert seen.startswith("held-out pictures that are trained on too")
+    assert seen.endswith(": a.png (as a.png), b.png (as a.png), c.png (as c.png)")
+    assert alike_in(images[1:2], images[2:]) == ()
+
+
+def test_pictures_of_which_most_is_cropped_are_known(tmp_path: Path, sd_base: Base) -> None:
+    for name, size in (("wide", (640, 64)), ("high", (64, 640)), ("fits", (128, 64))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    images = read_folder(tmp_path, "x").images
+    buckets = bucket_sizes(64, sd_base.multiple)
+    names = [name for group in encode_images(sd_base, images, buckets) for name in group.cropped]
+    assert sorted(names) == ["high.png", "wide.png"]

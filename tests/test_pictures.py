@@ -411,3 +411,111 @@ def test_conversions_are_those_of_little_cms(tmp_path: Path, shared_p3: bytes) -
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
     assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(expected))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".avif", ".heic"])
+def test_code_points_are_heeded(tmp_path: Path, suffix: str) -> None:
+    """Display P3 as 12 and 13 of H.273 say it, beside numbers that say sRGB."""
+    path = tmp_path / f"a{suffix}"
+    numbers = (200, 90, 30)
+    if suffix == ".png":
+        gamma = (b"gAMA", struct.pack(">I", 100000))  # cICP wins over all others
+        path.write_bytes(png(8, 2, bytes(numbers), 1, (b"cICP", bytes((12, 13, 0, 1))), gamma))
+    else:
+        image = Image.new("RGB", (32, 32), numbers)
+        image.save(path, quality=100) if suffix == ".avif" else path.write_bytes(b64decode(HEIC))
+        numbers = tuple(pixels(path)[0, 0])
+        content = path.read_bytes()
+        at = content.index(b"nclx") + 4
+        path.write_bytes(content[:at] + struct.pack(">HH", 12, 13) + content[at + 4 :])
+    expected = in_srgb(decoded(np.array(numbers) / 255), P3)
+    assert np.abs(pixels(path)[0, 0] - expected).max() <= 1
+    assert np.abs(expected - numbers).max() > 5
+
+
+def test_a_profile_wins_over_code_points_but_in_png(tmp_path: Path, shared_p3: bytes) -> None:
+    Image.new("RGB", (32, 32), (200, 90, 30)).save(tmp_path / "a.avif", quality=100, icc_profile=shared_p3)
+    assert np.abs(pixels(tmp_path / "a.avif")[0, 0] - in_srgb(decoded(np.array([200, 90, 30]) / 255), P3)).max() <= 3
+    said = (b"cICP", bytes((1, 13, 0, 1)))
+    profile = (b"iCCP", b"p3\0\0" + zlib.compress(shared_p3))
+    (tmp_path / "a.png").write_bytes(png(8, 2, bytes((200, 90, 30)), 1, said, profile))
+    assert tuple(pixels(tmp_path / "a.png")[0, 0]) == (200, 90, 30)
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_hdr_is_refused_by_its_name(tmp_path: Path, transfer: int, name: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(8, 2, bytes(3), 1, (b"cICP", bytes((9, transfer, 0, 1)))))
+    with pytest.raises(DataError, match=rf"a\.png is in HDR \({name}\)"):
+        open_image(tmp_path / "a.png")
+
+
+def test_code_points_that_are_not_known_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(8, 2, bytes((9, 8, 7)), 1, (b"cICP", bytes((10, 17, 0, 1)))))
+    picture = read_picture(tmp_path / "a.png")
+    assert picture.image.getpixel((0, 0)) == (9, 8, 7) and "(H.273 10, 17), taken as sRGB" in picture.notes[0]
+
+
+def tiff(array: np.ndarray, kind: int, *, planes: bool = False, sample: int = 1, turn: int = 1) -> bytes:
+    """A TIFF written by hand: height, width and, in planes or not, samples."""
+    height, width, samples = array.shape
+    parts = [array[..., i].tobytes() for i in range(samples)] if planes else [array.tobytes()]
+    at = [8 + sum(map(len, parts[:i])) for i in range(len(parts))]
+    data, rows = b"".join(parts), []
+    tags = {256: [width], 257: [height], 258: [array.itemsize * 8] * samples, 259: [1], 262: [kind], 273: at}
+    tags |= {274: [turn], 277: [samples], 278: [height], 279: list(map(len, parts)), 284: [1 + planes]}
+    for tag, values in (tags | {339: [sample] * samples}).items():
+        written = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            written, data = struct.pack("<I", 8 + len(data)), data + written
+        rows.append(struct.pack("<HHI", tag, 4, len(values)) + written)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(rows)) + b"".join(rows) + bytes(4)
+
+
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("turn", TURNED)
+@pytest.mark.parametrize(("bits", "samples"), [(8, 1), (16, 1), (8, 3)])
+def test_a_tiff_that_says_how_it_lies_is_turned_so(tmp_path: Path, turn: int, bits: int, samples: int) -> None:
+    values = np.arange(6 * 4 * samples).reshape(6, 4, samples) * 3
+    written = (values * (257 if bits == 16 else 1)).astype(f"<u{bits // 8}")
+    (tmp_path / "a.tif").write_bytes(tiff(written, 1 if samples == 1 else 2, turn=turn))
+    expected = TURNED[turn](np.broadcast_to(values, (6, 4, 3)))
+    assert np.array_equal(pixels(tmp_path / "a.tif"), expected)
+
+
+def test_samples_that_would_be_taken_for_others_are_refused(tmp_path: Path) -> None:
+    values = np.arange(16 * 16 * 3, dtype="<u2").reshape(16, 16, 3)
+    (tmp_path / "planes.tif").write_bytes(tiff(values, 2, planes=True))
+    (tmp_path / "signed.tif").write_bytes(tiff(values[..., :1].astype(np.int8), 1, sample=2))
+    for name, said in (("planes", "16 bits a sample in a plane for each colour"), ("signed", "signed whole numbers")):
+        with pytest.raises(DataError, match=rf"{name}\.tif has {said}"):
+            open_image(tmp_path / f"{name}.tif")
+    (tmp_path / "eight.tif").write_bytes(tiff(values.astype(np.uint8), 2, planes=True))
+    assert np.array_equal(pixels(tmp_path / "eight.tif"), values.astype(np.uint8))
+
+
+def test_round_a_gifs_first_frame_nothing_is_seen(tmp_path: Path) -> None:
+    Image.new("P", (16, 16), 1).save(tmp_path / "a.gif")
+    content = bytearray((tmp_path / "a.gif").read_bytes())
+    content[6:10] = struct.pack("<HH", 20, 20)  # a screen that is larger than the frame
+    at = content.index(b",\0\0\0\0")
+    content[at + 1 : at + 5] = struct.pack("<HH", 2, 3)
+    (tmp_path / "a.gif").write_bytes(content)
+    expected = np.full((20, 20, 3), 255)
+    expected[3:19, 2:18] = pixels(tmp_path / "a.gif")[5, 5]
+    assert np.array_equal(pixels(tmp_path / "a.gif"), expected) and (expected[5, 5] != 255).all()
+
+
+def test_a_picture_that_is_transparent_all_over_is_said(tmp_path: Path) -> None:
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png").notes == ("transparent all over, so white",)

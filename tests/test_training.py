@@ -713,3 +713,13 @@ def test_two_processes_share_the_batches_and_write_once(tmp_path: Path, pictures
 def test_a_loaded_base_knows_its_size_and_family(sd_folder: Path) -> None:
     base = load_base(str(sd_folder), device="cpu")
     assert (base.size, base.vae_scale, base.family.name) == (16, 2, "Stable Diffusion 1 and 2")
+
+
+def test_two_runs_never_write_into_one_folder(tmp_path: Path, pictures: Path, sd_folder: Path) -> None:
+    settings = config(pictures, tmp_path / "out", sd_folder, steps=1)
+    first = train(settings)
+    assert [next(first).text, next(first).text][1] == "reading and encoding the pictures"  # type: ignore[union-attr]
+    with pytest.raises(OutputError, match=r"another run is writing into .*out\. Wait"):
+        list(train(settings))
+    assert isinstance(list(first)[-1], Finished)
+    assert isinstance(list(train(settings, overwrite=True))[-1], Finished)

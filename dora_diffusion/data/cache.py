@@ -35,6 +35,7 @@ class EncodedImages:
     the denoiser's scale; view 0 is the picture, view 1, where there is one, its mirror image. `captions` are the
     different ones of all sizes and, last, the empty prompt; `conditioning` has a row for each, and `caption_of`
     [orders, pictures] points into both: order 0 is the caption as it was written, others have its tags shuffled.
+    `cropped` are the files of which less than half is left.
     """
 
     size: Size
@@ -43,6 +44,7 @@ class EncodedImages:
     captions: tuple[str, ...]
     conditioning: Conditioning
     caption_of: Tensor
+    cropped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.caption_of.shape[1]
@@ -85,9 +87,12 @@ def encode_images(
             + "\nShorten them, or set cut_captions to true: then the base reads them as far as it can."
         )
     grouped: dict[Size, list[tuple[list[int], Image.Image]]] = {size: [] for size in buckets}
+    cropped: dict[Size, list[str]] = {size: [] for size in buckets}
     for image in images:
         picture = open_image(image.path)
         size = nearest_bucket(picture.size, buckets)
+        if _is_mostly_cropped(picture.size, size):
+            cropped[size].append(image.path.name)
         fitted = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
         grouped[size].append(([captions.index(each) for each in orders[image.caption]], fitted))
     rows = [base.family.encode(base.pipe, [caption]) for caption in captions]
@@ -100,8 +105,15 @@ def encode_images(
         views = [pictures, [ImageOps.mirror(picture) for picture in pictures]] if mirrored else [pictures]
         posteriors = [_latents_of(base, view) for view in views]
         mean, std = (torch.stack(parts) for parts in zip(*posteriors, strict=True))
-        groups.append(EncodedImages(size, mean, std, captions, conditioning, torch.tensor(caption_of).T))
+        rows_of = torch.tensor(caption_of).T
+        groups.append(EncodedImages(size, mean, std, captions, conditioning, rows_of, tuple(cropped[size])))
     return tuple(groups)
+
+
+def _is_mostly_cropped(picture: Size, bucket: Size) -> bool:
+    """Whether more than half of the picture stands out of the bucket, as of very wide ones."""
+    ratio = picture[0] / picture[1] * bucket[1] / bucket[0]
+    return min(ratio, 1 / ratio) < 0.5
 
 
 def tag_orders(caption: str, after: int | None) -> list[str]:

@@ -23,6 +23,9 @@ __all__ = ["CAPTION_SUFFIXES", "METADATA", "Captions", "is_caption_file", "named
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv")
 TEXTS = ("text", "caption", "prompt")  # columns with the caption; the first that is there
+# Where other programs keep captions that are not read here, such as sd-scripts in meta_cap.json.
+UNREAD = {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
+PLACEHOLDERS = {"none", "null", "nan", "undefined"}  # what programs write where there is no caption
 MENTIONED = 8
 
 
@@ -57,6 +60,7 @@ class _Desk:
     problems: list[str] = field(default_factory=list)
     homeless: list[str] = field(default_factory=list)  # caption files that no picture has
     elsewhere: list[str] = field(default_factory=list)  # rows for pictures in subfolders
+    empty: list[str] = field(default_factory=list)  # tables without a row
     unclear: set[int] = field(default_factory=set)
 
     def places(self, name: str, part: Callable[[Path], str]) -> list[int]:
@@ -91,7 +95,9 @@ def read_captions(
     more, and have lost some characters. Two pictures may have one name then.
     """
     desk = _Desk(pictures, [[] for _ in pictures])
-    files = sorted((path for path in others if is_caption_file(path)), key=lambda path: path.name)
+    given = sorted(others, key=lambda path: path.name)
+    files = [path for path in given if is_caption_file(path)]
+    unread = [path for path in given if path not in files and path.suffix.lower() in UNREAD]
     # cat.png.txt first: what it names exactly is no longer in question for cat.txt.
     sidecars = [path for path in files if path.name.lower() not in METADATA]
     exact = {path: places for path in sidecars if (places := desk.places(path.stem, lambda p: p.name))}
@@ -106,13 +112,13 @@ def read_captions(
     for path in files:
         if path.name.lower() in METADATA:
             _take_metadata(desk, path, renamed, rank=3 + METADATA.index(path.name.lower()))
-    return _settled(desk, frozenset(files))
+    return _settled(desk, files, unread)
 
 
 def read_text(path: Path) -> str:
     """A file's text, without a byte order mark. Raises DataError, which names the file."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8").lstrip("\ufeff")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path.name} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}): "
@@ -120,6 +126,22 @@ def read_text(path: Path) -> str:
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {path.name}: {error.strerror}.") from error
+    if control := _control(text):  # UTF-16 without its mark, ISO-2022-JP and programs' own files are valid UTF-8 too
+        raise DataError(
+            f"{path.name} is no text in UTF-8 (it has the control character {control!r}): "
+            "save it again with UTF-8 encoding."
+        )
+    return text
+
+
+def _control(text: str) -> str | None:
+    """The first control character that is none of white space."""
+    return next((c for c in text if unicodedata.category(c) == "Cc" and not c.isspace()), None)
+
+
+def _is_empty(text: str) -> bool:
+    """Whether nothing of it can be seen: white space, and characters that only say how others are set."""
+    return all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
 
 
 def named(names: Sequence[str]) -> str:
@@ -141,7 +163,7 @@ def _take_sidecar(desk: _Desk, path: Path, places: Sequence[int], rank: int) -> 
     except DataError as error:
         desk.problems.append(str(error))
         return
-    if not text:
+    if _is_empty(text):
         desk.problems.append(f"{path.name} is empty: write the caption into it, or delete it.")
         return
     desk.give(places, _Offer(rank, text, path.name))
@@ -153,7 +175,9 @@ def _take_metadata(desk: _Desk, path: Path, renamed: Callable[[str], str] | None
     except DataError as error:
         desk.problems.append(str(error))
         return
-    rows = _json_rows(text) if path.suffix.lower() == ".jsonl" else _csv_rows(text)
+    rows = list(_json_rows(text) if path.suffix.lower() == ".jsonl" else _csv_rows(text))
+    if not rows:
+        desk.empty.append(path.name)
     for where, row in rows:
         source = f"{path.name}, {where}"
         wrong = row if isinstance(row, str) else _what_is_wrong(row)
@@ -196,7 +220,7 @@ def _csv_rows(text: str) -> Iterator[tuple[str, dict[str, object] | str]]:
     """The rows of a table by its header, with where each stands; a text where it is none."""
     first = text.split("\n", 1)[0]
     comma = next((mark for mark in ",;\t" if "file_name" in [cell.strip(' "\r') for cell in first.split(mark)]), ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, skipinitialspace=True, strict=True)
     header: list[str] | None = None
     try:
         for cells in reader:
@@ -204,6 +228,9 @@ def _csv_rows(text: str) -> Iterator[tuple[str, dict[str, object] | str]]:
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
+                if twice := [name for name in ("file_name", *TEXTS) if header.count(name) > 1]:
+                    yield f"line {reader.line_num}", f"it has more than one column {twice[0]}: leave one"
+                    return
                 continue
             if len(cells) != len(header):
                 yield (
@@ -223,6 +250,8 @@ def _text_column(row: dict[str, object]) -> str | None:
 def _what_is_wrong(row: dict[str, object]) -> str:
     """Why a row gives no caption, or ""."""
     name, column = row.get("file_name"), _text_column(row)
+    if "file_name" in row and not isinstance(name, str):
+        return f"its file_name is {json.dumps(name)}, which is no name"
     if not isinstance(name, str) or not name.strip():
         return f"it has no file_name (it has: {named(list(map(str, row))) or 'nothing'})"
     if column is None:
@@ -232,14 +261,16 @@ def _what_is_wrong(row: dict[str, object]) -> str:
         return f"the {column} of {name!r} is a list of {len(value)}; a picture has one caption: choose one"
     if not isinstance(value, str):
         return f"the {column} of {name!r} is {json.dumps(value)}; write the caption, or take the row out"
-    if not value.strip():
+    if _is_empty(value):
         return f"the {column} of {name!r} is empty; write the caption, or take the row out"
     if any(0xD800 <= ord(letter) < 0xE000 for letter in value):
         return f"the {column} of {name!r} has half of a character in it (a lone surrogate); write it anew"
+    if control := _control(value):
+        return f"the {column} of {name!r} has the control character {control!r} in it; write it anew"
     return ""
 
 
-def _settled(desk: _Desk, known: frozenset[Path]) -> Captions:
+def _settled(desk: _Desk, files: Sequence[Path], unread: Sequence[Path]) -> Captions:
     """The first of each picture's offers; what differs from it is said."""
     texts: list[str | None] = []
     differing = []
@@ -253,11 +284,19 @@ def _settled(desk: _Desk, known: frozenset[Path]) -> Captions:
         elif others := [offer.source for offer in offers if offer.text != offers[0].text]:
             differing.append(f"{picture.name} ({offers[0].source}, not {named(others)})")
         texts.append(offers[0].text if offers and place not in desk.unclear else None)
-    notes = []
-    if differing:
-        notes.append(f"captions that differ, of which the first is taken: {named(differing)}")
-    if desk.homeless:
-        notes.append(f"captions not used, as no picture has their name: {named(desk.homeless)}")
-    if desk.elsewhere:
-        notes.append(f"captions not used, of pictures in subfolders, which are not read: {named(desk.elsewhere)}")
-    return Captions(tuple(texts), known, tuple(desk.problems), tuple(notes))
+    taken = [(picture.name, text) for picture, text in zip(desk.pictures, texts, strict=True) if text is not None]
+    remarks = {
+        "captions that differ, of which the first is taken": differing,
+        "captions of several lines, each taken whole": [name for name, text in taken if "\n" in text or "\r" in text],
+        "captions that are no more than what programs write where there is none (None, nan)": [
+            name for name, text in taken if text.casefold() in PLACEHOLDERS
+        ],
+        "captions not used, as no picture has their name": desk.homeless,
+        "captions not used, of pictures in subfolders, which are not read": desk.elsewhere,
+        "tables of captions without a row": desk.empty,
+        f"files not read, though they may hold captions (only {', '.join(METADATA)} and text files are)": [
+            path.name for path in unread
+        ],
+    }
+    notes = tuple(f"{remark}: {named(names)}" for remark, names in remarks.items() if names)
+    return Captions(tuple(texts), frozenset([*files, *unread]), tuple(desk.problems), notes)

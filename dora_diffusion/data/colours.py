@@ -1,8 +1,9 @@
 """Colours as a screen shows them: whatever a picture's numbers mean, the sRGB that its maker saw.
 
-What the numbers mean is said by a profile inside the file; where there is none, by PNG's gAMA and cHRM or by the EXIF
-mark that cameras give Adobe RGB; and where nothing says it, they are sRGB. Conversions are relative colorimetric with
-black point compensation: colours that sRGB has come out as they are, others as the nearest that it has.
+What the numbers mean is said by a profile inside the file; where there is none, by code points (H.273), by PNG's gAMA
+and cHRM, or by the EXIF mark that cameras give Adobe RGB; and where nothing says it, they are sRGB. Conversions are
+relative colorimetric with black point compensation: colours that sRGB has come out as they are, others as the nearest
+that it has.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-__all__ = ["ADOBE_RGB", "Primaries", "from_primaries", "primaries_of", "to_srgb"]
+from dora_diffusion.data.code_points import CodePoints
+
+__all__ = ["ADOBE_RGB", "HDR", "UNSAID", "Primaries", "from_code_points", "from_primaries", "primaries_of", "to_srgb"]
 
 INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
@@ -27,13 +30,16 @@ BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.03
 
 @dataclass(frozen=True)
 class Primaries:
-    """What red, green, blue and white are, as CIE x and y, and the exponent from a number to its light."""
+    """What red, green, blue and white are, as CIE x and y, and the exponent from a number to its light.
+
+    Without a gamma it is sRGB's curve.
+    """
 
     white: Pair
     red: Pair
     green: Pair
     blue: Pair
-    gamma: float
+    gamma: float | None
 
     def to_xyz(self) -> np.ndarray:
         """Linear RGB to XYZ under D65: [3, 3]."""
@@ -51,6 +57,18 @@ def _xyz(point: Pair) -> np.ndarray:
 
 SRGB = Primaries((0.3127, 0.3290), (0.64, 0.33), (0.30, 0.60), (0.15, 0.06), 2.2)
 ADOBE_RGB = Primaries((0.3127, 0.3290), (0.64, 0.33), (0.21, 0.71), (0.15, 0.06), 563 / 256)
+# By H.273's numbers. The curves of television (1, 6, 14, 15) are shown as sRGB's is, as by browsers.
+D65 = SRGB.white
+POINTS = {
+    1: (D65, SRGB.red, SRGB.green, SRGB.blue),
+    5: (D65, (0.64, 0.33), (0.29, 0.60), (0.15, 0.06)),
+    6: (D65, (0.630, 0.340), (0.310, 0.595), (0.155, 0.070)),
+    9: (D65, (0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
+    12: (D65, (0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),
+}
+CURVES: dict[int, float | None] = {1: None, 4: 2.2, 5: 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
+UNSAID = 2
+HDR = {16: "PQ", 18: "HLG"}
 NEAR = 0.02  # a gamma so near to 1 / 0.45455 means sRGB, as every writer of it intends
 
 
@@ -114,9 +132,23 @@ def primaries_of(info: Mapping[str | tuple[int, int], object], exif: Mapping[int
     return None if is_srgb else Primaries(white, red, green, blue, 1 / gamma)
 
 
+def from_code_points(said: CodePoints) -> tuple[Primaries | None, str]:
+    """What these mean, None where that is sRGB, and what could not be made of them, or "". HDR is the caller's."""
+    points = POINTS.get(1 if said.primaries == UNSAID else said.primaries)
+    transfer = 13 if said.transfer == UNSAID else said.transfer
+    if points is None or transfer not in CURVES:
+        return None, f"colours of a kind not known here (H.273 {said.primaries}, {said.transfer}), taken as sRGB"
+    is_srgb = points == POINTS[1] and CURVES[transfer] is None
+    return (None if is_srgb else Primaries(*points, CURVES[transfer])), ""
+
+
 def from_primaries(image: Image.Image, primaries: Primaries) -> Image.Image:
     """An RGB picture whose numbers mean light by these primaries, in sRGB."""
-    light = (np.arange(256) / 255) ** primaries.gamma
+    numbers = np.arange(256) / 255
+    if primaries.gamma is None:
+        light = np.where(numbers <= 0.04045, numbers / 12.92, ((numbers + 0.055) / 1.055) ** 2.4)
+    else:
+        light = numbers**primaries.gamma
     matrix = np.linalg.inv(SRGB.to_xyz()) @ primaries.to_xyz()
     linear = np.clip(light[np.asarray(image)] @ matrix.T, 0, 1)  # [height, width, 3]
     shown = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

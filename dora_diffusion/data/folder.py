@@ -6,6 +6,7 @@ prompt.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,15 +20,18 @@ from dora_diffusion.paths import obstacle
 __all__ = [
     "ImageFolder",
     "TrainingImage",
+    "alike_in",
     "first_caption",
     "is_passed_over",
     "list_pictures",
     "read_folder",
     "remarks_on",
     "smallest_side",
+    "without_masks",
 ]
 
 MENTIONED = 8
+MASKS = ("-masklabel", "-condlabel")  # OneTrainer's, beside the picture that they belong to
 PRESENT_EVERYWHERE = {"thumbs.db", "desktop.ini", "__macosx"}  # systems leave them in every folder; no one misses them
 
 
@@ -79,10 +83,31 @@ def read_folder(path: str | os.PathLike[str], instance_prompt: str | None = None
         for p, text in zip(pictures, captions.texts, strict=True)
     )
     noted = {p.name: notes for p, (_, notes) in looked.items()}
-    notes = (*remarks_on(noted), *captions.notes)
-    known = {*pictures, *captions.known}
-    passed_over = [p for p in _entries(folder) if p not in known]
+    entries = _entries(folder)
+    within = _full_subfolders(entries)
+    unread = (f"pictures in subfolders are not read: {named([f'{p.name}/' for p in within])}",) if within else ()
+    notes = (*remarks_on(noted), *captions.notes, *unread)
+    known = {*pictures, *captions.known, *within}
+    passed_over = [p for p in entries if p not in known]
     return ImageFolder(folder, images, tuple(p.name + "/" * p.is_dir() for p in passed_over), notes)
+
+
+def alike_in(trained: Sequence[TrainingImage], measured: Sequence[TrainingImage]) -> tuple[str, ...]:
+    """What is to be said of pictures that are the same file's bytes: among those trained on, and those measured on."""
+    first: dict[str, str] = {}
+    twice, seen = [], []
+    for image in trained:
+        digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
+        twice += [f"{image.path.name} (as {first[digest]})"] if digest in first else []
+        first.setdefault(digest, image.path.name)
+    for image in measured:
+        digest = hashlib.sha256(image.path.read_bytes()).hexdigest()
+        seen += [f"{image.path.name} (as {first[digest]})"] if digest in first else []
+    remarks = {
+        "the same pictures more than once, each of which is trained on": twice,
+        "held-out pictures that are trained on too, so the held-out loss is not of unseen pictures": seen,
+    }
+    return tuple(f"{remark}: {named(names)}" for remark, names in remarks.items() if names)
 
 
 def remarks_on(notes: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
@@ -121,7 +146,7 @@ def _listed(folder: Path) -> list[Path]:
     pictures = _pictures_of(files)
     if not pictures:
         found = f" It holds {len(files)} other files ({', '.join(p.name for p in files[:3])})." if files else ""
-        if within := [p for p in entries if p.is_dir() and os.access(p, os.R_OK) and _pictures_of(_entries(p))]:
+        if within := _full_subfolders(entries):
             raise DataError(
                 f"{folder} has no pictures itself, but its subfolders have ({', '.join(p.name for p in within[:3])}): "
                 f"give one of these, such as {within[0]}, or put the pictures into one folder."
@@ -144,7 +169,18 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _pictures_of(files: Iterable[Path]) -> list[Path]:
-    return [p for p in files if is_picture(p.name)]
+    return without_masks([p for p in files if is_picture(p.name)])
+
+
+def without_masks(pictures: Sequence[Path]) -> list[Path]:
+    """The pictures that are not another's mask by their names (cat-masklabel.png beside cat.jpg)."""
+    stems = {p.stem for p in pictures}
+    return [p for p in pictures if not any(p.stem.endswith(end) and p.stem[: -len(end)] in stems for end in MASKS)]
+
+
+def _full_subfolders(entries: Sequence[Path]) -> list[Path]:
+    """Those that have pictures in them."""
+    return [p for p in entries if p.is_dir() and os.access(p, os.R_OK | os.X_OK) and _pictures_of(_entries(p))]
 
 
 def _captions(folder: Path, pictures: Sequence[Path]) -> Captions:

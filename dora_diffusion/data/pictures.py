@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,13 +19,15 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from dora_diffusion.data.colours import Primaries, primaries_of, to_srgb
+from dora_diffusion.data.code_points import CodePoints, code_points
+from dora_diffusion.data.colours import HDR, UNSAID, Primaries, from_code_points, primaries_of, to_srgb
 from dora_diffusion.errors import DataError
 
 __all__ = ["SUFFIXES", "Picture", "is_picture", "open_image", "read_picture", "trouble_with"]
 
-HEIF = {".heic", ".heif"}  # photographs as telephones save them
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", *HEIF}
+HEIF = {".heic", ".heif", ".hif"}  # photographs as telephones and cameras save them
+JPEG = {".jpg", ".jpeg", ".jpe", ".jfif"}  # the last as browsers on Windows save them
+SUFFIXES = {".png", *JPEG, ".jp2", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", *HEIF}
 # Whatever a file is called, no other of Pillow's readers is let near it: that of EPS runs a program.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "HEIF", "JPEG2000")
 MAX_PIXELS = 100_000_000  # larger ones are refused before they are decoded: a small file can claim any size
@@ -98,11 +101,14 @@ def _read(path: Path, smallest: int, about: int | None) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of sizes (checked here) and of odd metadata (not used)
-            with Image.open(path, formats=_formats()) as file:
-                _check_size(file.size, smallest)
-                if about is not None and file.format == "JPEG":
-                    file.draft(None, (about, about))
-                return _shown(file)
+            # A stream, for what Pillow maps into memory by its path it turns wrongly: TIFFs with an orientation.
+            with path.open("rb") as stream:
+                said = code_points(stream)
+                with Image.open(stream, formats=_formats()) as file:
+                    _check_size(file.size, smallest)
+                    if about is not None and file.format == "JPEG":
+                        file.draft(None, (about, about))
+                    return _shown(file, said)
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise _Unusable(f"claims more than {most} million pixels; make it smaller") from error
@@ -135,22 +141,46 @@ def _check_size(size: tuple[int, int], smallest: int) -> None:
         raise _Unusable(f"{width} x {height} is too small; the shorter side must have at least {smallest} pixels")
 
 
-def _shown(file: Image.Image) -> Picture:
-    """The file's first frame, decoded."""
+def _shown(file: Image.Image, said: CodePoints | None) -> Picture:
+    """The file's first frame, decoded; `said` is what it says of its colours by code points."""
     tiles = getattr(file, "tile", None)
     raw = str(tiles[0].args) if tiles else ""  # gone after loading; PNG's names the bits of a sample
+    covered = tiles[0].extents if tiles and file.format == "GIF" else None
+    _check_samples(getattr(file, "tag_v2", {}))
     file.load()
     frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # telephones hide a depth map behind the photo
     notes = [f"{frames} frames, of which the first is taken"] if frames > 1 else []
     turn, primaries, odd = _exif(file)
     colours, opacity = _parted(file, raw)
-    image, unused = to_srgb(colours, _profile(file), primaries)
+    profile = _profile(file)
+    strange = ""
+    if said is not None and (said.win or profile is None) and said != CodePoints(UNSAID, UNSAID, said.win):
+        if said.transfer in HDR:
+            raise _Unusable(f"is in HDR ({HDR[said.transfer]}), which training does not know; save it as SDR, in sRGB")
+        profile = None
+        primaries, strange = from_code_points(said)
+    image, unused = to_srgb(colours, profile, primaries)
+    if opacity is None and covered not in (None, (0, 0, *file.size)):  # round a GIF's first frame nothing is seen
+        opacity = Image.new("L", file.size, 0)
+        opacity.paste(255, covered)
     if opacity is not None:
+        notes += ["transparent all over, so white"] if opacity.getextrema() == (0, 0) else []
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=opacity)
         image = white
     image = image.transpose(TURNS[turn]) if turn in TURNS else image
-    return Picture(image, tuple(note for note in (*notes, unused, odd) if note))
+    return Picture(image, tuple(note for note in (*notes, strange, unused, odd) if note))
+
+
+def _check_samples(tags: Mapping[int, object]) -> None:
+    """Raise _Unusable for samples of a TIFF that Pillow takes for others without a word."""
+    bits = tags.get(258, ())
+    most = max(bits) if isinstance(bits, tuple) and bits else 8
+    if tags.get(284) == 2 and most > 8 and isinstance(bits, tuple) and len(bits) > 1:
+        raise _Unusable(f"has {most} bits a sample in a plane for each colour, which is not read; save it as PNG")
+    kinds = tags.get(339)
+    if most == 8 and isinstance(kinds, tuple) and 2 in kinds:
+        raise _Unusable("has signed whole numbers of 8 bits, which do not say what white is; save it as PNG")
 
 
 def _profile(file: Image.Image) -> bytes | None:

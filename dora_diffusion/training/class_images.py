@@ -20,6 +20,7 @@ from dora_diffusion.formats.description import identify_base
 from dora_diffusion.generation import GenerationRequest, generate
 from dora_diffusion.models.loading import Base
 from dora_diffusion.outputs import save_png
+from dora_diffusion.paths import obstacle
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.events import Preparing
 
@@ -64,8 +65,15 @@ def class_images(config: TrainConfig, base: Base, out: Path) -> Generator[Prepar
     folder = out / FOLDER
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     pictures = [path for path in entries if is_picture(path.name) and not is_passed_over(path.name)]
+    for path in pictures:
+        if reason := obstacle(path) or ("is a folder" if path.is_dir() else ""):  # a named pipe would be waited for
+            raise DataError(f"the class image {path} {reason}. Take it out of the folder.")
     records = {path: record for path in pictures if (record := _record_in(path)) is not None}
-    own = [path for path in pictures if path not in records][: config.num_class_images]
+    own = [path for path in pictures if path not in records]
+    if unused := own[config.num_class_images :]:
+        most = config.num_class_images
+        yield Preparing(f"class images of your own beyond num_class_images = {most}, which are not used: {len(unused)}")
+    own = own[: config.num_class_images]
     for path in own:
         if trouble := trouble_with(path)[0]:
             raise DataError(f"the class image {path} {trouble}. Replace it, or delete it: then one is drawn for it.")

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from dora_diffusion.adapters.injection import Adapter, Kind, inject_adapter
 from dora_diffusion.data.buckets import bucket_sizes
 from dora_diffusion.data.cache import EncodedImages, encode_images, long_captions
-from dora_diffusion.data.folder import ImageFolder, TrainingImage, read_folder, smallest_side
+from dora_diffusion.data.captions import named
+from dora_diffusion.data.folder import ImageFolder, TrainingImage, alike_in, read_folder, smallest_side
 from dora_diffusion.errors import ConfigError, DataError
 from dora_diffusion.formats.files import attach_trainable
 from dora_diffusion.models.conditioning import Conditioning
@@ -150,23 +151,31 @@ def prepare(
     prior = [TrainingImage(path, config.class_prompt or "") for path in class_images or []]
     square = [(size, size)]
     buckets = bucket_sizes(size, base.multiple, base.largest) if config.aspect_ratio_bucketing else square
+    instances = encode_images(
+        base,
+        kept,
+        buckets,
+        mirrored=config.random_flip,
+        cut_captions=config.cut_captions,
+        shuffle_tags_after=config.shuffle_tags_after,
+    )
+    measured_on = encode_images(base, held_out, buckets, cut_captions=config.cut_captions)
+    cropped = list(dict.fromkeys(name for group in (*instances, *measured_on) for name in group.cropped))
     return Training(
         config=config,
         base=base,
         objective=objective,
         accelerator=accelerator,
-        instances=encode_images(
-            base,
-            kept,
-            buckets,
-            mirrored=config.random_flip,
-            cut_captions=config.cut_captions,
-            shuffle_tags_after=config.shuffle_tags_after,
-        ),
-        held_out=encode_images(base, held_out, buckets, cut_captions=config.cut_captions),
+        instances=instances,
+        held_out=measured_on,
         class_images=encode_images(base, prior, square, mirrored=config.random_flip),
         ignored=folder.ignored + (measured.ignored if measured else ()),
-        notes=folder.notes + (measured.notes if measured else ()),
+        notes=(
+            *folder.notes,
+            *(measured.notes if measured else ()),
+            *alike_in(kept, held_out),
+            *([f"more than half of each is cropped, to a shape that is trained: {named(cropped)}"] if cropped else []),
+        ),
         cut=tuple(long_captions(base, [*kept, *held_out])) if config.cut_captions else (),  # else encoding refused them
         starts=starts,
         digest=_digest([*kept, *held_out, *prior], starts),

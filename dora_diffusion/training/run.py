@@ -5,6 +5,7 @@ The command line, the web app and the tests all drive this generator. folder.py 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from collections.abc import Callable, Generator, Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from dora_diffusion.adapters.injection import KIND_LABEL, Adapter, Kind
@@ -23,7 +25,7 @@ from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.memory import not_enough, ran_out
 from dora_diffusion.models.cautions import cautions
 from dora_diffusion.models.loading import Base, load_base, pick_device
-from dora_diffusion.outputs import make_folder, save_png, write_text, writing
+from dora_diffusion.outputs import alone_in, make_folder, save_png, write_text, writing
 from dora_diffusion.training.card import MADE_HERE, card_text
 from dora_diffusion.training.checkpoint import checkpoint_path, kept_step, read_checkpoint, write_checkpoint
 from dora_diffusion.training.class_images import class_images
@@ -39,7 +41,7 @@ from dora_diffusion.training.loop import (
     prepare,
     steps,
 )
-from dora_diffusion.training.start import describe_start, read_starts
+from dora_diffusion.training.start import Starts, describe_start, read_starts
 
 __all__ = ["cautions_for", "train"]
 
@@ -104,6 +106,20 @@ def _train(
     if config.device != "auto":
         pick_device(config.device)  # says so if it is missing; accelerate would take another one
     accelerator = make_accelerator(config)
+    with alone_in(out) if accelerator.is_main_process else contextlib.nullcontext():
+        yield from _train_into(out, config, resume, overwrite, base, should_stop, accelerator, starts)
+
+
+def _train_into(
+    out: Path,
+    config: TrainConfig,
+    resume: bool,
+    overwrite: bool,
+    base: Base | None,
+    should_stop: Callable[[], bool],
+    accelerator: Accelerator,
+    starts: Starts,
+) -> Iterator[Event]:
     for caution in cautions_for(config, accelerator.device):
         yield Preparing(f"note: {caution}")
     base = base or load_base(config.base, device=accelerator.device, packing=config.quantise)
@@ -120,7 +136,7 @@ def _train(
     if len(training.instances) > 1:
         yield Preparing(_sizes(training))
     if training.ignored:
-        yield Preparing(f"passed over, no pictures: {', '.join(training.ignored)}")
+        yield Preparing(f"passed over: {', '.join(training.ignored)}")
     for note in training.notes:
         yield Preparing(note)
     if training.cut:

@@ -15,7 +15,7 @@ from gradio_client.utils import strip_invalid_filename_characters
 
 from dora_diffusion.comparison.cache import file_digest
 from dora_diffusion.data.captions import CAPTION_SUFFIXES, METADATA, is_caption_file, named, read_captions
-from dora_diffusion.data.folder import ImageFolder, is_passed_over, read_folder, remarks_on
+from dora_diffusion.data.folder import ImageFolder, is_passed_over, read_folder, remarks_on, without_masks
 from dora_diffusion.data.pictures import SUFFIXES, is_picture, read_picture, trouble_with
 from dora_diffusion.errors import DataError
 from dora_diffusion.outputs import copy_file, make_folder, write_text
@@ -62,8 +62,8 @@ class Sent:
 def sort_files(files: Sequence[Path]) -> Sent:
     """Pictures, their captions, and what is to be said of the rest. Raises DataError where there is no picture."""
     wanted = [file for file in files if not is_passed_over(file.name)]
-    pictures = [file for file in wanted if is_picture(file.name)]
-    strange = [file.name for file in wanted if not is_picture(file.name) and not is_caption_file(file)]
+    pictures = without_masks([file for file in wanted if is_picture(file.name)])
+    strange = [file.name for file in wanted if file not in pictures and not is_caption_file(file)]
     if files and not pictures:
         first = (strange or [file.name for file in files])[0]
         raise DataError(f"{first} is no picture. Add files of these kinds: {', '.join(ACCEPTED)}.")
@@ -74,7 +74,8 @@ def sort_files(files: Sequence[Path]) -> Sent:
         same = sum(upload.path.name == picture.name for upload in uploads)
         label = f"{picture.name} ({same + 1})" if same else picture.name
         uploads.append(Upload(picture, label, text or ""))
-    passed_over = (f"passed over, no pictures: {named(strange)}",) if strange else ()
+    strange = [name for name in strange if name not in {file.name for file in captions.known}]
+    passed_over = (f"passed over: {named(strange)}",) if strange else ()
     return Sent(tuple(uploads), captions.problems, (*captions.notes, *passed_over))
 
 
