@@ -28,6 +28,7 @@ __all__ = [
     "check_places",
     "clear_left_overs",
     "copy_file",
+    "held",
     "make_folder",
     "save_png",
     "scratch_folder",
@@ -74,6 +75,22 @@ def _new_scratch(beside: Path) -> tuple[Path, int | None]:
             if folder.exists():
                 return folder, lock
             _unlock(lock)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process, of all that ask for it so. Raises OutputError while another one has it."""
+    with writing(folder):
+        try:
+            lock = _lock(folder)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another run is training into {folder}. Wait until it has ended, stop it, or give another folder."
+            ) from error
+    try:
+        yield
+    finally:
+        _unlock(lock)
 
 
 def clear_left_overs(folder: Path, depth: int = 1) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from dora_diffusion.screen import Screen
 
 __all__ = ["StopRequest", "say_no_more", "stop_request"]
 
@@ -72,7 +72,7 @@ def stop_request(say: Callable[[int], None]) -> Iterator[StopRequest]:
             signal.signal(number, before[number] or signal.SIG_DFL)
 
 
-def say_no_more(console: Console) -> None:
+def say_no_more(console: Screen) -> None:
     """For a stream that nobody reads any more: its terminal was closed, or the program behind the pipe has ended."""
     console.quiet = True
     with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:

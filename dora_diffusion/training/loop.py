@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ __all__ = [
     "prepare",
     "squared_error",
     "steps",
+    "with_class_images",
 ]
 
 HELD_OUT_TIMESTEPS = 8
@@ -79,6 +80,7 @@ class Training:
     instances: Buckets
     held_out: Buckets
     class_images: Buckets
+    images: tuple[TrainingImage, ...]  # trained on and measured on; class images are none of them
     ignored: tuple[str, ...]
     notes: tuple[str, ...]  # what is to be said of pictures and captions
     cut: tuple[str, ...]  # files whose captions the base does not read whole
@@ -121,7 +123,6 @@ def prepare(
     config: TrainConfig,
     base: Base,
     accelerator: Accelerator,
-    class_images: list[Path] | None = None,
     starts: Starts | None = None,
 ) -> Training:
     """Read, check and encode the pictures, and settle what the configuration leaves to the base or to `start_from`.
@@ -147,9 +148,7 @@ def prepare(
     folder = read_folder(config.images, config.instance_prompt, smallest=smallest_side(size))
     measured = _measured_on(config, smallest_side(size))
     kept, held_out = split_held_out(config, list(folder.images), measured)
-    prior = [TrainingImage(path, config.class_prompt or "") for path in class_images or []]
-    square = [(size, size)]
-    buckets = bucket_sizes(size, base.multiple, base.largest) if config.aspect_ratio_bucketing else square
+    buckets = bucket_sizes(size, base.multiple, base.largest) if config.aspect_ratio_bucketing else [(size, size)]
     return Training(
         config=config,
         base=base,
@@ -164,12 +163,27 @@ def prepare(
             shuffle_tags_after=config.shuffle_tags_after,
         ),
         held_out=encode_images(base, held_out, buckets, cut_captions=config.cut_captions),
-        class_images=encode_images(base, prior, square, mirrored=config.random_flip),
+        class_images=(),
+        images=(*kept, *held_out),
         ignored=folder.ignored + (measured.ignored if measured else ()),
         notes=folder.notes + (measured.notes if measured else ()),
         cut=tuple(long_captions(base, [*kept, *held_out])) if config.cut_captions else (),  # else encoding refused them
         starts=starts,
-        digest=_digest([*kept, *held_out, *prior], starts),
+        digest=_digest([*kept, *held_out], starts),
+    )
+
+
+def with_class_images(training: Training, paths: list[Path]) -> Training:
+    """The same with prior preservation's pictures, encoded."""
+    config, base = training.config, training.base
+    if not paths:
+        return training
+    images = [TrainingImage(path, config.class_prompt or "") for path in paths]
+    size = config.resolution or base.size
+    return replace(
+        training,
+        class_images=encode_images(base, images, [(size, size)], mirrored=config.random_flip),
+        digest=_digest([*training.images, *images], training.starts),
     )
 
 
