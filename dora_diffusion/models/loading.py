@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,7 +197,7 @@ def find_base(name: str) -> str:
             "was saved in, a .safetensors checkpoint, a hub id such as "
             "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'emoji'."
         )
-    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
+    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
         raise BaseModelError(
             f"no base model at {name!r}: no such file or folder, and no hub id (those look like 'owner/name'). "
             f"Embedded bases: {', '.join(EMBEDDED)}."
