@@ -81,7 +81,7 @@ class TrainingDisplay:
                 self._say((f"{KIND_LABEL[kind]} after {step} steps: {printable(path)}", "dim"))
             case Stopped(kind, step, total, checkpoint):
                 stopped = f"stopped at step {step} of {total} of the {KIND_LABEL[kind]}, checkpoint saved:"
-                self._say((stopped, "yellow"), f" {printable(checkpoint)}\nGo on with the same command and --resume.")
+                self._say((stopped, "yellow"), f" {printable(checkpoint)}")
             case Finished(kind, path, base_loss, loss):
                 losses = "" if loss is None or base_loss is None else f", held-out loss {base_loss:.4f} → {loss:.4f}"
                 self._say((f"{KIND_LABEL[kind]} finished", "green"), f": {printable(path)}{losses}")

@@ -15,7 +15,9 @@ from dora_diffusion.errors import ConfigError, DataError
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.models.naming import ASSETS
 from dora_diffusion.outputs import check_places, make_folder, save_png, write_text
-from dora_diffusion.screen import Screen
+from dora_diffusion.paths import operand
+from dora_diffusion.screen import Screen, shell_line
+from dora_diffusion.training.checkpoint import checkpoint_path
 from dora_diffusion.training.config import TrainConfig, read_config
 from dora_diffusion.training.events import Stopped
 from dora_diffusion.training.folder import adapter_path
@@ -87,17 +89,22 @@ def run_demo(
 def _earlier_demo(config: TrainConfig) -> tuple[bool, bool]:
     """Whether to go on with an earlier demo that was stopped, or to replace one that was finished."""
     out = Path(config.out)
-    if not (out / "config.toml").exists():
+    places = [place(out, kind) for kind in config.kinds for place in (adapter_path, checkpoint_path)]
+    there = [path for path in places if path.exists()]
+    if not there:
         return False, False
+    foreign = ConfigError(f"{out} holds {there[0].relative_to(out)}, which is of no earlier demo. Give another --out.")
+    if not (out / "config.toml").exists():
+        raise foreign
     try:
         earlier = read_config(out / "config.toml")
     except ConfigError as error:
         raise ConfigError(f"{error} So an earlier demo in {out} cannot go on: give another --out.") from error
-    if earlier.images != config.images:  # somebody's own run: let train() refuse
-        return False, False
+    if earlier.images != config.images:  # somebody's own run
+        raise foreign
     same = (earlier.steps, earlier.base) == (config.steps, config.base)
     trained = [path for path in (adapter_path(out, kind) for kind in config.kinds) if path.exists()]
-    begun = any((out / "checkpoints").glob("*.safetensors")) or (bool(trained) and not (out / REPORT).exists())
+    begun = len(there) > len(trained) or not (out / REPORT).exists()
     return same and begun, not (same and begun)
 
 
@@ -126,10 +133,11 @@ def _compare(base: Base, out: Path, size: DemoSize, console: Screen, should_stop
 
 
 def next_commands(out: Path, base_name: str) -> tuple[str, ...]:
-    base = f"--base {base_name} " if base_name != "emoji" else ""
+    base = ["--base", base_name] if base_name != "emoji" else []
+    adapters = [operand(out / "lora.safetensors"), operand(out / "dora.safetensors")]
+    owl = ["--prompt", f"owl, {STYLE} style", "--seeds", "1,2,3", *base]
     return (
-        f'dora-diffusion compare --prompt "owl, {STYLE} style" --seeds 1,2,3 {base}'
-        f"--adapters {out / 'lora.safetensors'} {out / 'dora.safetensors'} --out outputs/owl",
+        shell_line(["dora-diffusion", "compare", *owl, "--adapters", *adapters, "--out", "outputs/owl"]),
         'dora-diffusion train --images YOUR_FOLDER --instance-prompt "your style" --kind both --out outputs/mine',
         "dora-diffusion app",
     )

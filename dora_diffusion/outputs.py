@@ -24,11 +24,11 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "alone_in",
     "check_output",
     "check_places",
     "clear_left_overs",
     "copy_file",
+    "held",
     "make_folder",
     "save_png",
     "scratch_folder",
@@ -78,14 +78,15 @@ def _new_scratch(beside: Path) -> tuple[Path, int | None]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes that ask for the same out of a folder meanwhile. Raises OutputError where one is in it."""
-    try:
-        lock = _lock(folder)
-    except BlockingIOError as error:
-        raise OutputError(
-            f"another run is writing into {folder}. Wait until it has ended, or give another --out."
-        ) from error
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process, of all that ask for it so. Raises OutputError while another one has it."""
+    with writing(folder):
+        try:
+            lock = _lock(folder)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another run is training into {folder}. Wait until it has ended, stop it, or give another folder."
+            ) from error
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dora_diffusion.errors import ConfigError
 
-__all__ = ["fitting", "given_path", "obstacle"]
+__all__ = ["fitting", "given_path", "obstacle", "operand"]
 
 LONGEST_NAME = 255  # bytes, on every common file system
 KINDS = (
@@ -49,6 +49,12 @@ def given_path(text: str | os.PathLike[str]) -> str:
             f"there is no user whose home is {path.split(os.sep)[0]!r}. If a file is called so, write ./{path}."
         )
     return expanded
+
+
+def operand(path: str | os.PathLike[str]) -> str:
+    """The path as a command takes it among its arguments, where one that begins with a dash is an option."""
+    text = os.fspath(path)
+    return f"./{text}" if text.startswith("-") else text
 
 
 def obstacle(path: Path) -> str:

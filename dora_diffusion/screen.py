@@ -6,8 +6,10 @@ be decided by a folder's name. Styles are given beside the text, by `Screen.say`
 
 from __future__ import annotations
 
+import shlex
 import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import IO
 
 from rich.console import Console
@@ -15,7 +17,7 @@ from rich.progress import ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
-__all__ = ["PlainColumn", "Screen", "Words", "encode_anything", "printable", "styled"]
+__all__ = ["PlainColumn", "Screen", "Words", "encode_anything", "printable", "shell_line", "styled"]
 
 Words = str | tuple[str, str]  # text, or text and the style that rich knows by this name
 # Terminals act on these categories, or show nothing of them: controls, formats (the bidirectional ones turn a name
@@ -39,6 +41,18 @@ def _escape(character: str) -> str:
     if 0xDC80 <= point <= 0xDCFF:  # the byte that surrogateescape stands for
         return f"\\x{point - 0xDC00:02x}"
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """A command to paste into a shell, which means these very words there and shows every character here."""
+    return " ".join(map(_shell_word, words))
+
+
+def _shell_word(word: str) -> str:
+    if printable(word) == word:
+        return shlex.quote(word)
+    quoted = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(c if printable(c) == c else f"\\U{ord(c):08x}" for c in quoted) + "'"
 
 
 def styled(*words: Words) -> Text:

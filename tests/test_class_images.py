@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from PIL import Image
 from training_helpers import config
 
 from dora_diffusion.data.pictures import open_image
-from dora_diffusion.errors import DataError
+from dora_diffusion.errors import ConfigError, DataError, DoraDiffusionError, PromptError
 from dora_diffusion.generation import GenerationRequest, generate
 from dora_diffusion.models.loading import Base
 from dora_diffusion.training.class_images import class_images
+from dora_diffusion.training.run import train
 
 
 def made(out: Path, base: Base, prompt: str = "shape", number: int = 2) -> tuple[list[Path], list[str]]:
@@ -98,3 +100,25 @@ def test_more_of_the_users_own_than_are_asked_for_are_said(tmp_path: Path, sd_ba
     paths, said = made(tmp_path, sd_base)
     assert [path.name for path in paths] == ["a.png", "b.png"]
     assert said[0] == "class images of your own beyond num_class_images = 2, which are not used: 1"
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ({"instance_prompt": "disc"}, DataError),
+        ({"instance_prompt": "disc " * 200}, PromptError),
+        ({"text_encoder_learning_rate": 1e-3}, ConfigError),
+    ],
+    ids=["picture", "caption", "option"],
+)
+def test_what_is_wrong_with_pictures_and_options_is_said_before_any_is_drawn(
+    values: dict[str, object], wrong: type[DoraDiffusionError], tmp_path: Path, pictures: Path, sd_base: Base
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(pictures, images)
+    if wrong is DataError:
+        (images / "z.png").write_bytes((images / "0.png").read_bytes()[:60])
+    settings = config(images, tmp_path / "out", Path("base"), class_prompt="shape", num_class_images=2, **values)
+    with pytest.raises(wrong):
+        list(train(settings, base=sd_base))
+    assert not (tmp_path / "out" / "class_images").exists()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import bases
@@ -29,6 +32,24 @@ def adapter_file(sd_base: Base, tmp_path: Path) -> Path:
         for parameter in adapter.parameters():
             parameter.add_(0.1)
     return save_adapter(adapter, tmp_path / "dora.safetensors")
+
+
+def test_a_run_whose_pictures_have_gone_meanwhile_ends_well(run, tmp_path, pictures, sd_folder) -> None:  # type: ignore[no-untyped-def]
+    images, log = tmp_path / "images", tmp_path / "-run" / "log.jsonl"
+    shutil.copytree(pictures, images)
+
+    def take_away() -> None:
+        while not log.exists():  # written once the pictures are encoded
+            time.sleep(0.01)
+        shutil.rmtree(images)
+
+    thread = threading.Thread(target=take_away, daemon=True)
+    thread.start()
+    options = ("--steps", 3, "--batch-size", 1, "--rank", 2, "--base", sd_folder, "--instance-prompt", "a 'disc'")
+    trained = run("train", "--images", images, "--out", log.parent, *options)
+    thread.join()
+    assert trained.status == 0, trained.err
+    assert """--prompt 'a '"'"'disc'"'"''""" in trained.out and not images.exists()
 
 
 def test_train_generate_and_compare_work_from_the_command_line(run, tmp_path, pictures, sd_folder) -> None:  # type: ignore[no-untyped-def]

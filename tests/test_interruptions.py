@@ -113,6 +113,21 @@ def test_a_system_without_sighup_stops_too(monkeypatch: pytest.MonkeyPatch) -> N
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_second_run_into_the_same_folder_is_refused_while_the_first_one_goes_on(
+    whole: TrainConfig, sd_base: Base
+) -> None:
+    settings = whole.model_copy(update={"out": str(Path(whole.out).with_name("shared"))})
+    first = iter(train(settings, base=sd_base))
+    next(first)
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(OutputError, match=r"another run is training into .*shared.*another folder"):
+            list(train(settings, base=sd_base, **options))
+    list(first)
+    assert bits(Path(settings.out)) == bits(Path(whole.out))
+    list(train(settings, base=sd_base, overwrite=True))  # nobody has it any more
+    assert bits(Path(settings.out)) == bits(Path(whole.out))
+
+
 # A disk that is full, a folder that vanishes
 
 LIMITED = """
@@ -138,7 +153,7 @@ except OutputError as error:
 @pytest.mark.parametrize(
     ("path", "room", "said"),
     [
-        ("log.jsonl", 100, "cannot write {out}/log.jsonl: File too large"),
+        ("log.jsonl", 20, "cannot write {out}/log.jsonl: File too large"),
         ("", 4000, "cannot write {out}/checkpoints/"),
     ],
     ids=["log", "checkpoint"],
@@ -152,7 +167,8 @@ def test_a_disk_that_fills_leaves_a_run_that_goes_on_to_the_same_bits(
     done = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert said.format(out=tmp_path / "out") in done.stdout, done.stdout
-    assert "The checkpoint after step 4 is whole: when there is room again, go on with --resume." in done.stdout
+    kept = "The checkpoint after step 4 is whole: when there is room again, the same command goes on"
+    assert f"{kept} (train with --resume)." in done.stdout
     assert all(json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines())
     assert not list((tmp_path / "out").rglob("*.tmp*"))
     settings = config(pictures, tmp_path / "out", sd_folder, kind="lora", steps=8, checkpoint_every=2)

@@ -719,7 +719,7 @@ def test_two_runs_never_write_into_one_folder(tmp_path: Path, pictures: Path, sd
     settings = config(pictures, tmp_path / "out", sd_folder, steps=1)
     first = train(settings)
     assert [next(first).text, next(first).text][1] == "reading and encoding the pictures"  # type: ignore[union-attr]
-    with pytest.raises(OutputError, match=r"another run is writing into .*out\. Wait"):
+    with pytest.raises(OutputError, match=r"another run is training into .*out\. Wait"):
         list(train(settings))
     assert isinstance(list(first)[-1], Finished)
     assert isinstance(list(train(settings, overwrite=True))[-1], Finished)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +12,7 @@ import typer
 from dora_diffusion.cli.terminal import BaseOption, command, console, path_argument, path_option, say_next
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.paths import given_path
-from dora_diffusion.screen import printable
+from dora_diffusion.screen import printable, shell_line
 
 # Weights are compared and written in float32, which a base on a GPU would not be in.
 EXACT: Literal["cpu"] = "cpu"
@@ -178,4 +177,4 @@ def merge(
     loaded = load_base(base, device=EXACT)
     made = save_merged(loaded, adapters, strengths, out, DTYPES[dtype.value])
     console.say(f"{printable(made)}: {type(loaded.pipe).__name__}")
-    say_next([shlex.join(["dora-diffusion", "generate", "--base", str(out), "--prompt", "..."])])
+    say_next([shell_line(["dora-diffusion", "generate", "--base", str(out), "--prompt", "..."])])

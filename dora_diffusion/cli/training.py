@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -19,7 +18,8 @@ from dora_diffusion.cli.terminal import (
     say_next,
     stop_when_asked,
 )
-from dora_diffusion.screen import printable
+from dora_diffusion.paths import operand
+from dora_diffusion.screen import printable, shell_line
 
 if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
@@ -48,6 +48,7 @@ def demo(
     with stop_when_asked() as should_stop:
         made = run_demo(out, QUICK if quick else DEMO, console, should_stop, base_name=base)
     if not made:
+        console.say("Go on with the same command.")
         raise typer.Exit(should_stop.exit_code)
     console.say("\n", ("Look at", "bold"))
     for path in reversed(made):
@@ -101,6 +102,7 @@ def train(
 ) -> None:
     """Train an adapter on a folder of pictures."""
     from dora_diffusion.console import show_training
+    from dora_diffusion.data.folder import first_caption
     from dora_diffusion.training.config import parse_assignments, resolve_config
     from dora_diffusion.training.events import Finished, Stopped
     from dora_diffusion.training.run import train as run_training
@@ -127,26 +129,26 @@ def train(
     }
     given = {key: value for key, value in options.items() if value is not None} | parse_assignments(set_ or [])
     resolved = resolve_config(config, given, resume=resume)
+    # Now, for afterwards the folder may have gone.
+    prompt = next(iter(resolved.preview_prompts), None) or first_caption(resolved.images, resolved.instance_prompt)
     with stop_when_asked() as should_stop:
         events = show_training(
             run_training(resolved, resume=resume, overwrite=overwrite, should_stop=should_stop), console
         )
     if any(isinstance(event, Stopped) for event in events):
+        console.say("Go on with the same command and --resume.")
         raise typer.Exit(should_stop.exit_code)
     console.say(f"The whole configuration is in {Path(resolved.out) / 'config.toml'}.")
-    made = [str(event.path) for event in events if isinstance(event, Finished)]
+    made = [operand(event.path) for event in events if isinstance(event, Finished)]
     if made:
-        say_next(_after_training(resolved, made))
+        say_next(_after_training(resolved, prompt, made))
 
 
-def _after_training(config: TrainConfig, made: list[str]) -> Iterator[str]:
+def _after_training(config: TrainConfig, prompt: str, made: list[str]) -> Iterator[str]:
     """The adapters side by side with the base, and what ComfyUI and the others make of the last one."""
-    from dora_diffusion.data.folder import first_caption
-
-    prompt = next(iter(config.preview_prompts), None) or first_caption(config.images, config.instance_prompt)
     base = ["--base", config.base]
     out = ["--out", str(Path(config.out) / "compare")]
-    yield shlex.join(
+    yield shell_line(
         ["dora-diffusion", "compare", "--prompt", prompt, "--seeds", "1,2,3", *base, "--adapters", *made, *out]
     )
-    yield shlex.join(["dora-diffusion", "parity", made[-1], *base])
+    yield shell_line(["dora-diffusion", "parity", made[-1], *base])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -13,6 +12,7 @@ from dora_diffusion.comparison.cache import file_digest
 from dora_diffusion.comparison.request import Cell, CompareRequest, written_number, written_size
 from dora_diffusion.errors import DataError
 from dora_diffusion.models.quantising import Packing
+from dora_diffusion.screen import shell_line
 
 __all__ = ["AdapterRecord", "Record", "command_of", "metadata_of", "read_record", "record_of"]
 
@@ -122,4 +122,4 @@ def command_of(
         words += ["--base", base_name]
     if packing is not None:
         words += ["--quantise", packing]
-    return shlex.join([*words, "--out", out])
+    return shell_line([*words, "--out", out])

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,7 @@ __all__ = [
     "prepare",
     "squared_error",
     "steps",
+    "with_class_images",
 ]
 
 HELD_OUT_TIMESTEPS = 8
@@ -80,6 +81,7 @@ class Training:
     instances: Buckets
     held_out: Buckets
     class_images: Buckets
+    images: tuple[TrainingImage, ...]  # trained on and measured on; class images are none of them
     ignored: tuple[str, ...]
     notes: tuple[str, ...]  # what is to be said of pictures and captions
     cut: tuple[str, ...]  # files whose captions the base does not read whole
@@ -122,7 +124,6 @@ def prepare(
     config: TrainConfig,
     base: Base,
     accelerator: Accelerator,
-    class_images: list[Path] | None = None,
     starts: Starts | None = None,
 ) -> Training:
     """Read, check and encode the pictures, and settle what the configuration leaves to the base or to `start_from`.
@@ -148,9 +149,7 @@ def prepare(
     folder = read_folder(config.images, config.instance_prompt, smallest=smallest_side(size))
     measured = _measured_on(config, smallest_side(size))
     kept, held_out = split_held_out(config, list(folder.images), measured)
-    prior = [TrainingImage(path, config.class_prompt or "") for path in class_images or []]
-    square = [(size, size)]
-    buckets = bucket_sizes(size, base.multiple, base.largest) if config.aspect_ratio_bucketing else square
+    buckets = bucket_sizes(size, base.multiple, base.largest) if config.aspect_ratio_bucketing else [(size, size)]
     instances = encode_images(
         base,
         kept,
@@ -168,7 +167,8 @@ def prepare(
         accelerator=accelerator,
         instances=instances,
         held_out=measured_on,
-        class_images=encode_images(base, prior, square, mirrored=config.random_flip),
+        class_images=(),
+        images=(*kept, *held_out),
         ignored=folder.ignored + (measured.ignored if measured else ()),
         notes=(
             *folder.notes,
@@ -178,7 +178,21 @@ def prepare(
         ),
         cut=tuple(long_captions(base, [*kept, *held_out])) if config.cut_captions else (),  # else encoding refused them
         starts=starts,
-        digest=_digest([*kept, *held_out, *prior], starts),
+        digest=_digest([*kept, *held_out], starts),
+    )
+
+
+def with_class_images(training: Training, paths: list[Path]) -> Training:
+    """The same with prior preservation's pictures, encoded."""
+    config, base = training.config, training.base
+    if not paths:
+        return training
+    images = [TrainingImage(path, config.class_prompt or "") for path in paths]
+    size = config.resolution or base.size
+    return replace(
+        training,
+        class_images=encode_images(base, images, [(size, size)], mirrored=config.random_flip),
+        digest=_digest([*training.images, *images], training.starts),
     )
 
 

@@ -5,11 +5,10 @@ The command line, the web app and the tests all drive this generator. folder.py 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from dora_diffusion.generation import GenerationRequest, check_prompt, generate
 from dora_diffusion.memory import not_enough, ran_out
 from dora_diffusion.models.cautions import cautions
 from dora_diffusion.models.loading import Base, load_base, pick_device
-from dora_diffusion.outputs import alone_in, make_folder, save_png, write_text, writing
+from dora_diffusion.outputs import held, make_folder, save_png, write_text, writing
 from dora_diffusion.training.card import MADE_HERE, card_text
 from dora_diffusion.training.checkpoint import checkpoint_path, kept_step, read_checkpoint, write_checkpoint
 from dora_diffusion.training.class_images import class_images
@@ -40,6 +39,7 @@ from dora_diffusion.training.loop import (
     new_adapter,
     prepare,
     steps,
+    with_class_images,
 )
 from dora_diffusion.training.start import Starts, describe_start, read_starts
 
@@ -101,36 +101,37 @@ def _train(
             list_pictures(folder)  # a mistyped folder or file is said before anything is loaded
     starts = read_starts(config)
     out = make_folder(config.out)
-    check_folder(out, config, resume, overwrite)
-    yield Preparing("loading the base model")
     if config.device != "auto":
         pick_device(config.device)  # says so if it is missing; accelerate would take another one
     accelerator = make_accelerator(config)
-    with alone_in(out) if accelerator.is_main_process else contextlib.nullcontext():
-        yield from _train_into(out, config, resume, overwrite, base, should_stop, accelerator, starts)
+    with held(out) if accelerator.is_main_process else nullcontext():
+        check_folder(out, config, resume, overwrite)
+        yield from _train_into(out, config, starts, accelerator, resume, overwrite, base, should_stop)
 
 
 def _train_into(
     out: Path,
     config: TrainConfig,
+    starts: Starts,
+    accelerator: Accelerator,
     resume: bool,
     overwrite: bool,
     base: Base | None,
     should_stop: Callable[[], bool],
-    accelerator: Accelerator,
-    starts: Starts,
 ) -> Iterator[Event]:
+    yield Preparing("loading the base model")
     for caution in cautions_for(config, accelerator.device):
         yield Preparing(f"note: {caution}")
     base = base or load_base(config.base, device=accelerator.device, packing=config.quantise)
     _check_packing(config, base)
     for prompt in config.preview_prompts:
         check_prompt(base.pipe, prompt)
+    yield Preparing("reading and encoding the pictures")
+    training = prepare(config, base, accelerator, starts)
+    config = training.config  # with all that was left to the base
     with accelerator.main_process_first():
         prior = yield from class_images(config, base, out)
-    yield Preparing("reading and encoding the pictures")
-    training = prepare(config, base, accelerator, prior, starts)
-    config = training.config  # with all that was left to the base
+    training = with_class_images(training, prior)
     for kind, file in training.starts.items():
         yield Preparing(describe_start(file, base, kind))
     if len(training.instances) > 1:
@@ -244,7 +245,7 @@ def _saying_what_is_kept(out: Path, kind: Kind) -> Iterator[None]:
     except OutputError as error:
         step = kept_step(out, kind)
         way = "No checkpoint was written before." if step is None else f"The checkpoint after step {step} is whole: "
-        way += "" if step is None else "when there is room again, go on with --resume."
+        way += "" if step is None else "when there is room again, the same command goes on (train with --resume)."
         raise OutputError(f"{error} {way}") from error
     except TrainingError as error:
         kept = sorted(path.name for path in (out / "steps").glob(f"{kind}-*.safetensors"))

@@ -13,6 +13,8 @@ from dora_diffusion.adapters.injection import KIND_LABEL, Kind
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.formats.files import AdapterFile, check_fits, fit_of, read_adapter_file
 from dora_diffusion.models.loading import Base
+from dora_diffusion.paths import operand
+from dora_diffusion.screen import shell_line
 from dora_diffusion.training.config import TrainConfig
 
 __all__ = ["Starts", "config_from", "describe_start", "read_starts", "start_path"]
@@ -40,7 +42,12 @@ def read_starts(config: TrainConfig) -> dict[Kind, AdapterFile]:
         if problem := _cannot_be_trained(file, kind):
             raise ConfigError(
                 f"start_from: {file.path} {problem} Or make a LoRA of it: "
-                f"dora-diffusion convert {file.path} --to lora --base {config.base} --out lora.safetensors"
+                + shell_line(
+                    [
+                        *("dora-diffusion", "convert", operand(file.path), "--to", "lora"),
+                        *("--base", config.base, "--out", "lora.safetensors"),
+                    ]
+                )
             )
     first, *others = starts.values()
     if any(other.layers != first.layers or other.config.rank != first.config.rank for other in others):

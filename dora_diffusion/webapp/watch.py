@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ import gradio as gr
 
 from dora_diffusion.comparison.curves import draw_curves, read_curves
 from dora_diffusion.errors import TrainingError
+from dora_diffusion.screen import shell_line
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.compare import CompareTab
 from dora_diffusion.webapp.header import Header
@@ -124,7 +124,7 @@ class Watch:
 
     def _command(self, folder: Path) -> str:
         shown = self.studio.shown_path(folder)
-        return shlex.join(["dora-diffusion", "train", str(shown / "config.toml"), "--out", f"outputs/{folder.name}"])
+        return shell_line(["dora-diffusion", "train", str(shown / "config.toml"), "--out", f"outputs/{folder.name}"])
 
     def _picked(self, state: JobState, page: gr.Request) -> Update:
         """The pickers of the Compare tab: what was just trained is chosen there."""

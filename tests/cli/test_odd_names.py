@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from rich.table import Table
 
 from dora_diffusion.markdown import code, plain
-from dora_diffusion.screen import Screen, printable, styled
+from dora_diffusion.screen import Screen, printable, shell_line, styled
 
 PACKAGE = Path(__file__).parents[2] / "dora_diffusion"
 ODD = "[bold]a[-red] :smile: `b` \x1b[31m\u202e"
@@ -39,6 +39,30 @@ PROMPT = 'a [red]"b"[/c] :s: `x` <b>'
 def test_what_would_act_on_a_terminal_is_written_as_an_escape(text: str, shown: str) -> None:
     assert printable(text) == shown
     printable(text).encode("utf-8")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a shell")
+def test_a_command_that_is_pasted_means_the_same_words_and_shows_all_of_them() -> None:
+    words = [
+        "a b",
+        "it's",
+        '"$HOME" `x` !',
+        "~",
+        "*",
+        "",
+        "-a",
+        "a\\n'\n\t\x1b[31m",
+        "שלום\u200f",
+        "\x85",
+        ODD,
+        PROMPT,
+        "🙂",
+    ]
+    line = shell_line(words)
+    assert printable(line) == line
+    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, env=environment, check=True)
+    assert done.stdout.decode().split("\0")[:-1] == words
 
 
 def test_a_screen_shows_text_in_lines_and_tables_as_it_is() -> None:
