@@ -13,10 +13,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .speed import quick_dtype
+
 
 def orthogonalised(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """Singular values pushed to about 1 by Newton-Schulz rounds in bfloat16: [K, rows, columns]."""
-    x = matrices.bfloat16()
+    """Singular values pushed to about 1 by Newton-Schulz rounds in a quick dtype: [K, rows, columns]."""
+    x = matrices.to(quick_dtype(matrices.device.type))
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

@@ -1,17 +1,20 @@
 """What makes these small models quick to train, on CPUs above all.
 
-bfloat16 products are many times faster than float32 ones where the CPU has matrix units (AMX);
-then PyTorch's CPU backward of GroupNorm (channels last) takes over a third of a step, so it is
-written here as three elementwise passes and two small sums.
+bfloat16 products are many times faster than float32 ones where the CPU has matrix units (AMX), and many times slower
+where it has none and emulates them: there float32 is computed in. PyTorch's CPU backward of GroupNorm (channels last)
+would take over a third of a step, so it is written here as three elementwise passes and two small sums.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dora_diffusion.models.cautions import bf16_is_emulated
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,9 +24,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def mixed_precision(device: torch.device, enabled: bool = True) -> torch.autocast:
-    """bfloat16 autocast for forward passes."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+@cache
+def quick_dtype(device_type: str) -> torch.dtype:
+    """What products are computed in: bfloat16, or float32 on a CPU that would emulate it."""
+    return torch.float32 if device_type == "cpu" and bf16_is_emulated() else torch.bfloat16
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 autocast for forward passes, where it is quick."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=quick_dtype(device.type) == torch.bfloat16)
 
 
 class _GroupNorm(torch.autograd.Function):
