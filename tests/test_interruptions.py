@@ -57,6 +57,7 @@ def command(images: Path, base: Path, out: Path, *more: str) -> list[str]:
     return [*program, *options, "--steps", "100", "--batch-size", "1", "--out", str(out), *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "times", "status"), [("SIGTERM", 1, 143), ("SIGHUP", 2, 129)])
 def test_a_signal_stops_after_the_step_with_a_checkpoint(
     name: str, times: int, status: int, tmp_path: Path, pictures: Path, sd_folder: Path
@@ -150,6 +151,7 @@ except OutputError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "room", "said"),
     [

@@ -131,6 +131,7 @@ def test_runs_with_odd_names_and_prompts_end_well(run, tmp_path, pictures, sd_fo
         assert ran.status == int("none" in shown) and shown in ran.flat, (command, ran.out, ran.err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}])
 def test_any_locale_can_show_any_name(locale: dict[str, str], tmp_path: Path) -> None:
     for name in ("é→🙂.safetensors".encode(), b"\xff.safetensors", b"[/red].safetensors"):
