@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import re
+import threading
 
 import bases
 import pytest
@@ -520,3 +521,22 @@ def test_a_layer_whose_weight_is_read_and_not_called_is_no_target():
     model = nn.TransformerEncoderLayer(16, 2, 32)
     with pytest.raises(TargetError, match="matches no layer"):
         inject_adapter(model, AdapterConfig(target_modules=("linear1",)))
+
+
+def test_a_model_can_be_looked_at_while_adapters_come_and_go():
+    """The web app's adapter card does, while pictures are drawn."""
+    pipe = bases.stable_diffusion()
+    wanted, over = list(adaptable_layers(pipe.unet)), threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            inject_adapter(pipe.unet, AdapterConfig(rank=1, target_modules=("attn1.to_q",)), seed=0).eject()
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        for _ in range(300):
+            assert list(adaptable_layers(pipe.unet)) == wanted
+    finally:
+        over.set()
+        other.join()

@@ -343,7 +343,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, FrozenLayer]:
     """Every layer that could be adapted; one that is adapted already shows its base's name, not its own parts."""
     layers: dict[str, FrozenLayer] = {}
     inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
+    for path, module in _walk(model):
         if inside and path.startswith(inside):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -354,6 +354,18 @@ def adaptable_layers(model: nn.Module) -> dict[str, FrozenLayer]:
         elif path and (frozen := freeze_view(module)) is not None:
             layers[path] = frozen
     return layers
+
+
+def _walk(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules`, which can go on while another thread puts an adapter into the model or takes it out."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    yield path, module
+    for name, child in list(module._modules.items()):
+        if child is not None:
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
 
 
 def _matches(path: str, target: str) -> bool:

@@ -20,8 +20,8 @@ GRAVE = ("serious", "critical")
 def opened(browser, server: str, viewport: dict[str, int] = WIDE, scheme: str = "light") -> Iterator[object]:
     """A page of its own context; at the end, nothing may have gone wrong in it and no other host been asked."""
     context = browser.new_context(viewport=viewport, color_scheme=scheme)
+    context.set_default_timeout(SLOW)  # every page that is opened in it, too
     page = context.new_page()
-    page.set_default_timeout(SLOW)
     wrong: list[str] = []
 
     def only_our_server(route) -> None:
