@@ -155,6 +155,7 @@ def words(tmp_path: Path, pictures: Path, adapter_file: Path):  # type: ignore[n
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: f"{option.command}-{option.name}")
 def test_a_value_that_cannot_be_is_refused_before_any_work(option: Option, run, words, tmp_path) -> None:  # type: ignore[no-untyped-def]
     values = ["x"] if option.kind is bool else bad_values(option, tmp_path)
@@ -165,6 +166,7 @@ def test_a_value_that_cannot_be_is_refused_before_any_work(option: Option, run, 
         assert ran.err.strip() and "Traceback" not in ran.flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.kind is str], ids=lambda o: f"{o.command}-{o.name}")
 def test_text_with_markup_and_escapes_is_no_markup(option: Option, run, words) -> None:  # type: ignore[no-untyped-def]
     for value in (MARKUP, "\x1b[31mred\x1b[0m", "a\u202eb", "a\nb", "x" * 5000, "~", "é→🙂"):
