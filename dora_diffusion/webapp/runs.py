@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,15 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_diffusion.comparison.curves import LABELS
-from dora_diffusion.errors import OutputError, TrainingError
+from dora_diffusion.errors import ConfigError, OutputError, TrainingError
 from dora_diffusion.journal import read_log
 from dora_diffusion.outputs import make_folder, whole_file, write_text
+from dora_diffusion.training.toml import read_toml
 from dora_diffusion.webapp.heavy import ready
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - the same library under its older name
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
@@ -187,8 +182,8 @@ def read_run(folder: Path) -> Run | None:
 
 def _run_without_status(folder: Path) -> Run | None:
     try:
-        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_toml(folder / "config.toml")
+    except ConfigError:
         return None
     kinds = ("lora", "dora") if config.get("kind") == "both" else (config.get("kind", "dora"),)
     if all((folder / f"{kind}.safetensors").exists() for kind in kinds):
