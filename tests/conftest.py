@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch or diffusers, and inherited by the processes that tests start.
@@ -33,6 +35,16 @@ from dora_diffusion.models.loading import Base, load_base
 def _seeded() -> None:
     """A test draws the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_it_was() -> Iterator[None]:
+    """`web` run in this process moves the folder for temporary files; the next test's browser needs the short path."""
+    variables, folder = dict(os.environ), tempfile.tempdir
+    yield
+    os.environ.clear()
+    os.environ.update(variables)
+    tempfile.tempdir = folder
 
 
 @pytest.fixture
