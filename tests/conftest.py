@@ -28,6 +28,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image, ImageDraw
 
 from dora_diffusion import cli
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
+from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.models.loading import Base, load_base
 
 
@@ -64,6 +66,15 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sd_base(sd_folder: Path) -> Base:
     return load_base(str(sd_folder), device="cpu")
+
+
+@pytest.fixture
+def adapter_file(sd_base: Base, tmp_path: Path) -> Path:
+    adapter = inject_adapter(sd_base.denoiser, AdapterConfig(rank=2, alpha=2.0), seed=0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1)
+    return save_adapter(adapter, tmp_path / "dora.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from dora_diffusion.errors import BaseModelError
 from dora_diffusion.paths import given_path, obstacle
 
-__all__ = ["ASSETS", "EMBEDDED", "Embedded", "find_base"]
+__all__ = ["ASSETS", "EMBEDDED", "Embedded", "find_base", "is_hub_id"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -49,7 +49,7 @@ def find_base(name: str) -> str:
             "was saved in, a .safetensors checkpoint, a hub id such as "
             "'stable-diffusion-v1-5/stable-diffusion-v1-5', or 'emoji'."
         )
-    if not path.exists() and not _is_hub_id(name):
+    if not path.exists() and not is_hub_id(name):
         raise BaseModelError(
             f"no base model at {name!r}: no such file or folder, and no hub id (those look like 'owner/name'). "
             f"Embedded bases: {', '.join(EMBEDDED)}."
@@ -57,7 +57,7 @@ def find_base(name: str) -> str:
     return name
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether the name could be one of the hub's: owner/name, of the characters that it allows."""
     try:
         validate_repo_id(name)

@@ -12,7 +12,7 @@ from dora_diffusion.adapters.injection import KIND_LABEL
 from dora_diffusion.formats.files import AdapterFile
 from dora_diffusion.markdown import code, plain
 from dora_diffusion.models.loading import Base
-from dora_diffusion.models.naming import EMBEDDED
+from dora_diffusion.models.naming import EMBEDDED, is_hub_id
 from dora_diffusion.training.config import TrainConfig
 
 __all__ = ["MADE_HERE", "card_text"]
@@ -72,9 +72,8 @@ def _literal(text: str) -> str:
 
 
 def _front_matter(config: TrainConfig, files: Sequence[AdapterFile], pictures: Mapping[str, Path]) -> str:
-    is_hub_id = config.base not in EMBEDDED and config.base.count("/") == 1 and not Path(config.base).exists()
     return ModelCardData(
-        base_model=config.base if is_hub_id else None,
+        base_model=config.base if is_hub_id(config.base) and not Path(config.base).exists() else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["diffusers", "text-to-image", "template:diffusion-lora", *(file.config.kind for file in files)],
