@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -9,7 +11,7 @@ import torch
 
 from dora_diffusion.errors import NotEnoughMemoryError
 
-__all__ = ["not_enough", "ran_out", "within_memory"]
+__all__ = ["give_back", "not_enough", "ran_out", "within_memory"]
 
 Result = TypeVar("Result")
 
@@ -36,6 +38,13 @@ def not_enough(task: str, device: torch.device, ways: Sequence[str]) -> NotEnoug
     elif device.type != "cpu":
         where = str(device)
     return NotEnoughMemoryError(f"not enough memory on {where} {task}. What needs less: {'; '.join(ways)}.")
+
+
+def give_back() -> None:
+    """Hand the system what was freed: glibc's allocator keeps it, which after a base was packed is gigabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def within_memory(compute: Callable[[], Result], task: str, device: torch.device, ways: Sequence[str]) -> Result:

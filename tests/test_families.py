@@ -309,7 +309,7 @@ def test_names_without_a_transformers_prefix_and_flat_ones_are_read(
 def test_the_frozen_base_can_be_packed(make: Callable[[], DiffusionPipeline]) -> None:
     transformer = make().transformer
     attention = [path for path in adaptable_layers(transformer) if path.endswith("to_q")]
-    quantise(transformer, "int8", torch.device("cpu"))
+    quantise(transformer, "int8", torch.device("cpu"), torch.float32)
     assert attention and all(type(transformer.get_submodule(path).weight) is not nn.Parameter for path in attention)
     modulations = getattr(transformer, "distilled_guidance_layer", nn.Module())  # Chroma's
     assert all(type(parameter) is nn.Parameter for parameter in modulations.parameters())

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from dora_diffusion.errors import BaseModelError, ConfigError
 from dora_diffusion.formats.loading import text_encoders_of
+from dora_diffusion.formats.storage import read_header
 from dora_diffusion.memory import ran_out, within_memory
 from dora_diffusion.models.families import Family, family_of
 from dora_diffusion.models.naming import ASSETS, EMBEDDED, find_base
@@ -26,6 +27,7 @@ from dora_diffusion.quiet import quieten
 __all__ = ["Base", "Device", "load_base", "pick_device", "ways_to_load_less"]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+ON_DISK = {"F16": torch.float16, "BF16": torch.bfloat16}  # which float32 holds exactly
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,10 @@ def load_base(
 
 
 def _load_base(name: str, device: torch.device, dtype: torch.dtype, packing: Packing | None) -> Base:
-    base = Base(name, _load_pipeline(name, dtype), packing)
+    base = Base(name, _load_pipeline(name, dtype, packing), packing)
     base.pipe.set_progress_bar_config(disable=True)
     if packing is not None:
-        quantise(base.denoiser, packing, device)
+        quantise(base.denoiser, packing, device, dtype)
     base.pipe.to(device)
     return base
 
@@ -182,13 +184,16 @@ def ways_to_load_less(packing: Packing | None, device: torch.device) -> list[str
     return [*([] if packing == "nf4" else [packed]), others]
 
 
-def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_pipeline(name: str, dtype: torch.dtype, packing: Packing | None) -> DiffusionPipeline:
     path = Path(ASSETS / EMBEDDED[name].folder if name in EMBEDDED else name)
     try:
         if path.is_file():
             return _load_single_file(path, dtype)
+        if not path.is_dir() and packing is not None:
+            path = Path(DiffusionPipeline.download(name, use_safetensors=True))
         if path.is_dir():
-            return DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **_absent_parts(path))
+            dtypes = _dtypes(path, dtype) if packing is not None else dtype
+            return DiffusionPipeline.from_pretrained(path, dtype=dtypes, use_safetensors=True, **_absent_parts(path))
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except BaseModelError:
         raise
@@ -201,6 +206,18 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> DiffusionPipeline:
             "Check the name, the connection to the hub and, for a gated model, that you are logged in "
             "(`hf auth login`); or use the embedded base with --base emoji."
         ) from error
+
+
+def _dtypes(folder: Path, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What the parts are read in where the denoiser will be packed: in float32 all but the denoiser, which stays as it
+    lies on disk, mapped from there, until each of its layers is packed."""
+    dtypes = {"default": dtype}
+    for part in ("unet", "transformer"):
+        files = sorted((folder / part).glob("*.safetensors"))
+        held = {its for file in files for its, _ in read_header(file, "base").tensors.values()}
+        if dtype == torch.float32 and len(held) == 1:
+            dtypes[part] = ON_DISK.get(held.pop(), dtype)
+    return dtypes
 
 
 def _absent_parts(folder: Path) -> dict[str, None]:
