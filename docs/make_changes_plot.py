@@ -57,7 +57,7 @@ def fine_tune(config: TrainConfig, out: Path) -> None:
     (images,) = training.instances
     for _ in range(config.steps):
         index = torch.randint(len(images), (config.batch_size,), generator=draw)
-        x0 = images.latents(index, torch.randn(images.mean[0, index].shape, generator=draw))
+        x0 = images.latents(index, torch.randn(len(index), *images.shape, generator=draw))
         eps = torch.randn(x0.shape, generator=draw)
         t = training.objective.timesteps(len(index), draw)
         loss = squared_error(training, x0, eps, t, conditioning_for(training, images, index)).mean()

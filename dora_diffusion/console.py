@@ -63,9 +63,8 @@ class TrainingDisplay:
 
     def show(self, event: Event) -> None:
         match event:
-            case Preparing(text, done, total):
-                if total == 0 or done in (0, total):
-                    self._say((f"{text}{f' ({done} of {total})' if total else ''}", "dim"))
+            case Preparing():
+                self._prepare(event)
             case Resumed(kind, step, total):
                 self._say(f"{KIND_LABEL[kind]}: going on after step {step} of {total}")
             case Measured(kind, step, loss):
@@ -87,6 +86,17 @@ class TrainingDisplay:
                 self._say((f"{KIND_LABEL[kind]} finished", "green"), f": {printable(path)}{losses}")
                 if earlier := self._was_better(kind):
                     self._say(earlier)
+
+    def _prepare(self, event: Preparing) -> None:
+        text, done, total = event.text, event.done, event.total
+        if total == 0 or done in (0, total):
+            self._say((f"{text}{f' ({done} of {total})' if total else ''}", "dim"))
+        if done == total and text in self.bars:
+            self.progress.remove_task(self.bars.pop(text))
+        elif 0 < done < total:
+            if text not in self.bars:
+                self.bars[text] = self.progress.add_task(text, total=total, note="", left=None)
+            self.progress.update(self.bars[text], completed=done, left=event.seconds_left)
 
     def _was_better(self, kind: str) -> str:
         """Where the held-out loss was lower than at the end: what came after was learning the pictures by heart."""

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 
 from dora_diffusion import cli
 from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
+from dora_diffusion.data.store import CACHE_VARIABLE
 from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.models.loading import Base, load_base
 
@@ -47,6 +48,12 @@ def _environment_as_it_was() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(variables)
     tempfile.tempdir = folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Encodings of the tests, and of the processes they start, stay out of the user's cache."""
+    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import warnings
 
 # In the order in which --help shows the commands:
 # isort: off
-from dora_diffusion.cli import training, drawing, files, web  # noqa: F401
+from dora_diffusion.cli import training, drawing, files, web, encodings  # noqa: F401
 
 # isort: on
 from dora_diffusion.cli.terminal import app, errors

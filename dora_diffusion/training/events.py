@@ -13,11 +13,12 @@ __all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed",
 
 @dataclass(frozen=True)
 class Preparing:
-    """Something before the first step."""
+    """Something before the first step: so many of so many, with the seconds left where they are known."""
 
     text: str
     done: int = 0
     total: int = 0
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from torch.optim import Optimizer
 
 from dora_diffusion.adapters.injection import Adapter, Kind, inject_adapter
 from dora_diffusion.data.buckets import bucket_sizes
-from dora_diffusion.data.cache import EncodedImages, encode_images, long_captions
+from dora_diffusion.data.cache import EncodedImages, Encoding, drained, encoding, long_captions
 from dora_diffusion.data.captions import named
 from dora_diffusion.data.folder import ImageFolder, TrainingImage, alike_in, read_folder, smallest_side
+from dora_diffusion.data.store import Store
 from dora_diffusion.errors import ConfigError, DataError
 from dora_diffusion.formats.files import attach_trainable
 from dora_diffusion.models.conditioning import Conditioning
@@ -45,6 +46,7 @@ __all__ = [
     "make_accelerator",
     "new_adapter",
     "prepare",
+    "preparing",
     "squared_error",
     "steps",
     "with_class_images",
@@ -52,7 +54,6 @@ __all__ = [
 
 HELD_OUT_TIMESTEPS = 8
 HELD_OUT_SEED = 20240209  # fixed, so that the figure compares between runs of any seed
-EVALUATION_BATCH = 8
 
 
 Buckets = tuple[EncodedImages, ...]
@@ -131,6 +132,17 @@ def prepare(
     `starts` is what `read_starts` gave, if it was read already. Raises DataError, PromptError, ConfigError,
     AdapterFileError and BaseModelError.
     """
+    return drained(preparing(config, base, accelerator, Store(), starts))
+
+
+def preparing(
+    config: TrainConfig,
+    base: Base,
+    accelerator: Accelerator,
+    store: Store,
+    starts: Starts | None = None,
+) -> Generator[Encoding, None, Training]:
+    """`prepare`, which says how far it is; what `store` has is not encoded again."""
     starts = read_starts(config) if starts is None else starts
     config = _settled(config, base, starts)
     objective = objective_of(base.pipe.scheduler, config.timestep_sampling)
@@ -150,15 +162,16 @@ def prepare(
     measured = _measured_on(config, smallest_side(size))
     kept, held_out = split_held_out(config, list(folder.images), measured)
     buckets = bucket_sizes(size, base.multiple, base.largest) if config.aspect_ratio_bucketing else [(size, size)]
-    instances = encode_images(
+    instances = yield from encoding(
         base,
         kept,
         buckets,
+        store,
         mirrored=config.random_flip,
         cut_captions=config.cut_captions,
         shuffle_tags_after=config.shuffle_tags_after,
     )
-    measured_on = encode_images(base, held_out, buckets, cut_captions=config.cut_captions)
+    measured_on = yield from encoding(base, held_out, buckets, store, cut_captions=config.cut_captions)
     cropped = list(dict.fromkeys(name for group in (*instances, *measured_on) for name in group.cropped))
     return Training(
         config=config,
@@ -182,8 +195,8 @@ def prepare(
     )
 
 
-def with_class_images(training: Training, paths: list[Path]) -> Training:
-    """The same with prior preservation's pictures, encoded."""
+def with_class_images(training: Training, paths: list[Path], store: Store) -> Generator[Encoding, None, Training]:
+    """The same with prior preservation's pictures, encoded; it says how far it is."""
     config, base = training.config, training.base
     if not paths:
         return training
@@ -191,7 +204,7 @@ def with_class_images(training: Training, paths: list[Path]) -> Training:
     size = config.resolution or base.size
     return replace(
         training,
-        class_images=encode_images(base, images, [(size, size)], mirrored=config.random_flip),
+        class_images=(yield from encoding(base, images, [(size, size)], store, mirrored=config.random_flip)),
         digest=_digest([*training.images, *images], training.starts),
     )
 
@@ -333,11 +346,11 @@ def _images_loss(training: Training, buckets: Buckets, number: int, stream: str)
     bucket, turn = _bucket(config, [len(images) for images in buckets], number, stream)
     images = buckets[bucket]
     index = _indices(config, len(images), turn, stream)
-    shape = (len(index), *images.mean.shape[2:])
+    shape = (len(index), *images.shape)
     noise, eps = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     t = training.objective.timesteps(len(index), generator)
     dropped = torch.rand(len(index), generator=generator) < config.caption_dropout
-    view = torch.randint(len(images.mean), (len(index),), generator=generator)
+    view = torch.randint(images.views, (len(index),), generator=generator)
     order = torch.randint(len(images.caption_of), (len(index),), generator=generator)
     x0 = images.latents(index, noise, view)
     if config.dropout > 0:
@@ -396,11 +409,12 @@ def held_out_loss(training: Training) -> float | None:
     for images in training.held_out:
         index = torch.arange(len(images)).repeat_interleave(HELD_OUT_TIMESTEPS)
         t = training.objective.even_timesteps(HELD_OUT_TIMESTEPS).repeat(len(images))
-        x0 = images.mean[0, index]
-        eps = torch.randn(x0.shape, generator=generator)
+        eps = torch.randn(len(index), *images.shape, generator=generator)
         errors += [
-            squared_error(training, x0[part], eps[part], t[part], conditioning_for(training, images, index[part]))
-            for part in torch.arange(len(index)).split(EVALUATION_BATCH)
+            squared_error(
+                training, images.mean(index[part]), eps[part], t[part], conditioning_for(training, images, index[part])
+            )
+            for part in torch.arange(len(index)).split(training.config.batch_size)
         ]
     return torch.cat(errors).mean().item()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,9 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 
 from dora_diffusion.adapters.injection import KIND_LABEL, Adapter, Kind
+from dora_diffusion.data.cache import Encoding
 from dora_diffusion.data.folder import list_pictures
+from dora_diffusion.data.store import Store
 from dora_diffusion.errors import ConfigError, OutputError, TrainingError
 from dora_diffusion.formats.files import read_adapter_file, save_adapter
 from dora_diffusion.formats.reading import some
@@ -37,7 +40,7 @@ from dora_diffusion.training.loop import (
     held_out_loss,
     make_accelerator,
     new_adapter,
-    prepare,
+    preparing,
     steps,
     with_class_images,
 )
@@ -127,11 +130,14 @@ def _train_into(
     for prompt in config.preview_prompts:
         check_prompt(base.pipe, prompt)
     yield Preparing("reading and encoding the pictures")
-    training = prepare(config, base, accelerator, starts)
+    store = Store()
+    training = yield from _telling(preparing(config, base, accelerator, store, starts))
     config = training.config  # with all that was left to the base
     with accelerator.main_process_first():
         prior = yield from class_images(config, base, out)
-    training = with_class_images(training, prior)
+    training = yield from _telling(with_class_images(training, prior, store))
+    if store.unwritten:
+        yield Preparing(f"note: encodings are kept in memory, not on disk: {store.unwritten}")
     for kind, file in training.starts.items():
         yield Preparing(describe_start(file, base, kind))
     if len(training.instances) > 1:
@@ -164,6 +170,24 @@ def _train_into(
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if accelerator.is_main_process:
         yield from _write_card(training, out)
+
+
+def _telling(encoding: Generator[Encoding, None, Training]) -> Generator[Event, None, Training]:
+    """How far the encoding is, with the time left, once a second; of what is done within one, nothing."""
+    began = said = time.monotonic()
+    while True:
+        try:
+            at = next(encoding)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        now = time.monotonic()
+        if at.done == 0:
+            began = said = now
+        elif now - said > 1 or (said > began and at.done == at.total):
+            yield Preparing(
+                f"encoding the {at.what}", at.done, at.total, (now - began) / at.done * (at.total - at.done)
+            )
+            said = now
 
 
 def _train_one(

@@ -164,13 +164,16 @@ class TrainingJob:
     def _take(self, event: Event) -> None:
         ready()
         from dora_diffusion.adapters.injection import KIND_LABEL
+        from dora_diffusion.console import clock
         from dora_diffusion.training.events import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
         from dora_diffusion.training.loop import Step
 
         match event:
-            case Preparing(text, done, total):
-                self._say(text + (f" ({done} of {total})" if total else ""))
-                self._set(phase="preparing", text=self.log[-1])
+            case Preparing(text, done, total, left):
+                line = text + (f" ({done} of {total})" if total else "")
+                if total == 0 or done in (0, total):
+                    self._say(line)
+                self._set(phase="preparing", text=line + (f", {clock(left)} left" if left else ""))
             case Resumed(kind, step, total):
                 self._say(f"{KIND_LABEL[kind]}: goes on after step {step} of {total}")
                 self._set(step=step)

@@ -1,0 +1,175 @@
+"""What pictures and captions were encoded to, on disk, by what it was made of: nothing is encoded twice.
+
+One safetensors file for each, in a folder that all runs share. A file appears under its name only when it is whole,
+so that several processes may work in the same folder; which one wrote it makes no difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from dora_diffusion.errors import DataError, OutputError
+from dora_diffusion.outputs import make_folder, whole_file, writing
+
+__all__ = ["CACHE_VARIABLE", "Entry", "Store", "cache_folder"]
+
+CACHE_VARIABLE = "DORA_DIFFUSION_CACHE"
+VERSION = 1  # of what an entry holds; another one is another entry
+
+
+def cache_folder() -> Path:
+    """Where encodings lie: what DORA_DIFFUSION_CACHE says, or the user's folder for what can be made again."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora-diffusion"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture's or caption's encoding: in its file, or in memory where there was no room for a file."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    held: Mapping[str, Tensor] | None = None
+
+    def load(self) -> Mapping[str, Tensor]:
+        """The tensors. Raises DataError for a file that is gone or damaged since it was found."""
+        if self.held is not None:
+            return self.held
+        found = _read(self.path)
+        if found is None:
+            raise DataError(
+                f"{self.path}, where an encoded picture or caption was kept, is gone or damaged: start the run again, "
+                "and it is encoded anew."
+            )
+        return found
+
+
+@dataclass
+class Store:
+    """The entries in one folder. `fresh` counts those that were not there before, `unwritten` is why some are not."""
+
+    folder: Path = field(default_factory=cache_folder)
+    fresh: int = 0
+    unwritten: str = ""
+    _fingerprints: WeakKeyDictionary[nn.Module, str] = field(default_factory=WeakKeyDictionary)
+
+    def find(self, *made_of: str | bytes) -> Entry | None:
+        """The entry of these ingredients, if it is there and sound."""
+        path = self._path(made_of)
+        tensors = _read(path)
+        if tensors is None:
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # its age is that of its last use
+        return Entry(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+
+    def keep(self, tensors: Mapping[str, Tensor], *made_of: str | bytes) -> Entry:
+        """Write what these ingredients gave. Where that cannot be, it stays in memory, and `unwritten` says why."""
+        path, self.fresh = self._path(made_of), self.fresh + 1
+        kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+        try:
+            make_folder(path.parent)
+            with whole_file(path) as temporary:
+                temporary.write_bytes(save(kept, {"crc32": str(_checksum(kept))}))
+        except (OutputError, OSError) as error:
+            self.unwritten = str(error)
+            return Entry(path, shapes, kept)
+        return Entry(path, shapes)
+
+    def of_weights(self, module: nn.Module) -> str:
+        """A hash of all that a module is: its class, its configuration, and every number in it."""
+        if module not in self._fingerprints:
+            digest = hashlib.sha256(f"{type(module).__name__}{_settings(module)}".encode())
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(_bytes_of(tensor))
+            self._fingerprints[module] = digest.hexdigest()
+        return self._fingerprints[module]
+
+    def of_texts(self, pipe: DiffusionPipeline) -> str:
+        """The same of a pipeline's text encoders and tokenizers."""
+        digest = hashlib.sha256()
+        for name, part in sorted(pipe.components.items()):
+            if isinstance(part, nn.Module) and name.startswith("text_encoder"):
+                digest.update(f"{name}{self.of_weights(part)}".encode())
+            elif part is not None and name.startswith("tokenizer"):
+                backend = getattr(part, "backend_tokenizer", None)
+                table = backend.to_str() if backend is not None else repr(sorted(part.get_vocab().items()))
+                digest.update(f"{name}{part.model_max_length}{table}".encode())
+        return digest.hexdigest()
+
+    def contents(self) -> list[tuple[int, float]]:
+        """Bytes and time of the last use of each entry."""
+        return [(found.st_size, found.st_mtime) for _, found in self._files()]
+
+    def clear(self, unused_since: float) -> tuple[int, int]:
+        """Delete what was last used before this time (seconds since the epoch); how many bytes and entries went.
+
+        Raises OutputError.
+        """
+        size = count = 0
+        for path, found in self._files():
+            if found.st_mtime <= unused_since:
+                with writing(path):
+                    path.unlink(missing_ok=True)
+                size, count = size + found.st_size, count + 1
+        return size, count
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in sorted(self.folder.glob("encoded/*/*.safetensors")):
+            with contextlib.suppress(FileNotFoundError):  # another process clears too
+                yield path, path.stat()
+
+    def _path(self, made_of: tuple[str | bytes, ...]) -> Path:
+        digest = hashlib.sha256(f"{VERSION} {torch.__version__}".encode())
+        for part in made_of:
+            part = part.encode() if isinstance(part, str) else part
+            digest.update(len(part).to_bytes(8, "little") + part)
+        name = digest.hexdigest()
+        return self.folder / "encoded" / name[:2] / f"{name}.safetensors"
+
+
+def _read(path: Path) -> Mapping[str, Tensor] | None:
+    """A file's tensors; None where there is none, or none that is sound."""
+    try:
+        content = path.read_bytes()
+        tensors = load(content)
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return tensors if f'"crc32":"{_checksum(tensors)}"'.encode() in content else None
+
+
+def _settings(module: nn.Module) -> str:
+    """A model's configuration, without where it came from and what saved it."""
+    config = getattr(module, "config", {})
+    fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    said = {key: value for key, value in fields.items() if not key.startswith("_") and not key.endswith("_version")}
+    return json.dumps(said, sort_keys=True, default=str)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(_bytes_of(tensors[name]), zlib.crc32(name.encode(), found))
+    return found
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
