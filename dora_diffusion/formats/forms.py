@@ -29,7 +29,7 @@ __all__ = [
     "with_axes",
 ]
 
-MAGNITUDES = ("magnitude", "unscaled_magnitude", "input_magnitude", "dora_scale")
+MAGNITUDES = ("magnitude", "unscaled_magnitude", "input_magnitude", "shared_magnitude", "dora_scale")
 BY_CHANNEL = (*MAGNITUDES, "rescale", "output_factor", "input_factor")  # a number for each output, or each input
 Held = Mapping[str, Tensor]
 
@@ -410,6 +410,7 @@ def with_axes(held: Held, in_shape: tuple[int, ...]) -> dict[str, Tensor]:
     if "lora_A" in tensors:
         return tensors
     by_output, by_input = (-1, 1, *ones), (1, -1, *ones)
-    shapes = {"magnitude": by_output, "rescale": by_output, "input_magnitude": by_input}
+    shapes = {"magnitude": by_output, "rescale": by_output}
+    shapes |= dict.fromkeys(("input_magnitude", "shared_magnitude"), by_input)
     shapes |= dict.fromkeys(("output_factor", "input_factor"), by_input if ones else (-1,))
     return {name: t.reshape(shapes[name]) if name in shapes else t for name, t in tensors.items()}
