@@ -150,7 +150,7 @@ def attach_trainable(
     A LoRA goes on as a DoRA (`kind`, `norm_axis`) with the magnitudes of W0 + s B A, so that the model is the same.
     Raises AdapterMismatchError when it does not fit whole.
     """
-    if file.config.kind == "full" or file.config.parametrisation != "lora":
+    if file.config.kind == "full" or file.config.parametrisation != "lora" or file.fellows:
         raise AdapterMismatchError(
             f"cannot go on from {file.path}: it is {file.config.kind_label}, and LoRA and DoRA are trained here. "
             "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
