@@ -123,8 +123,8 @@ def compare_programs(
     with attached(base, path) as adapter:
         if adapter.config.parametrisation != "lora":
             raise AdapterFileError(
-                f"{found} is {adapter.config.kind_label}: what other programs make of it is not known here. What `convert "
-                "--to diff` writes of it is exact in all that read differences, and `parity` says which do."
+                f"{found} is {adapter.config.kind_label}: what other programs make of it is not known here. What "
+                "convert --to diff writes of it is exact in all that read differences, and parity says which do."
             )
         return evaluate(programs, found, base, adapter, strength)
 
