@@ -426,9 +426,11 @@ def magnitude_problem(held: Held, sizes: Sizes) -> str:
         m = held.get(name)
         if m is None:
             continue
+        if not m.numel():
+            return f"{name} of shape {list(m.shape)}"
         by_output = m.shape[:1] == (sizes.outputs,) and m.numel() == sizes.outputs
         by_input = m.dim() >= 2 and m.shape[0] == 1 and m.numel() == m.shape[1] and not sizes.columns % m.shape[1]
-        if not (m.numel() and (by_output or by_input)):
+        if not (by_output or by_input):
             return f"{name} of shape {list(m.shape)} for {sizes.outputs} outputs and {sizes.columns} columns"
     return ""
 
