@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.fusing import Held, fused_groups
 from dora_diffusion.formats.modules import BY_ROW
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.original import FLUX, TRANSFORMERS, Transformer
@@ -24,7 +25,6 @@ __all__ = ["has_halves_turned", "is_xl", "to_keys"]
 
 ENDINGS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "difference": "diff"}
 ENCODER_PREFIX = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
-Held = dict[str, Tensor]
 
 
 def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
@@ -32,7 +32,7 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
     layers = by_layer(file.tensors)
     keys: dict[str, Tensor] = {}
     model = _model(file)
-    groups = dict(_fused_groups(file, layers, model))
+    groups = dict(fused_groups(file, layers, model, differences=_always_fused(file), ranks=_always_fused(file)))
     original = _has_original_names(file, bool(groups))
     in_groups = {layer for _, members in groups.values() for layer in members}
     for name, (held, members) in groups.items():
@@ -47,7 +47,9 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
 def has_halves_turned(file: AdapterFile, layer: str) -> bool:
     """Whether this layer is written by the checkpoint's name, with its two halves in the checkpoint's order."""
     model = _model(file)
-    groups = _fused_groups(file, by_layer(file.tensors), model)
+    groups = fused_groups(
+        file, by_layer(file.tensors), model, differences=_always_fused(file), ranks=_always_fused(file)
+    )
     return _has_original_names(file, any(True for _ in groups)) and model.original(layer) in model.swapped
 
 
@@ -116,54 +118,9 @@ def is_xl(file: AdapterFile) -> bool:
     return file.prefix == "unet" and any(layer.startswith(marks) for layer in file.layers)
 
 
-def _fused_groups(
-    file: AdapterFile, layers: Mapping[str, Held], model: Transformer
-) -> Iterator[tuple[str, tuple[Held, list[str]]]]:
-    """The fused layers whose parts are all there with one A and one scale, as they are when they come from one file."""
-    for (their_block, our_block), table in model.fused.items():
-        numbers = {layer.split(".")[1] for layer in layers if layer.startswith(our_block + ".")}
-        for number in sorted(numbers):
-            for theirs, (ours, _rows) in table.items():
-                members = [f"{our_block}.{number}.{name}" for name in ours]
-                if (fused := _fuse(file, layers, members)) is not None:
-                    yield f"{their_block}.{number}.{theirs}", (fused, members)
-
-
-def _fuse(file: AdapterFile, layers: Mapping[str, Held], members: list[str]) -> Held | None:
-    if not all(member in layers for member in members):
-        return None
-    parts = [layers[member] for member in members]
-    first = parts[0]
-    alike = all(part.keys() == first.keys() for part in parts) and len({file.scale_of(m) for m in members}) == 1
-    if not alike or not first.keys() <= {"lora_A", "lora_B", "magnitude", "difference"}:
-        return None
-    if "lora_A" not in first:
-        return {p: torch.cat([part[p] for part in parts]) for p in first} if _always_fused(file) else None
-    if all(torch.equal(part["lora_A"], first["lora_A"]) for part in parts):
-        return {
-            "lora_A": first["lora_A"],
-            **{p: torch.cat([part[p] for part in parts]) for p in first if p != "lora_A"},
-        }
-    return _side_by_side(parts) if _always_fused(file) else None
-
-
 def _always_fused(file: AdapterFile) -> bool:
     """Whether programs that read this model's files know fused layers alone, so that the parts have to be one."""
     return file.models[0] == "sd3"
-
-
-def _side_by_side(parts: list[Held]) -> Held | None:
-    """The parts as one low-rank update of the sum of their ranks: B has each part's in its own rows and columns.
-
-    None for a part that is zero, whose columns nothing would tell from the others'.
-    """
-    if not all(part["lora_B"].dim() == 2 and part["lora_B"].ne(0).any(dim=0).all() for part in parts):
-        return None
-    fused = {"lora_A": torch.cat([part["lora_A"] for part in parts])}
-    fused["lora_B"] = torch.block_diag(*(part["lora_B"] for part in parts))
-    if "magnitude" in parts[0]:
-        fused["magnitude"] = torch.cat([part["magnitude"] for part in parts])
-    return fused
 
 
 def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:

@@ -65,6 +65,8 @@ FLUX = {
     "hidden_size": 3072,
     "num_heads": 24,
     "axes_dim": [16, 56, 56],
+    "txt_ids_dims": [],
+    "vec_in_dim": None,
 }
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 
@@ -210,6 +212,7 @@ FAMILIES = {
                 "vec_in_dim": None,
                 "global_modulation": True,
                 "mlp_silu_act": True,
+                "txt_ids_dims": [3],
                 "ops_bias": False,
             },
         ),
