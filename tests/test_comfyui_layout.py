@@ -9,7 +9,7 @@ from pathlib import Path
 import bases
 import pytest
 import torch
-from dialect_files import fresh, kohya_dora, lora_delta, make, peft
+from dialect_files import fresh, lora_delta, make, peft
 from oracles import perturb
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

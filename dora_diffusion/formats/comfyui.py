@@ -1,4 +1,4 @@
-"""ComfyUI's dialect: `diffusion_model.<path in the checkpoint>.lora_A.weight`, `.lora_B.weight`, `.alpha`, `.dora_scale`.
+"""ComfyUI's dialect: `diffusion_model.<checkpoint's path>.lora_A.weight`, `.lora_B.weight`, `.alpha`, `.dora_scale`.
 
 The one form that ComfyUI takes for every model, and for the newer ones alone (Qwen-Image, Z-Image, FLUX.2, Chroma). A
 magnitude has the weight's number of axes, as in kohya's dialect. Parts of a fused layer that have no A in common keep

