@@ -11,22 +11,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import MODEL_LABEL
 from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.cutting import cut
 from dora_diffusion.formats.fusing import Held, fused_groups
-from dora_diffusion.formats.modules import BY_ROW
+from dora_diffusion.formats.lycoris import module_keys
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.original import TRANSFORMERS, Transformer
+from dora_diffusion.formats.original import SWAPPED, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
 
 __all__ = ["to_keys", "turned_in_comfyui"]
 
 PREFIX = "diffusion_model."
-ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "difference": "diff"}
+HALVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}  # kohya's names and PEFT's
 # Where ComfyUI looks for diffusers' names of a fused layer's parts.
 APART = {
     "sd3": "transformer.",
@@ -42,7 +42,10 @@ CLIPS = {
 }
 CLIP_LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12])")
 T5S = {"sd3": "text_encoder_3", "flux": "text_encoder_2", "chroma": "text_encoder"}
-CANNOT_HOLD = {"unscaled_magnitude": "ai-toolkit's norm without alpha / rank, which ComfyUI does not compute"}
+CANNOT_HOLD = {
+    "unscaled_magnitude": "ai-toolkit's norm without alpha / rank, which ComfyUI does not compute",
+    **dict.fromkeys(("output_factor", "input_factor"), "IA3's factors, which ComfyUI does not read"),
+}
 
 
 def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
@@ -52,17 +55,26 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
     in_groups = {layer for _, members in groups.values() for layer in members}
     keys: dict[str, Tensor] = {}
     for name, (held, members) in groups.items():
-        keys |= _module(PREFIX + name, held, file.scale_of(members[0]))
+        keys |= _module(PREFIX + name, held, file, members[0])
     for layer, held in layers.items():
-        if wrong := next((CANNOT_HOLD[p] for p in held if p in CANNOT_HOLD), ""):
-            raise AdapterFileError(
-                f"{file.path}: {layer} has {wrong}. Write it as a difference, which is exact everywhere "
-                "(--to diff, with the base)."
-            )
         if layer not in in_groups:
             name = _name(file, layer)
-            keys |= _module(name, _turned(held) if turned_in_comfyui(file, layer) else held, file.scale_of(layer))
+            turned = cut(held, [SWAPPED])[0] if turned_in_comfyui(file, layer) else held
+            keys |= _module(name, turned, file, layer)
     return keys, _notes(file)
+
+
+def _module(name: str, held: Held, file: AdapterFile, layer: str) -> Held:
+    if wrong := next((CANNOT_HOLD[p] for p in held if p in CANNOT_HOLD), ""):
+        raise AdapterFileError(
+            f"{file.path}: {layer} has {wrong}. Write it as a difference, which is exact everywhere "
+            "(--to diff, with the base)."
+        )
+    keys = {}
+    for key, tensor in module_keys(name, held, file, layer):
+        ending = key.removeprefix(f"{name}.")
+        keys[f"{name}.{HALVES.get(ending, ending)}"] = tensor
+    return keys
 
 
 def turned_in_comfyui(file: AdapterFile, layer: str) -> bool:
@@ -78,24 +90,6 @@ def _model(file: AdapterFile) -> Transformer | None:
 def _groups(file: AdapterFile, layers: Mapping[str, Held]) -> list[tuple[str, tuple[Held, list[str]]]]:
     model = _model(file)
     return [] if model is None else list(fused_groups(file, layers, model, differences=True, ranks=False))
-
-
-def _module(name: str, held: Held, scale: float) -> dict[str, Tensor]:
-    keys = {}
-    for parameter, tensor in held.items():
-        if parameter in ENDINGS:
-            keys[f"{name}.{ENDINGS[parameter]}"] = tensor
-        else:
-            ones = (1,) * (held["lora_A"].dim() - 2)
-            shape = (-1, 1, *ones) if parameter == "magnitude" else (1, -1, *ones)
-            keys[f"{name}.dora_scale"] = tensor.reshape(shape)
-    if "lora_A" in held:
-        keys[f"{name}.alpha"] = torch.tensor(scale * held["lora_A"].shape[0])
-    return keys
-
-
-def _turned(held: Held) -> Held:
-    return {p: torch.cat(t.chunk(2)[::-1]) if p in BY_ROW else t for p, t in held.items()}
 
 
 def _name(file: AdapterFile, layer: str) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.variants import LOW_RANK
 from dora_diffusion.formats.content import AdapterFile
+from dora_diffusion.formats.cutting import together
 from dora_diffusion.formats.original import Transformer
 
 __all__ = ["Held", "fused_groups"]
@@ -38,17 +40,12 @@ def _fuse(
         return None
     parts = [layers[member] for member in members]
     first = parts[0]
-    alike = all(part.keys() == first.keys() for part in parts) and len({file.scale_of(m) for m in members}) == 1
-    if not alike or not first.keys() <= {"lora_A", "lora_B", "magnitude", "difference"}:
+    if len({file.scale_of(member) for member in members}) > 1:
         return None
-    if "lora_A" not in first:
-        return {p: torch.cat([part[p] for part in parts]) for p in first} if differences else None
-    if all(torch.equal(part["lora_A"], first["lora_A"]) for part in parts):
-        return {
-            "lora_A": first["lora_A"],
-            **{p: torch.cat([part[p] for part in parts]) for p in first if p != "lora_A"},
-        }
-    return _side_by_side(parts) if ranks else None
+    if (whole := together(parts)) is not None:
+        # Differences that came apart are as well written so, and so are trained ones.
+        return whole if "difference" not in first or differences else None
+    return _side_by_side(parts) if ranks and first.keys() <= {*LOW_RANK, "magnitude"} else None
 
 
 def _side_by_side(parts: list[Held]) -> Held | None:
@@ -56,7 +53,10 @@ def _side_by_side(parts: list[Held]) -> Held | None:
 
     None for a part that is zero, whose columns nothing would tell from the others'.
     """
-    if not all(part["lora_B"].dim() == 2 and part["lora_B"].ne(0).any(dim=0).all() for part in parts):
+    if not all(
+        part.keys() == parts[0].keys() and part["lora_B"].dim() == 2 and part["lora_B"].ne(0).any(dim=0).all()
+        for part in parts
+    ):
         return None
     fused = {"lora_A": torch.cat([part["lora_A"] for part in parts])}
     fused["lora_B"] = torch.block_diag(*(part["lora_B"] for part in parts))

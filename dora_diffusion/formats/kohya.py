@@ -9,21 +9,20 @@ ranks. The layers of FLUX.1 have diffusers' names behind `lora_transformer_`, th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.cutting import cut
 from dora_diffusion.formats.fusing import Held, fused_groups
-from dora_diffusion.formats.modules import BY_ROW
+from dora_diffusion.formats.lycoris import module_keys
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.original import FLUX, TRANSFORMERS, Transformer
+from dora_diffusion.formats.original import FLUX, SWAPPED, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
 
 __all__ = ["has_halves_turned", "is_xl", "to_keys"]
 
-ENDINGS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "difference": "diff"}
 ENCODER_PREFIX = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 
 
@@ -36,11 +35,11 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
     original = _has_original_names(file, bool(groups))
     in_groups = {layer for _, members in groups.values() for layer in members}
     for name, (held, members) in groups.items():
-        keys |= dict(_module(f"lora_unet_{name.replace('.', '_')}", held, file.scale_of(members[0])))
+        keys |= dict(module_keys(f"lora_unet_{name.replace('.', '_')}", held, file, members[0]))
     for layer, held in layers.items():
         if layer not in in_groups:
             name, held = _named(file, layer, held, model, original)
-            keys |= dict(_module(name, held, file.scale_of(layer)))
+            keys |= dict(module_keys(name, held, file, layer))
     return keys, _notes(file, keys)
 
 
@@ -62,20 +61,6 @@ def _has_original_names(file: AdapterFile, has_groups: bool) -> bool:
     return file.prefix == "transformer" and (has_groups or "sd3" in file.models)
 
 
-def _module(name: str, held: Held, scale: float) -> Iterator[tuple[str, Tensor]]:
-    for parameter, tensor in held.items():
-        if parameter in ENDINGS:
-            yield f"{name}.{ENDINGS[parameter]}", tensor
-        elif parameter == "unscaled_magnitude":
-            yield f"{name}.magnitude", tensor
-        else:
-            ones = (1,) * (held["lora_A"].dim() - 2)
-            shape = (-1, 1, *ones) if parameter == "magnitude" else (1, -1, *ones)
-            yield f"{name}.dora_scale", tensor.reshape(shape)
-    if "lora_A" in held:
-        yield f"{name}.alpha", torch.tensor(scale * held["lora_A"].shape[0])
-
-
 def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, original: bool) -> tuple[str, Held]:
     """The module's name, and its tensors with the rows in the order of the model that has that name."""
     component, _, path = layer.partition(".")
@@ -86,7 +71,7 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
         if theirs is None:
             return _transformer_prefix(file) + layer.replace(".", "_"), held
         if theirs in model.swapped:
-            held = {p: torch.cat(t.chunk(2)[::-1]) if p in BY_ROW else t for p, t in held.items()}
+            [held] = cut(held, [SWAPPED])
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
     if is_xl(file) and layer not in file.flat:

@@ -26,6 +26,7 @@ from dora_diffusion.formats.anatomy import Anatomy, anatomy_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import BaseIdentity, identify_base
 from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.forms import BY_CHANNEL, form_of, with_axes
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.placing import place_again
 from dora_diffusion.formats.reading import read_with_findings
@@ -109,7 +110,13 @@ def check_fits(pipe_or_model: object, file: AdapterFile) -> None:
 def by_the_models_names(pipe_or_model: object, file: AdapterFile) -> AdapterFile:
     """The file with its layers by their paths in this model. Raises AdapterMismatchError where not all of it fits."""
     fitted = _fitted(pipe_or_model, file)
-    return replace(fitted.file, tensors=fitted.by_name(), config=fitted.config(), flat=frozenset(), raw=None)
+    tensors = {
+        f"{path}.{p}": tensor
+        for path, held in fitted.tensors.items()
+        for p, tensor in with_axes(held, fitted.views[path].in_shape).items()
+    }
+    made = replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
+    return replace(made, fellows=fitted.fellows())
 
 
 def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> _Fitted:
@@ -143,6 +150,11 @@ def attach_trainable(
     A LoRA goes on as a DoRA (`kind`, `norm_axis`) with the magnitudes of W0 + s B A, so that the model is the same.
     Raises AdapterMismatchError when it does not fit whole.
     """
+    if file.config.kind == "full" or file.config.parametrisation != "lora":
+        raise AdapterMismatchError(
+            f"cannot go on from {file.path}: it is {file.config.kind_label}, and LoRA and DoRA are trained here. "
+            "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
+        )
     fitted = _fitted(pipe_or_model, file)
     config, becomes_dora = fitted.config(), file.config.kind != kind
     adapter = inject_into(
@@ -220,6 +232,7 @@ def _attach(pipe_or_model: object, fitted: _Fitted, strength: float, name: str |
         name=name,
         text_encoders=text_encoders_of(pipe_or_model),
         tensors=fitted.tensors,
+        fellows=fitted.fellows(),
     )
     adapter.strength = strength
     return adapter
@@ -246,6 +259,11 @@ class _Fitted:
             alpha_pattern={places[layer]: a for layer, a in said.alpha_pattern.items() if layer in places},
         )
 
+    def fellows(self) -> dict[str, tuple[str, ...]]:
+        """The parts of fused layers that share a norm, by the model's paths."""
+        places = self.places
+        return {places[la]: tuple(places[each] for each in f) for la, f in self.file.fellows.items() if la in places}
+
     def by_name(self) -> dict[str, Tensor]:
         """The tensors by the names of an adapter's parameters."""
         return {f"{path}.{p}": tensor for path, held in self.tensors.items() for p, tensor in held.items()}
@@ -270,6 +288,10 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> _Fitted:
         else:
             fitted.places[layer] = path
             fitted.tensors[path] = {p: _shaped(p, tensor, views[path]) for p, tensor in held.items()}
+    for layer in [la for la, fellows in file.fellows.items() if not fitted.places.keys() >= set(fellows)]:
+        if layer in fitted.places:
+            del fitted.tensors[fitted.places.pop(layer)]
+            fitted.problems.append(f"{_said(layer, file)}: not all parts of the layer that its norm runs over are here")
     return fitted
 
 
@@ -281,6 +303,14 @@ def _said(layer: str, file: AdapterFile) -> str:
 def _misfit(held: Mapping[str, Tensor], view: FrozenLayer) -> str:
     """Why a layer's tensors do not fit; empty when they do."""
     wanted = (view.out_features, *view.in_shape)
+    m = held.get("input_magnitude", held.get("shared_magnitude"))
+    if m is not None and m.numel() != view.in_shape[0]:
+        return f"a magnitude of {m.numel()} inputs, this layer has {view.in_shape[0]}"
+    if not held.keys() & {"difference", "lora_A"}:
+        sizes = form_of(held).sizes(held)
+        if "rows" in held:
+            sizes = replace(sizes, outputs=int(held["rows"].diff(dim=1).sum()))
+        return sizes.cannot_be(view.out_features, view.in_shape)
     if "difference" in held:
         shape = tuple(held["difference"].shape)
         return "" if _same(shape, wanted) else f"a difference of {list(shape)} for a weight of {list(wanted)}"
@@ -305,6 +335,8 @@ def _shaped(parameter: str, tensor: Tensor, view: FrozenLayer) -> Tensor:
         return tensor.reshape(-1, *view.in_shape)
     if parameter == "lora_B":
         return tensor.reshape(view.out_features, -1, *view.up_shape)
+    if parameter in BY_CHANNEL:
+        return tensor.flatten()
     return tensor.reshape(view.out_features, *view.in_shape) if parameter == "difference" else tensor
 
 

@@ -11,11 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.fellows import SharedNormDoRAUpdate
 from dora_diffusion.adapters.injection import Adapter
 from dora_diffusion.formats import comfyui, diffusers, kohya
 from dora_diffusion.formats.anatomy import model_of
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Description, identify_base
+from dora_diffusion.formats.forms import with_axes
 from dora_diffusion.formats.modelspec import modelspec
 from dora_diffusion.formats.scales import ALPHA_KEYS, RANK_KEYS
 from dora_diffusion.formats.storage import write_safetensors
@@ -50,13 +52,14 @@ def save_adapter(
 ) -> Path:
     """Write the adapter in PEFT/diffusers layout, which stock `pipe.load_lora_weights(path)` reads too.
 
-    One whose norm runs by input, which PEFT has no name for, is written in kohya's layout. The header carries the
+    What that layout has no name for, a norm by input and forms like LoKr, is written in kohya's. The header carries the
     configuration, the base's identity and `training`, a summary of the run. The file appears under its name only when
     it is whole. Raises OutputError, and AdapterFileError for an adapter that the layout cannot hold (a whole
     difference).
     """
     file = file_of(adapter, Path(path), training=training, base_name=base_name)
-    return write_adapter_file(file, Path(path), "kohya" if file.norm_axis == "input" else "diffusers")[0]
+    held_by_peft = file.norm_axis != "input" and file.config.parametrisation == "lora"
+    return write_adapter_file(file, Path(path), "diffusers" if held_by_peft else "kohya")[0]
 
 
 def file_of(
@@ -66,7 +69,13 @@ def file_of(
     if not adapter.layers:
         adapter._require_layers("save")
     base = identify_base(adapter.model)
-    tensors = {file_layer(name): p.detach().to("cpu", torch.float32) for name, p in adapter.named_parameters().items()}
+    tensors = {
+        f"{file_layer(path)}.{name}": tensor
+        for path, update in adapter.updates().items()
+        for name, tensor in with_axes(
+            {name: p.detach().to("cpu", torch.float32) for name, p in update.named_parameters()}, update.frozen.in_shape
+        ).items()
+    }
     config = adapter.config
     config = replace(
         config,
@@ -75,8 +84,17 @@ def file_of(
     )
     prefix = "transformer" if "Transformer" in type(adapter.model).__name__ else "unet"
     file = AdapterFile(path, prefix, config, tensors, None, models=(model_of(base.model_class),))
+    file = replace(file, fellows=_fellows(adapter))
     base = base.model_copy(update={"name": base_name}) if base_name else base
     return replace(file, description=describe(file, base, training))
+
+
+def _fellows(adapter: Adapter) -> dict[str, tuple[str, ...]]:
+    """The parts of fused layers whose updates share a norm."""
+    updates = adapter.updates()
+    names = {id(update): file_layer(path) for path, update in updates.items()}
+    shared = [update for update in updates.values() if isinstance(update, SharedNormDoRAUpdate)]
+    return {names[id(update)]: tuple(names[id(fellow)] for fellow in update.fellows) for update in shared}
 
 
 def file_layer(name: str) -> str:
@@ -97,6 +115,7 @@ def describe(file: AdapterFile, base: BaseIdentity, training: Summary | None = N
         use_rslora=config.use_rslora,
         target_modules=config.target_modules,
         norm_axis=file.norm_axis,  # type: ignore[arg-type]
+        parametrisation=config.parametrisation,
         base=base,
         training=dict(training or {}),
     )
@@ -119,6 +138,7 @@ def write_adapter_file(
         update={
             "norm_axis": file.norm_axis,
             "kind": file.config.kind,
+            "parametrisation": file.config.parametrisation,
             "rank": file.config.rank,
             "alpha": file.config.alpha,
             "use_rslora": file.config.use_rslora,

