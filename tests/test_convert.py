@@ -392,7 +392,7 @@ def test_a_name_that_only_the_model_knows_needs_the_base(tmp_path):
     [
         ({"to": "diff"}, "--to diff computes W' - W0 of each layer, so it needs the base"),
         ({"to": "lora"}, "so it needs the base"),
-        ({"to": "peft"}, "it must be one of diffusers, kohya, diff, lora"),
+        ({"to": "peft"}, "it must be one of diffusers, kohya, comfyui, diff, lora"),
         ({"to": "kohya", "dtype": "int8"}, "it must be one of float32, float16, bfloat16"),
         ({"to": "kohya", "rank": 4}, "it goes with --to lora"),
     ],

@@ -110,6 +110,7 @@ def parity(
 class Layout(str, Enum):
     diffusers = "diffusers"
     kohya = "kohya"
+    comfyui = "comfyui"
     diff = "diff"
     lora = "lora"
 
@@ -132,7 +133,7 @@ def convert(
     rank: Annotated[int | None, typer.Option(help="Of the LoRA that --to lora writes. Default: the adapter's.")] = None,
     alpha: Annotated[float | None, typer.Option(help="For files of programs that do not save it.")] = None,
 ) -> None:
-    """Write an adapter in another dialect: for diffusers, for ComfyUI, Forge, A1111 and LyCORIS, or for everything."""
+    """Write an adapter in another dialect: of diffusers, of ComfyUI, of Forge, A1111 and LyCORIS, or for everything."""
     from dora_diffusion.formats.convert import check_options, convert_adapter
     from dora_diffusion.formats.files import check_adapter
     from dora_diffusion.models.loading import load_base

@@ -1,7 +1,7 @@
 """Files from one dialect to another: exact where the dialect can hold the adapter, measured where it cannot.
 
-diffusers and kohya are the same tensors under other names. `diff` is the whole W' - W0 of each layer, which every
-program adds alike; `lora` its best approximation of a rank (Eckart and Young 1936). Both need the base.
+diffusers, kohya and comfyui are the same tensors under other names. `diff` is the whole W' - W0 of each layer, which
+every program adds alike; `lora` its best approximation of a rank (Eckart and Young 1936). Both need the base.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError, ConfigError
-from dora_diffusion.formats import kohya
 from dora_diffusion.formats.anatomy import MODEL_LABEL, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import identify_base
@@ -26,12 +25,20 @@ from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.loading import attach, by_the_models_names, denoiser_of
 from dora_diffusion.formats.placing import open_names
 from dora_diffusion.formats.reading import read_adapter_file
-from dora_diffusion.formats.writing import Layout, describe, file_layer, write_adapter_file
+from dora_diffusion.formats.writing import LAYOUT_LABEL, Layout, describe, file_layer, keys_in, write_adapter_file
 
 __all__ = ["DTYPES", "TARGETS", "Conversion", "Target", "check_options", "convert_adapter"]
 
-Target = Literal["diffusers", "kohya", "diff", "lora"]
-TARGETS: tuple[Target, ...] = ("diffusers", "kohya", "diff", "lora")
+Target = Literal["diffusers", "kohya", "comfyui", "diff", "lora"]
+TARGETS: tuple[Target, ...] = ("diffusers", "kohya", "comfyui", "diff", "lora")
+# The layout that each is written in.
+LAYOUT_OF: Mapping[Target, Layout] = {
+    "diffusers": "diffusers",
+    "kohya": "kohya",
+    "comfyui": "comfyui",
+    "diff": "kohya",
+    "lora": "kohya",
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -79,7 +86,7 @@ def convert_adapter(
     file = read_adapter_file(source, alpha=alpha)
     file.check_universal()
     residuals: dict[str, float] = {}
-    layout: Layout = "diffusers" if to == "diffusers" else "kohya"
+    layout = LAYOUT_OF[to]
     if to in ("diff", "lora"):
         file, residuals = _by_difference(file, base, to, rank)
     elif base is not None:
@@ -135,10 +142,11 @@ def _check_told(file: AdapterFile, layout: Layout) -> None:
             f"{file.path}: {some(unclear)} would be other layers in {' than in '.join(models)}, and nothing in the "
             "file says which it is for. Give the base with --base."
         )
-    if layout == "kohya" and len({tuple(kohya.to_keys(replace(file, models=(m,)))[0]) for m in file.models}) > 1:
+    names = {tuple(keys_in(replace(file, models=(m,)), layout)[0]) for m in file.models} if len(models) > 1 else set()
+    if layout != "diffusers" and len(names) > 1:
         raise AdapterFileError(
-            f"{file.path} has layers that {' and '.join(models)} all have, and each goes by other names in kohya's "
-            "layout. Give the base with --base."
+            f"{file.path} has layers that {' and '.join(models)} all have, and each goes by other names in "
+            f"{LAYOUT_LABEL[layout]} layout. Give the base with --base."
         )
 
 

@@ -9,35 +9,21 @@ ranks. The layers of FLUX.1 have diffusers' names behind `lora_transformer_`, th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.variants import LOW_RANK
-from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.content import AdapterFile, by_layer
-from dora_diffusion.formats.cutting import cut, together
-from dora_diffusion.formats.forms import form_of
+from dora_diffusion.formats.cutting import cut
+from dora_diffusion.formats.fusing import Held, fused_groups
+from dora_diffusion.formats.lycoris import module_keys
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.original import FLUX, SWAPPED, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
 
 __all__ = ["has_halves_turned", "is_xl", "to_keys"]
 
-ENDINGS = {
-    "lora_A": "lora_down.weight",
-    "lora_B": "lora_up.weight",
-    "difference": "diff",
-    "unscaled_magnitude": "magnitude",
-    "constraint": "alpha",
-    "oft_R": "oft_R.weight",
-    "output_factor": "weight",
-    "input_factor": "weight",
-    **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
-}
 ENCODER_PREFIX = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
-Held = dict[str, Tensor]
 
 
 def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
@@ -45,22 +31,24 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
     layers = by_layer(file.tensors)
     keys: dict[str, Tensor] = {}
     model = _model(file)
-    groups = dict(_fused_groups(file, layers, model))
+    groups = dict(fused_groups(file, layers, model, differences=_always_fused(file), ranks=_always_fused(file)))
     original = _has_original_names(file, bool(groups))
     in_groups = {layer for _, members in groups.values() for layer in members}
     for name, (held, members) in groups.items():
-        keys |= dict(_module(f"lora_unet_{name.replace('.', '_')}", held, file, members[0]))
+        keys |= dict(module_keys(f"lora_unet_{name.replace('.', '_')}", held, file, members[0]))
     for layer, held in layers.items():
         if layer not in in_groups:
             name, held = _named(file, layer, held, model, original)
-            keys |= dict(_module(name, held, file, layer))
+            keys |= dict(module_keys(name, held, file, layer))
     return keys, _notes(file, keys)
 
 
 def has_halves_turned(file: AdapterFile, layer: str) -> bool:
     """Whether this layer is written by the checkpoint's name, with its two halves in the checkpoint's order."""
     model = _model(file)
-    groups = _fused_groups(file, by_layer(file.tensors), model)
+    groups = fused_groups(
+        file, by_layer(file.tensors), model, differences=_always_fused(file), ranks=_always_fused(file)
+    )
     return _has_original_names(file, any(True for _ in groups)) and model.original(layer) in model.swapped
 
 
@@ -71,38 +59,6 @@ def _model(file: AdapterFile) -> Transformer:
 def _has_original_names(file: AdapterFile, has_groups: bool) -> bool:
     """Whether a transformer's layers get the checkpoint's names, as its fused layers do."""
     return file.prefix == "transformer" and (has_groups or "sd3" in file.models)
-
-
-def _module(name: str, held: Held, file: AdapterFile, layer: str) -> Iterator[tuple[str, Tensor]]:
-    """A module's keys, with the scale of this layer of the file."""
-    form = form_of(held)
-    if alone := [p for p in ("rows", "shared_magnitude") if p in held]:
-        what = "a norm over the rows" if alone[-1] == "shared_magnitude" else "rows of a LoKr"
-        raise AdapterFileError(
-            f"{file.path}: {layer} has {what} of a fused layer whose other parts are not with it, so that it cannot be "
-            "written by itself. Write it as a difference, which is exact everywhere (--to diff, with the base)."
-        )
-    for parameter, tensor in held.items():
-        if parameter == "oft_scaled":
-            continue
-        if parameter in ("magnitude", "input_magnitude"):
-            yield f"{name}.dora_scale", _dora_scale(parameter, tensor, held)
-        else:
-            yield f"{name}.{ENDINGS.get(parameter, parameter)}", tensor
-    if "oft_scaled" in held:
-        yield f"{name}.oft_R.scaled_oft", torch.tensor(True)
-    if form.name == "ia3":
-        yield f"{name}.on_input", torch.tensor(int("input_factor" in held))
-    elif form.is_scaled(held):
-        yield f"{name}.alpha", torch.tensor(file.scale_of(layer) * form.rank_of(held))
-    elif form.name == "lokr":  # LyCORIS reads none without an alpha, whatever it is
-        yield f"{name}.alpha", torch.tensor(float(file.config.rank_of(layer)))
-
-
-def _dora_scale(parameter: str, m: Tensor, held: Held) -> Tensor:
-    """With the weight's number of axes: LoRA's A tells it, of other forms the magnitude has it."""
-    ones = (1,) * (held["lora_A"].dim() - 2 if "lora_A" in held else max(m.dim() - 2, 0))
-    return m.reshape((-1, 1, *ones) if parameter == "magnitude" else (1, -1, *ones))
 
 
 def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, original: bool) -> tuple[str, Held]:
@@ -147,52 +103,9 @@ def is_xl(file: AdapterFile) -> bool:
     return file.prefix == "unet" and any(layer.startswith(marks) for layer in file.layers)
 
 
-def _fused_groups(
-    file: AdapterFile, layers: Mapping[str, Held], model: Transformer
-) -> Iterator[tuple[str, tuple[Held, list[str]]]]:
-    """The fused layers whose parts are all there with one A and one scale, as they are when they come from one file."""
-    for (their_block, our_block), table in model.fused.items():
-        numbers = {layer.split(".")[1] for layer in layers if layer.startswith(our_block + ".")}
-        for number in sorted(numbers):
-            for theirs, (ours, _rows) in table.items():
-                members = [f"{our_block}.{number}.{name}" for name in ours]
-                if (fused := _fuse(file, layers, members)) is not None:
-                    yield f"{their_block}.{number}.{theirs}", (fused, members)
-
-
-def _fuse(file: AdapterFile, layers: Mapping[str, Held], members: list[str]) -> Held | None:
-    if not all(member in layers for member in members):
-        return None
-    parts = [layers[member] for member in members]
-    first = parts[0]
-    if len({file.scale_of(member) for member in members}) > 1:
-        return None
-    if (whole := together(parts)) is not None:
-        # Differences that came apart are as well written so, and so are trained ones.
-        return whole if "difference" not in first or _always_fused(file) else None
-    return _side_by_side(parts) if _always_fused(file) and first.keys() <= {*LOW_RANK, "magnitude"} else None
-
-
 def _always_fused(file: AdapterFile) -> bool:
     """Whether programs that read this model's files know fused layers alone, so that the parts have to be one."""
     return file.models[0] == "sd3"
-
-
-def _side_by_side(parts: list[Held]) -> Held | None:
-    """The parts as one low-rank update of the sum of their ranks: B has each part's in its own rows and columns.
-
-    None for a part that is zero, whose columns nothing would tell from the others'.
-    """
-    if not all(
-        part.keys() == parts[0].keys() and part["lora_B"].dim() == 2 and part["lora_B"].ne(0).any(dim=0).all()
-        for part in parts
-    ):
-        return None
-    fused = {"lora_A": torch.cat([part["lora_A"] for part in parts])}
-    fused["lora_B"] = torch.block_diag(*(part["lora_B"] for part in parts))
-    if "magnitude" in parts[0]:
-        fused["magnitude"] = torch.cat([part["magnitude"] for part in parts])
-    return fused
 
 
 def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:

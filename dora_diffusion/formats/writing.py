@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.fellows import SharedNormDoRAUpdate
 from dora_diffusion.adapters.injection import Adapter
-from dora_diffusion.formats import diffusers, kohya
+from dora_diffusion.formats import comfyui, diffusers, kohya
 from dora_diffusion.formats.anatomy import model_of
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Description, identify_base
@@ -22,10 +22,25 @@ from dora_diffusion.formats.modelspec import modelspec
 from dora_diffusion.formats.scales import ALPHA_KEYS, RANK_KEYS
 from dora_diffusion.formats.storage import write_safetensors
 
-__all__ = ["Layout", "describe", "file_layer", "file_of", "save_adapter", "write_adapter_file"]
+__all__ = [
+    "LAYOUT_LABEL",
+    "Layout",
+    "describe",
+    "file_layer",
+    "file_of",
+    "keys_in",
+    "save_adapter",
+    "write_adapter_file",
+]
 
-Layout = Literal["diffusers", "kohya"]
+Layout = Literal["diffusers", "kohya", "comfyui"]
+LAYOUT_LABEL: Mapping[Layout, str] = {"diffusers": "diffusers'", "kohya": "kohya's", "comfyui": "ComfyUI's"}
 Summary = Mapping[str, str | int | float | None]
+_KEYS: Mapping[Layout, Callable[[AdapterFile], tuple[dict[str, Tensor], list[str]]]] = {
+    "diffusers": lambda file: (diffusers.to_keys(file), []),
+    "kohya": kohya.to_keys,
+    "comfyui": comfyui.to_keys,
+}
 
 
 def save_adapter(
@@ -106,6 +121,11 @@ def describe(file: AdapterFile, base: BaseIdentity, training: Summary | None = N
     )
 
 
+def keys_in(file: AdapterFile, layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by the keys that the layout has for them, and notes. Raises AdapterFileError."""
+    return _KEYS[layout](file)
+
+
 def write_adapter_file(
     file: AdapterFile, path: Path, layout: Layout, conversion: Summary | None = None
 ) -> tuple[Path, list[str]]:
@@ -128,12 +148,9 @@ def write_adapter_file(
     anew = {HEADER_KEY, diffusers.METADATA_KEY, *ALPHA_KEYS, *RANK_KEYS}  # what is said here, as it is now
     kept = {key: value for key, value in file.header.items() if key not in anew}
     metadata = {**kept, "format": "pt", HEADER_KEY: description.model_dump_json()}
-    if layout == "kohya":
-        metadata = {**modelspec(replace(file, path=path), description, is_xl=kohya.is_xl(file)), **metadata}
     if layout == "diffusers":
-        tensors: dict[str, Tensor] = diffusers.to_keys(file)
-        notes: list[str] = []
         metadata[diffusers.METADATA_KEY] = diffusers.peft_config(file)
     else:
-        tensors, notes = kohya.to_keys(file)
+        metadata = {**modelspec(replace(file, path=path), description, is_xl=kohya.is_xl(file)), **metadata}
+    tensors, notes = keys_in(file, layout)
     return write_safetensors(tensors, path, metadata), notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from diffusers.loaders import single_file_utils as converters
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
+# What ComfyUI calls `.weight` since 2026, and the checkpoints of FLUX and Chroma `.scale`.
+SCALES = re.compile(r"^(.*\.norm\.(?:query|key)_norm|distilled_guidance_layer\.norms\.\d+)\.weight$")
 
 
 def sd_unet(weights: Weights, model: nn.Module) -> Weights:
@@ -28,7 +31,7 @@ def sd_unet(weights: Weights, model: nn.Module) -> Weights:
 
 
 def by(convert: Callable[[Weights], Weights]) -> Callable[[Weights, nn.Module], Weights]:
-    return lambda weights, _: convert(dict(weights))
+    return lambda weights, _: convert({SCALES.sub(r"\1.scale", name): weight for name, weight in weights.items()})
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ FLUX = {
     "hidden_size": 3072,
     "num_heads": 24,
     "axes_dim": [16, 56, 56],
+    "txt_ids_dims": [],
+    "vec_in_dim": None,
 }
 CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 
@@ -210,6 +215,7 @@ FAMILIES = {
                 "vec_in_dim": None,
                 "global_modulation": True,
                 "mlp_silu_act": True,
+                "txt_ids_dims": [3],
                 "ops_bias": False,
             },
         ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bases
@@ -42,9 +42,9 @@ LATER = {
 }
 
 
-def run_comfyui(folder: Path) -> None:
+def run_comfyui(folder: Path, *arguments: str) -> None:
     script = Path(__file__).with_name("stock_comfyui.py")
-    done = subprocess.run([str(COMFYUI), script, folder], capture_output=True, text=True)
+    done = subprocess.run([str(COMFYUI), script, folder, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -55,13 +55,22 @@ def random_weights(name: str, comfyui: tuple[str, dict[str, object]], folder: Pa
     return load_file(folder / f"{name}.safetensors")
 
 
-def changes(name: str, files: list[Path], folder: Path) -> list[dict[float, Weights]]:
+@dataclass(frozen=True)
+class Loaded:
+    """What ComfyUI makes of a file: the changes of its weights at each strength, and the keys that it says it lacks."""
+
+    changed: dict[float, Weights]
+    unread: list[str]
+
+
+def changes(name: str, files: list[Path], folder: Path) -> list[Loaded]:
     """What ComfyUI changes for each file, at each strength."""
     jobs = [{"model": name, "file": str(path), "strength": w} for path in files for w in STRENGTHS]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     run_comfyui(folder)
     loaded = iter([load_file(folder / f"{n}.safetensors") for n in range(len(jobs))])
-    return [{w: next(loaded) for w in STRENGTHS} for _ in files]
+    unread = [json.loads((folder / f"{n}.json").read_text()) for n in range(0, len(jobs), len(STRENGTHS))]
+    return [Loaded({w: next(loaded) for w in STRENGTHS}, keys) for keys in unread]
 
 
 def adapter_files(base: Base, folder: Path, **modules: object) -> dict[tuple[str, str], tuple[Path, Deltas]]:
@@ -76,10 +85,14 @@ def adapter_files(base: Base, folder: Path, **modules: object) -> dict[tuple[str
         adapter.eject()
         if axis == "input":
             found[kind, axis] = path, true
+            own = convert_adapter(path, folder / "input_comfyui.safetensors", "comfyui", base=base).path
+            found[kind, "comfyui, input"] = own, true
             continue
         kohya = convert_adapter(path, folder / f"{kind}_kohya.safetensors", "kohya").path
+        own = convert_adapter(path, folder / f"{kind}_comfyui.safetensors", "comfyui", base=base).path
         diff = convert_adapter(path, folder / f"{kind}_diff.safetensors", "diff", base=base).path
-        found |= {(kind, form): (file, true) for form, file in (("PEFT", path), ("kohya", kohya), ("diff", diff))}
+        files = {"PEFT": path, "kohya": kohya, "comfyui": own, "diff": diff}
+        found |= {(kind, form): (file, true) for form, file in files.items()}
     return found
 
 
@@ -101,8 +114,10 @@ def test_comfyui_computes_what_the_rules_say(name, tmp_path):
     base = Base(name, pipeline)
     files = adapter_files(base, tmp_path)
     found = changes(name, [file for file, _ in files.values()], tmp_path)
-    for ((kind, form), (file, true)), changed in zip(files.items(), found):
-        real = {w: of_diffusers(family, model, weights, changed[w]) for w in STRENGTHS}
+    for ((kind, form), (file, true)), loaded in zip(files.items(), found):
+        real = {w: of_diffusers(family, model, weights, loaded.changed[w]) for w in STRENGTHS}
+        if form.startswith("comfyui"):
+            assert loaded.unread == []
         parity = by_rules(file, base, "comfyui", 0.5)
         if (tmp_path / "version.txt").read_text() == "0.3.75" and (name, form) in LATER:
             unread = {layer for layer in true if layer.startswith(LATER[name, form])}
@@ -110,7 +125,7 @@ def test_comfyui_computes_what_the_rules_say(name, tmp_path):
             true = {layer: delta for layer, delta in true.items() if layer not in unread}
             parity = replace(parity, layers=tuple(x for x in parity.layers if x.layer not in unread))
         assert_same(parity, real, true)
-        if form in ("diff", "input") or (kind, form) == ("lora", "kohya"):
+        if form in ("diff", "input", "comfyui, input") or (kind, form) in (("lora", "kohya"), ("lora", "comfyui")):
             assert parity.right and parity.right_at_strength
 
 
@@ -130,11 +145,13 @@ def test_comfyui_changes_text_encoders_as_the_rules_say(tmp_path):
                 parameter.data.copy_(weights[theirs])
     base = Base("sdxl", pipeline)
     files = adapter_files(base, tmp_path, text_encoders={encoder: getattr(pipeline, encoder) for encoder in ENCODERS})
-    for (file, true), changed in zip(files.values(), changes("clip", [f for f, _ in files.values()], tmp_path)):
+    for (file, true), loaded in zip(files.values(), changes("clip", [f for f, _ in files.values()], tmp_path)):
         encoders = {layer: delta for layer, delta in true.items() if layer.startswith("text_encoder")}
         parity = by_rules(file, base, "comfyui", 0.5)
         parity = replace(parity, layers=tuple(x for x in parity.layers if x.layer in encoders))
-        real = {w: {of_transformers(name, encoders): d.double() for name, d in changed[w].items()} for w in STRENGTHS}
+        real = {
+            w: {of_transformers(name, encoders): d.double() for name, d in loaded.changed[w].items()} for w in STRENGTHS
+        }
         assert_same(parity, real, encoders)
 
 
