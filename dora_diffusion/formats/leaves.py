@@ -72,7 +72,7 @@ _LONGEST_FIRST = sorted(LEAVES, key=len, reverse=True)
 
 def adapter_names(keys: Iterable[str]) -> list[str]:
     """The names that PEFT has for an adapter, as they stand in these keys."""
-    return list(dict.fromkeys(found[2] for key in keys if (found := _NAMED.fullmatch(key))))
+    return sorted({found[2] for key in keys if (found := _NAMED.fullmatch(key))})
 
 
 def without_adapter_name(key: str) -> str:
