@@ -44,11 +44,12 @@ class Findings:
     def way_out(self) -> str:
         if self.missing or self.misshapen:
             return (
-                "It is damaged or incomplete: download or save it again, or load what is sound of it with partial=True."
+                "It is damaged or incomplete: download or save it again, or load what is sound of it with "
+                "partial=True (--partial)."
             )
         if self.foreign and not self.unexpected:
-            return "The file is sound. Load the rest of it with partial=True, if that is what you want."
-        return "Load the rest of it with partial=True, if that is what you want."
+            return "The file is sound. Load the rest of it with partial=True (--partial), if that is what you want."
+        return "Load the rest of it with partial=True (--partial), if that is what you want."
 
 
 def some(keys: list[str], between: str = ", ") -> str:

@@ -106,9 +106,10 @@ def check_fits(pipe_or_model: object, file: AdapterFile) -> None:
     _fitted(pipe_or_model, file)
 
 
-def by_the_models_names(pipe_or_model: object, file: AdapterFile) -> AdapterFile:
-    """The file with its layers by their paths in this model. Raises AdapterMismatchError where not all of it fits."""
-    fitted = _fitted(pipe_or_model, file)
+def by_the_models_names(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> AdapterFile:
+    """The file with its layers by their paths in this model. Raises AdapterMismatchError where not all of it fits, or
+    with `partial` none of it."""
+    fitted = _fitted(pipe_or_model, file, partial)
     return replace(fitted.file, tensors=fitted.by_name(), config=fitted.config(), flat=frozenset(), raw=None)
 
 
@@ -163,14 +164,15 @@ def attach_trainable(
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter fits a base: how many of its layers the base has, a line for each that it lacks, and the base's
-    fingerprint."""
+    """How an adapter fits a base: how many of its layers the base has, a line for each that it lacks, the number of
+    keys that are not read, and the base's fingerprint."""
 
     matched: int
     total: int
     unmatched: tuple[str, ...]
     fingerprint: str
     same_weights: bool
+    left_out: int = 0
 
 
 def fit_of(pipe_or_model: object, file: AdapterFile) -> Fit:
@@ -185,6 +187,7 @@ def fit_of(pipe_or_model: object, file: AdapterFile) -> Fit:
         problems,
         here.fingerprint,
         file.base.same_weights(here),
+        len(placed.left_out),
     )
 
 
@@ -327,5 +330,5 @@ def _report(fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bo
     raise AdapterMismatchError(
         f"{file.path} does not fit this base: {fitting} of {total} layers match.{lines}\n{trained}"
         f"{here.name!r} ({here.model_class}, {here.fingerprint}). Load it with the base it was trained on"
-        + (", or what fits of it with partial=True." if fitting else ".")
+        + (", or what fits of it with partial=True (--partial)." if fitting else ".")
     )

@@ -25,7 +25,7 @@ from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
 from dora_diffusion.formats.storage import read_header, read_safetensors
 
-__all__ = ["check_adapter", "read_adapter_file", "read_with_findings", "some"]
+__all__ = ["check_adapter", "read_adapter_file", "read_what_fits", "read_with_findings", "some"]
 
 FLOATS = ("F64", "F32", "F16", "BF16", *eight_bit.DTYPES)
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # some programs save alpha as one
@@ -45,12 +45,22 @@ def read_adapter_file(
     `partial` leaves out what cannot be read and says so; `alpha` is for files of programs that do not save theirs.
     Raises AdapterFileError.
     """
-    file, findings = read_with_findings(path, alpha=alpha)
-    if findings and not (partial and file.tensors):
-        raise AdapterFileError(f"{file.path} cannot be read whole.{findings.lines()}\n{findings.way_out()}")
+    file, findings = _read(path, partial, alpha)
     if findings:
         warnings.warn(f"{file.path.name}: {len(file.left_out)} keys are left out.{findings.lines()}", stacklevel=2)
     return file
+
+
+def read_what_fits(path: str | os.PathLike[str], *, partial: bool = True) -> AdapterFile:
+    """`read_adapter_file` for those who say themselves what is left out (`left_out`). Raises AdapterFileError."""
+    return _read(path, partial)[0]
+
+
+def _read(path: str | os.PathLike[str], partial: bool, alpha: float | None = None) -> tuple[AdapterFile, Findings]:
+    file, findings = read_with_findings(path, alpha=alpha)
+    if findings and not (partial and file.tensors):
+        raise AdapterFileError(f"{file.path} cannot be read whole.{findings.lines()}\n{findings.way_out()}")
+    return file, findings
 
 
 def read_with_findings(
