@@ -72,7 +72,9 @@ def test_the_commands_take_what_fits_when_they_are_asked(run, tmp_path, mixed, s
         taken = run(*command, "--partial")
         assert taken.status == 0, (command, taken.err)
         assert "2 of 3 layers" in taken.err and "1 key" in taken.out + taken.err, (command, taken.err)
-    assert {key.rpartition(".lora_")[0] for key in load_file(out / "c.safetensors")} == {f"unet.{path}" for path in PATHS}
+    assert {key.rpartition(".lora_")[0] for key in load_file(out / "c.safetensors")} == {
+        f"unet.{path}" for path in PATHS
+    }
     looked = run("inspect", mixed, "--partial", "--json")
     assert json.loads(looked.out)[0]["layers"] == 3  # without a base, every name may be a layer
 

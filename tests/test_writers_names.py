@@ -228,9 +228,7 @@ def test_two_adapters_in_one_file_are_told_by_their_names(tmp_path):
 @pytest.mark.parametrize("make_model", [bases.unet, bases.flux2_transformer], ids=["unet", "flux2"])
 def test_what_stands_before_a_layers_name(tmp_path, before, make_model):
     model = make_model()
-    made = make(
-        model, [*adaptable_layers(model)][:6], files.dotted(before), peft_with_alpha, files.lora_delta
-    )
+    made = make(model, [*adaptable_layers(model)][:6], files.dotted(before), peft_with_alpha, files.lora_delta)
     assert_means(load_quietly(model, made.save(tmp_path / "a.safetensors")), made.deltas)
 
 
@@ -263,7 +261,13 @@ def test_the_three_text_encoders_of_stable_diffusion_3(tmp_path, spelling):
         "kohya": [files.flat(f"lora_te{i}_") for i in (1, 2, 3)],
         "diffusers": [files.dotted(f"{encoder}.") for encoder in ("text_encoder", "text_encoder_2", "text_encoder_3")],
     }[spelling]
-    made = add(Made(), pipe.transformer, {"joint_blocks.0.x_block.attn.qkv": qkv(DOUBLE)}, files.flat("lora_unet_"), files.kohya)
+    made = add(
+        Made(),
+        pipe.transformer,
+        {"joint_blocks.0.x_block.attn.qkv": qkv(DOUBLE)},
+        files.flat("lora_unet_"),
+        files.kohya,
+    )
     for i, (encoder, name) in enumerate(zip(("text_encoder", "text_encoder_2", "text_encoder_3"), before)):
         model = getattr(pipe, encoder)
         groups = in_t5() if i == 2 else in_clip(model)
@@ -302,7 +306,12 @@ def test_the_language_models_that_read_texts(tmp_path, make_pipe, inside, kinds)
     pipe = make_pipe()
     before = [f"text_encoders.{kind}.transformer.{head}" for kind in kinds for head in ("model.", "")]
     before += ["text_encoder.model.", "text_encoder.", f"text_encoder.{inside}"]
-    for name in (*map(files.dotted, before), files.flat("lora_te_"), files.flat("lora_te_model_"), files.flat("lora_te1_")):
+    for name in (
+        *map(files.dotted, before),
+        files.flat("lora_te_"),
+        files.flat("lora_te_model_"),
+        files.flat("lora_te1_"),
+    ):
         made = add(
             Made(),
             pipe.text_encoder,
@@ -360,8 +369,16 @@ def test_xlabs_file_means_what_diffusers_makes_of_it(tmp_path):
 def test_fused_projections_as_diffusers_names_them(tmp_path, flat):
     fused = {f"{DOUBLE}.attn.to_qkv": qkv(DOUBLE), f"{DOUBLE}.attn.to_added_qkv": added_qkv(DOUBLE)}
     cases = [(bases.flux_transformer(), fused), (bases.sd3_transformer(), fused), (bases.flux2_transformer(), fused)]
-    cases += [(bases.qwen_transformer(), fused), (bases.flux_transformer(), {"single_blocks.0.linear1_qkv": qkv(SINGLE)})]
-    cases += [(bases.z_image_transformer(), {"layers.0.attention.to_qkv": attention("layers.0.attention", "to_q", "to_k", "to_v")})]
+    cases += [
+        (bases.qwen_transformer(), fused),
+        (bases.flux_transformer(), {"single_blocks.0.linear1_qkv": qkv(SINGLE)}),
+    ]
+    cases += [
+        (
+            bases.z_image_transformer(),
+            {"layers.0.attention.to_qkv": attention("layers.0.attention", "to_q", "to_k", "to_v")},
+        )
+    ]
     block = "down_blocks.0.attentions.0.transformer_blocks.0"
     unet = {
         f"{block}.attn1.to_qkv": attention(f"{block}.attn1", "to_q", "to_k", "to_v"),
@@ -399,7 +416,9 @@ def test_blocks_that_lost_the_first_letters_of_their_name(tmp_path):
 
 
 @pytest.mark.parametrize("make_model", [bases.qwen_transformer, bases.z_image_transformer], ids=["qwen", "z-image"])
-@pytest.mark.parametrize("leaves, delta", [(files.kohya, files.lora_delta), (files.kohya_input_axis, files.input_axis_delta)])
+@pytest.mark.parametrize(
+    "leaves, delta", [(files.kohya, files.lora_delta), (files.kohya_input_axis, files.input_axis_delta)]
+)
 def test_onetrainers_dotted_names_of_every_layer(tmp_path, make_model, leaves, delta):
     model = make_model()
     made = add(Made(), model, alone(model), files.dotted("transformer."), leaves, delta=delta)
@@ -413,10 +432,14 @@ def test_onetrainers_dotted_names_of_every_layer(tmp_path, make_model, leaves, d
 def test_the_advanced_scripts_kohya_file_keeps_its_magnitudes(tmp_path):
     """`convert_state_dict_to_kohya` counts two dots from the end, which a magnitude's key without "weight" lacks one of."""
     model = bases.unet()
-    model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_out.0"], use_dora=True, init_lora_weights=False))
+    model.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_out.0"], use_dora=True, init_lora_weights=False)
+    )
     state = {f"unet.{key}": tensor for key, tensor in get_peft_model_state_dict(model).items()}
     kohya = convert_state_dict_to_kohya(copy.copy(state))
-    assert any(".attn1.to_k.lora_magnitude_vector" in key or "_attn1.to_k.lora_magnitude_vector" in key for key in kohya)
+    assert any(
+        ".attn1.to_k.lora_magnitude_vector" in key or "_attn1.to_k.lora_magnitude_vector" in key for key in kohya
+    )
     save_file({key: tensor.contiguous() for key, tensor in kohya.items()}, tmp_path / "kohya.safetensors")
     save_file(state, tmp_path / "peft.safetensors")
     ours, theirs = (load_quietly(bases.unet(), tmp_path / f"{name}.safetensors") for name in ("kohya", "peft"))

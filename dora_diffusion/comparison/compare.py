@@ -102,9 +102,7 @@ def compare(
                 )
 
 
-def _attach(
-    base: Base, column: Column, file: AdapterFile | None, name: str, tolerant: bool, partial: bool
-) -> _Ready:
+def _attach(base: Base, column: Column, file: AdapterFile | None, name: str, tolerant: bool, partial: bool) -> _Ready:
     if file is None:
         return _Ready(column, None, None)
     fit = fit_of(base, file)
