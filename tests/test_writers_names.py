@@ -430,7 +430,7 @@ def test_onetrainers_dotted_names_of_every_layer(tmp_path, make_model, leaves, d
 
 
 def test_the_advanced_scripts_kohya_file_keeps_its_magnitudes(tmp_path):
-    """`convert_state_dict_to_kohya` counts two dots from the end, which a magnitude's key without "weight" lacks one of."""
+    """`convert_state_dict_to_kohya` keeps the last two dots of a key, and a magnitude's ends in one word."""
     model = bases.unet()
     model.add_adapter(
         LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_out.0"], use_dora=True, init_lora_weights=False)

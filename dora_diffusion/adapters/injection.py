@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,14 @@ class AdapterConfig:
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+class Companion(Protocol):
+    """What is in a pipeline with an adapter and is no layer of it."""
+
+    def follow(self, strength: float) -> None: ...
+
+    def leave(self) -> None: ...
+
+
 class Adapter:
     """One adapter in one model, or in a pipeline's denoiser and text encoders; all layers share one name and strength.
 
@@ -156,6 +164,7 @@ class Adapter:
         self._roots = Roots(model, text_encoders or {})
         self._strength = 1.0
         self._fused = False
+        self.companions: list[Companion] = []
 
     def __repr__(self) -> str:
         state = "ejected" if not self.layers else f"strength {self.strength:g}" + (", fused" * self._fused)
@@ -201,6 +210,8 @@ class Adapter:
         self._strength = check_strength(value)
         for update in self.updates().values():
             update.strength = self._strength
+        for companion in self.companions:
+            companion.follow(self._strength)
         if self._fused:
             self.fuse()
 
@@ -262,7 +273,9 @@ class Adapter:
             del layer.updates[self.name]
             if not layer.updates:
                 self._roots.replace(path, layer.base)
-        self.layers = {}
+        for companion in self.companions:
+            companion.leave()
+        self.layers, self.companions = {}, []
         self._roots.thaw()
 
     def _require_layers(self, action: str) -> None:

@@ -12,6 +12,7 @@ from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import Model
 from dora_diffusion.formats.description import MADE_FOR_KEY, BaseIdentity, Description
+from dora_diffusion.formats.words import Word
 
 __all__ = ["AdapterFile", "Raw", "by_layer"]
 
@@ -42,6 +43,7 @@ class AdapterFile:
     the other axis) and unscaled_magnitude (ai-toolkit's norm); or difference. A layer is the path in the denoiser, or
     a text encoder's behind "text_encoder.". `written` has the modules' names in the file, `flat` the layers whose name
     only a model can take apart, `notes` what is worth saying of the file, `left_out` the keys not read (partial=True),
+    `words` are the embeddings beside the layers, `beside` says what other keys of no layer are,
     `models` the families of denoisers that its names leave open, and `raw` what a model leads to its own layers.
     """
 
@@ -56,6 +58,8 @@ class AdapterFile:
     flat: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    words: tuple[Word, ...] = ()
+    beside: tuple[str, ...] = ()
     models: tuple[Model, ...] = ("other",)
     raw: Raw | None = None
 

@@ -22,14 +22,16 @@ from dora_diffusion.adapters.injection import (
 )
 from dora_diffusion.adapters.layers import DoRAUpdate
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
-from dora_diffusion.formats.anatomy import Anatomy, anatomy_of
+from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, anatomy_of, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import BaseIdentity, identify_base
 from dora_diffusion.formats.findings import Findings, some
 from dora_diffusion.formats.forms import BY_CHANNEL, form_of, with_axes
+from dora_diffusion.formats.kinds import model_of_names
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.placing import place_again
+from dora_diffusion.formats.placing import bare_names, families_of, place_again
 from dora_diffusion.formats.reading import read_with_findings
+from dora_diffusion.formats.words import vocabulary_of
 
 __all__ = [
     "Fit",
@@ -235,8 +237,19 @@ def _attach(pipe_or_model: object, fitted: _Fitted, strength: float, name: str |
         text_encoders=text_encoders_of(pipe_or_model),
         tensors=fitted.tensors,
     )
+    _teach(pipe_or_model, adapter, file)
     adapter.strength = strength
     return adapter
+
+
+def _teach(pipe_or_model: object, adapter: Adapter, file: AdapterFile) -> None:
+    """Put the words of a file beside its adapter; those that cannot be there are named in a warning."""
+    pipe = getattr(pipe_or_model, "pipe", pipe_or_model)
+    vocabulary, problems = vocabulary_of(pipe, file.words, model_of(type(adapter.model).__name__))
+    if vocabulary is not None:
+        adapter.companions.append(vocabulary)
+    if file.beside or problems:
+        warnings.warn(f"{file.path.name}: {'; '.join((*file.beside, *problems))}.", stacklevel=4)
 
 
 @dataclass
@@ -340,13 +353,25 @@ def _report(fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bo
         return
     if not fitted.problems:
         raise AdapterFileError(f"{file.path} cannot be read whole.{lines}\n{findings.way_out()}")
+    if not fitting and (foreign := model_of_names(bare_names(file))):
+        raise AdapterMismatchError(
+            f"{file.path} is an adapter for {foreign.what}: none of its {total} layers is in this base, "
+            f"{here.name!r} ({here.model_class}). Load it with {foreign.way_out}.{lines}"
+        )
     trained = (
         f"Trained on {file.base.name!r} ({file.base.model_class}, fingerprint {file.base.fingerprint}); this base is "
         if file.base.sketch
-        else "The file does not say what it was trained on; this base is "
+        else f"{_told_by_names(file)}; this base is "
     )
     raise AdapterMismatchError(
         f"{file.path} does not fit this base: {fitting} of {total} layers match.{lines}\n{trained}"
         f"{here.name!r} ({here.model_class}, {here.fingerprint}). Load it with the base it was trained on"
         + (", or what fits of it with partial=True (--partial)." if fitting else ".")
     )
+
+
+def _told_by_names(file: AdapterFile) -> str:
+    """What a file is for that does not say it itself."""
+    silent = "The file does not say what it was trained on"
+    families = [MODEL_LABEL[model] for model in families_of(file) if model != "other"]
+    return f"{silent}, its names are those of {' or '.join(families)}" if len(families) in (1, 2) else silent

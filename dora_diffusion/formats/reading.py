@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
-from dora_diffusion.formats import eight_bit, names
+from dora_diffusion.formats import eight_bit, kinds, names
 from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.configs import read_description
 from dora_diffusion.formats.content import AdapterFile, Raw
@@ -25,6 +26,7 @@ from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
 from dora_diffusion.formats.storage import read_header, read_safetensors
+from dora_diffusion.formats.words import split_off
 
 __all__ = ["check_adapter", "read_adapter_file", "read_what_fits", "read_with_findings", "some"]
 
@@ -73,10 +75,12 @@ def read_with_findings(
     Raises AdapterFileError for a file that is no sound adapter at all.
     """
     found, peft_config = find_file(path)
+    _check_kind(found)
     _check_dtypes(found)
     tensors, header = read_safetensors(found)
     tensors, said = _decoded(found, tensors)
     _check_one_adapter(found, tensors)
+    tensors, words, loose = split_off(tensors)
     findings = Findings()
     modules, leaves = _by_module(tensors, findings)
     dialect = _dialect(found, leaves, header, modules, findings)
@@ -84,8 +88,9 @@ def read_with_findings(
     sound, notes = _sound(modules, findings)
     keys = {key: split[0] if split else "" for key, split in _split(tensors).items()}
     peft_named = any(leaf.dialect == "PEFT" for leaf in leaves)
-    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *notes))
+    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *loose, *notes))
     file = AdapterFile(found, "unet", AdapterConfig(), {}, read_description(found, header), dialect, header, raw=raw)
+    file = replace(file, words=words, beside=tuple(loose))
     return place(file, anatomy, findings), findings
 
 
@@ -107,6 +112,11 @@ def _sound(
             sound[module], notes = one_form(held)
             said += notes
     return sound, tuple(dict.fromkeys(said))
+
+
+def _check_kind(path: Path) -> None:
+    if kind := kinds.file_of(read_header(path).tensors):
+        raise AdapterFileError(f"{path} {kind.said()}")
 
 
 def _check_dtypes(path: Path) -> None:

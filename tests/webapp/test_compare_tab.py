@@ -310,7 +310,7 @@ def test_a_sweep_says_its_size_first_and_labels_every_column(tabs, pair):
         assert f">{label}<" in html
     assert "20 pictures, about 0:" in tabs.compare.sweep_size(*form, PAGE)
     assert "more than the 300" in tabs.compare.sweep_size(
-        "a\n" * 60, "1", "0.5, 1, 1.5", pair[0], pair[1], 2, "", "", "", PAGE
+        "a\n" * 60, "1", "0.5, 1, 1.5", pair[0], pair[1], 2, "", "", "", False, PAGE
     )
 
 
