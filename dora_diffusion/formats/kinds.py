@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-__all__ = ["Kind", "advice", "file_of", "model_of_names"]
+__all__ = ["FIRST_LAYERS", "Kind", "advice", "file_of", "model_of_names", "wider_base"]
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,19 @@ ADVICE = {
         "its model's own pipeline in diffusers, or ComfyUI, loads it"
     ),
 }
+
+
+FIRST_LAYERS = ("conv_in", "x_embedder", "img_in", "pos_embed.proj", "all_x_embedder.2-1")  # what takes the latents
+
+
+def wider_base(own: int, theirs: int) -> str:
+    """What an adapter is whose first layer takes more inputs than the base's."""
+    return (
+        f"; it takes a second picture (depth, edges, a mask, a picture to edit) beside the noise, as BFL's control and "
+        f"fill adapters do, and its base has {theirs} inputs there, not {own}. Load it into a base made so "
+        "(black-forest-labs/FLUX.1-Depth-dev, -Canny-dev or -Fill-dev, an inpainting UNet), or into diffusers' "
+        "FluxControlPipeline, which widens its own"
+    )
 
 
 def advice(kind: str) -> str:

@@ -55,6 +55,7 @@ LEAVES = {
 # Old diffusers joined the first of these to the layer with an underscore: "to_q_lora.down.weight". XLabs does it too,
 # and numbers FLUX's two streams: "qkv_lora1.down.weight".
 _JOINED = re.compile(r"(.+?)(?:_lora|(_lora[12]))\.(down|up)\.weight")
+_XLABS = re.compile(r"(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.")
 # PEFT's state_dict, which DiffSynth and ModelScope save, has the adapter's name in its keys: "lora_A.default.weight".
 _NAMED = re.compile(
     r"(.+\.(?:lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_\w+))\.(?!(?:weight|bias)(?:\.|$))([^.]+)(\.weight|\.bias)?"
@@ -118,7 +119,8 @@ def without_adapter_name(key: str) -> str:
 def split_key(key: str) -> tuple[str, Leaf] | None:
     """The module's name in a key and what the key holds of it; None for a key of no dialect known here."""
     if joined := _JOINED.fullmatch(key):
-        return joined[1] + (joined[2] or ""), LEAVES[f"lora.{joined[3]}.weight"]
+        leaf = LEAVES[f"lora.{joined[3]}.weight"]
+        return joined[1] + (joined[2] or ""), Leaf("XLabs", leaf.holds) if _XLABS.match(key) else leaf
     key = without_adapter_name(key)
     for leaf in _LONGEST_FIRST:
         if key.endswith("." + leaf) and len(key) > len(leaf) + 1:

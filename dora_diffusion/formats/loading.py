@@ -27,7 +27,7 @@ from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import BaseIdentity, identify_base
 from dora_diffusion.formats.findings import Findings, some
 from dora_diffusion.formats.forms import BY_CHANNEL, form_of, with_axes
-from dora_diffusion.formats.kinds import model_of_names
+from dora_diffusion.formats.kinds import FIRST_LAYERS, model_of_names, wider_base
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.placing import bare_names, families_of, place_again
 from dora_diffusion.formats.reading import read_with_findings
@@ -293,7 +293,7 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> _Fitted:
         elif path in fitted.tensors:
             fitted.problems.append(f"{_said(layer, file)}: {path} has an update of this file already")
         elif problem := _misfit(held, views[path]):
-            fitted.problems.append(f"{_said(layer, file)}: {problem}")
+            fitted.problems.append(f"{_said(layer, file)}: {problem}{_for_more_inputs(path, held, views[path])}")
         else:
             fitted.places[layer] = path
             fitted.tensors[path] = {p: _shaped(p, tensor, views[path]) for p, tensor in held.items()}
@@ -323,6 +323,12 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenLayer) -> str:
             f"this layer has {view.out_features} x {list(view.in_shape)}"
         )
     return ""
+
+
+def _for_more_inputs(path: str, held: Mapping[str, Tensor], view: FrozenLayer) -> str:
+    """What to say of a first layer that is wider in the file's base than here."""
+    own, theirs = view.in_shape[0], held["lora_A"].shape[1] if "lora_A" in held else 0
+    return wider_base(own, theirs) if path in FIRST_LAYERS and theirs > own else ""
 
 
 def _same(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
