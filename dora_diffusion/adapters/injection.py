@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.fellows import introduce
 from dora_diffusion.adapters.frozen import FrozenLayer, freeze_view
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
 from dora_diffusion.adapters.roots import Roots
@@ -34,6 +35,7 @@ __all__ = [
     "Kind",
     "NormAxis",
     "Parametrisation",
+    "accompany",
     "adaptable_layers",
     "check_strength",
     "inject_adapter",
@@ -134,6 +136,12 @@ class AdapterConfig:
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+def accompany(adapter: Adapter, companion: Companion) -> None:
+    """Let something that is no layer come and go with an adapter, at its strength."""
+    adapter._companions.append(companion)
+    companion.follow(adapter.strength)
+
+
 class Companion(Protocol):
     """What is in a pipeline with an adapter and is no layer of it."""
 
@@ -164,7 +172,7 @@ class Adapter:
         self._roots = Roots(model, text_encoders or {})
         self._strength = 1.0
         self._fused = False
-        self.companions: list[Companion] = []
+        self._companions: list[Companion] = []
 
     def __repr__(self) -> str:
         state = "ejected" if not self.layers else f"strength {self.strength:g}" + (", fused" * self._fused)
@@ -210,7 +218,7 @@ class Adapter:
         self._strength = check_strength(value)
         for update in self.updates().values():
             update.strength = self._strength
-        for companion in self.companions:
+        for companion in self._companions:
             companion.follow(self._strength)
         if self._fused:
             self.fuse()
@@ -273,9 +281,9 @@ class Adapter:
             del layer.updates[self.name]
             if not layer.updates:
                 self._roots.replace(path, layer.base)
-        for companion in self.companions:
+        for companion in self._companions:
             companion.leave()
-        self.layers, self.companions = {}, []
+        self.layers, self._companions = {}, []
         self._roots.thaw()
 
     def _require_layers(self, action: str) -> None:
@@ -320,11 +328,13 @@ def inject_into(
     seed: int | None = None,
     text_encoders: Mapping[str, nn.Module] | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    fellows: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Adapter:
     """`inject_adapter` at exactly these layers, whatever config.target_modules says.
 
     `text_encoders` by their names in the pipeline. `tensors` by layer are the values of the updates' parameters, which
-    say what form each update has; without them it is the config's, as training starts.
+    say what form each update has; without them it is the config's, as training starts. `fellows` are the parts of a
+    fused layer, by each of them, whose updates have one norm.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     roots = Roots(model, text_encoders or {})
@@ -334,6 +344,7 @@ def inject_into(
         values = None if tensors is None else tensors[path]
         make = update_class(config.parameters) if values is None else update_of(values)
         updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator, values)
+    introduce(updates, fellows or {})
     roots.freeze(views)
     layers = {}
     for path, frozen in views.items():

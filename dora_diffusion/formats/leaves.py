@@ -48,6 +48,8 @@ LEAVES = {
     **{f"lokr_{name}": Leaf("LyCORIS", f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     **{f"{name}.weight": Leaf("LyCORIS", name) for name in ("a1", "a2", "b1", "b2")},
     "oft_blocks": Leaf("LyCORIS", "oft_blocks"),
+    "oft_R.weight": Leaf("LyCORIS", "oft_R"),  # OneTrainer's, of the inputs
+    "oft_R.scaled_oft": Leaf("LyCORIS", "oft_scaled"),
     "rescale": Leaf("LyCORIS", "rescale"),
     "on_input": Leaf("LyCORIS", "on_input"),
     "scalar": Leaf("LyCORIS", "scalar"),
@@ -67,7 +69,7 @@ _FOREIGN = {
     r"b_norm": "a change of normalisation biases",
     r"lokr_t1": "a LoKr with a core in its first factor, which no program writes",
     r"oft_diag": "kohya's OFT",
-    r"oft_R(?:\.\w+)?\.weight|oft_R": "PEFT's OFT",
+    r"oft_R\.\w+\.weight|oft_R": "PEFT's OFT",
     r"boft_[RS](?:\.\w+)?": "PEFT's BOFT",
     r"ia3_l(?:\.\w+)?": "PEFT's IA3",
     r"vera_lambda_[bd](?:\.\w+)?|vera_[AB](?:\.\w+)?": "PEFT's VeRA",
@@ -119,8 +121,8 @@ def without_adapter_name(key: str) -> str:
 def split_key(key: str) -> tuple[str, Leaf] | None:
     """The module's name in a key and what the key holds of it; None for a key of no dialect known here."""
     if joined := _JOINED.fullmatch(key):
-        leaf = LEAVES[f"lora.{joined[3]}.weight"]
-        return joined[1] + (joined[2] or ""), Leaf("XLabs", leaf.holds) if _XLABS.match(key) else leaf
+        theirs = LEAVES[f"lora.{joined[3]}.weight"]
+        return joined[1] + (joined[2] or ""), Leaf("XLabs", theirs.holds) if _XLABS.match(key) else theirs
     key = without_adapter_name(key)
     for leaf in _LONGEST_FIRST:
         if key.endswith("." + leaf) and len(key) > len(leaf) + 1:

@@ -16,6 +16,7 @@ from dora_diffusion.adapters.injection import (
     AdapterConfig,
     Kind,
     NormAxis,
+    accompany,
     adaptable_layers,
     check_strength,
     inject_into,
@@ -118,7 +119,8 @@ def by_the_models_names(pipe_or_model: object, file: AdapterFile, partial: bool 
         for path, held in fitted.tensors.items()
         for p, tensor in with_axes(held, fitted.views[path].in_shape).items()
     }
-    return replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
+    made = replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
+    return replace(made, fellows=fitted.fellows())
 
 
 def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> _Fitted:
@@ -152,7 +154,7 @@ def attach_trainable(
     A LoRA goes on as a DoRA (`kind`, `norm_axis`) with the magnitudes of W0 + s B A, so that the model is the same.
     Raises AdapterMismatchError when it does not fit whole.
     """
-    if file.config.kind == "full" or file.config.parametrisation != "lora":
+    if file.config.kind == "full" or file.config.parametrisation != "lora" or file.fellows:
         raise AdapterMismatchError(
             f"cannot go on from {file.path}: it is {file.config.kind_label}, and LoRA and DoRA are trained here. "
             "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
@@ -236,9 +238,10 @@ def _attach(pipe_or_model: object, fitted: _Fitted, strength: float, name: str |
         name=name,
         text_encoders=text_encoders_of(pipe_or_model),
         tensors=fitted.tensors,
+        fellows=fitted.fellows(),
     )
-    _teach(pipe_or_model, adapter, file)
     adapter.strength = strength
+    _teach(pipe_or_model, adapter, file)
     return adapter
 
 
@@ -247,7 +250,7 @@ def _teach(pipe_or_model: object, adapter: Adapter, file: AdapterFile) -> None:
     pipe = getattr(pipe_or_model, "pipe", pipe_or_model)
     vocabulary, problems = vocabulary_of(pipe, file.words, model_of(type(adapter.model).__name__))
     if vocabulary is not None:
-        adapter.companions.append(vocabulary)
+        accompany(adapter, vocabulary)
     if file.beside or problems:
         warnings.warn(f"{file.path.name}: {'; '.join((*file.beside, *problems))}.", stacklevel=4)
 
@@ -273,6 +276,11 @@ class _Fitted:
             alpha_pattern={places[layer]: a for layer, a in said.alpha_pattern.items() if layer in places},
         )
 
+    def fellows(self) -> dict[str, tuple[str, ...]]:
+        """The parts of fused layers that share a norm, by the model's paths."""
+        places = self.places
+        return {places[la]: tuple(places[each] for each in f) for la, f in self.file.fellows.items() if la in places}
+
     def by_name(self) -> dict[str, Tensor]:
         """The tensors by the names of an adapter's parameters."""
         return {f"{path}.{p}": tensor for path, held in self.tensors.items() for p, tensor in held.items()}
@@ -297,6 +305,10 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> _Fitted:
         else:
             fitted.places[layer] = path
             fitted.tensors[path] = {p: _shaped(p, tensor, views[path]) for p, tensor in held.items()}
+    for layer in [la for la, fellows in file.fellows.items() if not fitted.places.keys() >= set(fellows)]:
+        if layer in fitted.places:
+            del fitted.tensors[fitted.places.pop(layer)]
+            fitted.problems.append(f"{_said(layer, file)}: not all parts of the layer that its norm runs over are here")
     return fitted
 
 
@@ -308,11 +320,14 @@ def _said(layer: str, file: AdapterFile) -> str:
 def _misfit(held: Mapping[str, Tensor], view: FrozenLayer) -> str:
     """Why a layer's tensors do not fit; empty when they do."""
     wanted = (view.out_features, *view.in_shape)
-    m = held.get("input_magnitude")
+    m = held.get("input_magnitude", held.get("shared_magnitude"))
     if m is not None and m.numel() != view.in_shape[0]:
         return f"a magnitude of {m.numel()} inputs, this layer has {view.in_shape[0]}"
     if not held.keys() & {"difference", "lora_A"}:
-        return form_of(held).sizes(held).cannot_be(view.out_features, view.in_shape)
+        sizes = form_of(held).sizes(held)
+        if "rows" in held:
+            sizes = replace(sizes, outputs=int(held["rows"].diff(dim=1).sum()))
+        return sizes.cannot_be(view.out_features, view.in_shape)
     if "difference" in held:
         shape = tuple(held["difference"].shape)
         return "" if _same(shape, wanted) else f"a difference of {list(shape)} for a weight of {list(wanted)}"

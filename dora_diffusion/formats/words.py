@@ -10,14 +10,16 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_diffusion.formats.anatomy import Model
 from dora_diffusion.formats.names import encoder_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Vocabulary", "Word", "split_off", "vocabulary_of"]
 
@@ -112,12 +114,12 @@ def vocabulary_of(pipe: object, words: Iterable[Word], model: Model) -> tuple[Vo
 
 def _problem(pipe: object, encoder: str, word: Word) -> str:
     model, tokenizer = getattr(pipe, encoder, None), getattr(pipe, _tokenizer_of(encoder), None)
-    if isinstance(pipe, nn.Module) or not isinstance(model, PreTrainedModel) or tokenizer is None:
+    if isinstance(pipe, nn.Module) or model is None or tokenizer is None or not hasattr(model, "get_input_embeddings"):
         return f"there is no {encoder} with a tokenizer; load it into the whole pipeline"
     width = model.get_input_embeddings().weight.shape[1]
     if word.vectors.shape[1] != width:
         return f"its vectors have {word.vectors.shape[1]} numbers, this {encoder} has {width}"
-    if word.vectors.shape[0] > 1 and not isinstance(pipe, TextualInversionLoaderMixin):
+    if word.vectors.shape[0] > 1 and not hasattr(pipe, "maybe_convert_prompt"):
         return f"{type(pipe).__name__} reads no word that has several vectors"
     if word.text in tokenizer.get_added_vocab():
         return "there is a word of this name already, of another adapter or of the base"
