@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.cutting import cut
+from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.fusing import Held, fused_groups
 from dora_diffusion.formats.lycoris import module_keys
 from dora_diffusion.formats.names import TEXT_ENCODERS
@@ -45,11 +46,12 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
 
 def has_halves_turned(file: AdapterFile, layer: str) -> bool:
     """Whether this layer is written by the checkpoint's name, with its two halves in the checkpoint's order."""
-    model = _model(file)
-    groups = fused_groups(
-        file, by_layer(file.tensors), model, differences=_always_fused(file), ranks=_always_fused(file)
-    )
-    return _has_original_names(file, any(True for _ in groups)) and model.original(layer) in model.swapped
+    model, layers = _model(file), by_layer(file.tensors)
+    groups = fused_groups(file, layers, model, differences=_always_fused(file), ranks=_always_fused(file))
+    theirs = model.original(layer)
+    if theirs is None or not _has_original_names(file, any(True for _ in groups)):
+        return False
+    return _is_turned(model, theirs, layers[layer])
 
 
 def _model(file: AdapterFile) -> Transformer:
@@ -68,15 +70,27 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
         return _encoder_prefix(file, component) + path.replace(".", "_"), held
     if file.prefix == "transformer":
         theirs = model.original(layer) if original else None
-        if theirs is None:
+        if theirs is None or _is_open(model, theirs, held):
             return _transformer_prefix(file) + layer.replace(".", "_"), held
-        if theirs in model.swapped:
+        if _is_turned(model, theirs, held):
             [held] = cut(held, [SWAPPED])
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
     if is_xl(file) and layer not in file.flat:
         theirs = unet_original(layer, file.base.layers_per_block or 2, file.base.plain_up_blocks)
     return "lora_unet_" + (theirs or layer).replace(".", "_"), held
+
+
+def _is_open(model: Transformer, theirs: str, held: Held) -> bool:
+    """Whether nothing says in which order the checkpoint's layer has its halves."""
+    sizes = form_of(held).sizes(held)
+    return any(part.rows.settled(sizes.outputs, sizes.columns).swapped_if_two for part in model.parts(theirs))
+
+
+def _is_turned(model: Transformer, theirs: str, held: Held) -> bool:
+    """Whether the checkpoint's layer has its two halves the other way round."""
+    sizes = form_of(held).sizes(held)
+    return model.is_turned(theirs, sizes.outputs, sizes.columns)
 
 
 def _encoder_prefix(file: AdapterFile, component: str) -> str:

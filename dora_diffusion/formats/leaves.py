@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["LEAVES", "Leaf", "dialect_of", "foreign", "split_key", "split_keys"]
+__all__ = [
+    "LEAVES",
+    "Leaf",
+    "adapter_names",
+    "dialect_of",
+    "foreign",
+    "split_key",
+    "split_keys",
+    "without_adapter_name",
+]
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,14 @@ LEAVES = {
     "on_input": Leaf("LyCORIS", "on_input"),
     "scalar": Leaf("LyCORIS", "scalar"),
 }
-# Old diffusers joined the first of these to the layer with an underscore: "to_q_lora.down.weight".
-_JOINED = re.compile(r"(.+)_lora\.(down|up)\.weight")
+# Old diffusers joined the first of these to the layer with an underscore: "to_q_lora.down.weight". XLabs does it too,
+# and numbers FLUX's two streams: "qkv_lora1.down.weight".
+_JOINED = re.compile(r"(.+?)(?:_lora|(_lora[12]))\.(down|up)\.weight")
+_XLABS = re.compile(r"(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.")
+# PEFT's state_dict, which DiffSynth and ModelScope save, has the adapter's name in its keys: "lora_A.default.weight".
+_NAMED = re.compile(
+    r"(.+\.(?:lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_\w+))\.(?!(?:weight|bias)(?:\.|$))([^.]+)(\.weight|\.bias)?"
+)
 # What keys end with (after a dot) that no adapter read here has, and what it is.
 _FOREIGN = {
     r"diff_b": "a change of biases",
@@ -55,11 +70,16 @@ _FOREIGN = {
     r"lokr_t1": "a LoKr with a core in its first factor, which no program writes",
     r"oft_diag": "kohya's OFT",
     r"oft_R\.\w+\.weight|oft_R": "PEFT's OFT",
+    r"boft_[RS](?:\.\w+)?": "PEFT's BOFT",
+    r"ia3_l(?:\.\w+)?": "PEFT's IA3",
+    r"vera_lambda_[bd](?:\.\w+)?|vera_[AB](?:\.\w+)?": "PEFT's VeRA",
+    r"lora_E(?:\.\w+)?|ranknum(?:\.\w+)?": "PEFT's AdaLoRA",
+    r"fourierft_spectrum(?:\.\w+)?": "PEFT's FourierFT",
+    r"hra_u(?:\.\w+)?": "PEFT's HRA",
+    r"lora_down|lora_up": "a LoRA as nunchaku keeps it",
     r"bm\.weight": "LyCORIS GLoRA with a core",
     r"lora_B\.bias": "a trained bias (PEFT's lora_bias)",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",
-    r"lora_[AB]\.\w+\.weight": "a LoRA as DiffSynth names it, with an adapter's name in its keys",
-    r"\w+_lora[12]\.(?:down|up)\.weight": "a FLUX LoRA of XLabs",
     r"set_weight|reshape_weight": "a weight that ComfyUI replaces whole",
     r"emb_params|string_to_param|clip_[lg]|t5": "an embedding (textual inversion)",
 }
@@ -87,10 +107,23 @@ def split_keys(keys: Iterable[str]) -> dict[str, tuple[str, Leaf] | None]:
     return found
 
 
+def adapter_names(keys: Iterable[str]) -> list[str]:
+    """The names that PEFT has for an adapter, as they stand in these keys."""
+    return sorted({found[2] for key in keys if (found := _NAMED.fullmatch(key))})
+
+
+def without_adapter_name(key: str) -> str:
+    """`to_q.lora_A.default.weight` as `to_q.lora_A.weight`."""
+    found = _NAMED.fullmatch(key)
+    return found[1] + (found[3] or "") if found else key
+
+
 def split_key(key: str) -> tuple[str, Leaf] | None:
     """The module's name in a key and what the key holds of it; None for a key of no dialect known here."""
     if joined := _JOINED.fullmatch(key):
-        return joined[1], LEAVES[f"lora.{joined[2]}.weight"]
+        theirs = LEAVES[f"lora.{joined[3]}.weight"]
+        return joined[1] + (joined[2] or ""), Leaf("XLabs", theirs.holds) if _XLABS.match(key) else theirs
+    key = without_adapter_name(key)
     for leaf in _LONGEST_FIRST:
         if key.endswith("." + leaf) and len(key) > len(leaf) + 1:
             return key[: -len(leaf) - 1], LEAVES[leaf]

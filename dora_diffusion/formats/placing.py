@@ -16,7 +16,7 @@ from dora_diffusion.formats.findings import Findings, some
 from dora_diffusion.formats.forms import form_of, name_of
 from dora_diffusion.formats.unet_names import is_original
 
-__all__ = ["open_names", "place", "place_again"]
+__all__ = ["bare_names", "families_of", "open_names", "place", "place_again"]
 
 
 DECOMPOSED = ("lora", "loha", "lokr")  # the forms that trainers give magnitudes to, in all layers or in none
@@ -76,6 +76,17 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
     return made if anatomy else replace(made, notes=(*made.notes, *_guesses(made)))
 
 
+def families_of(file: AdapterFile) -> tuple[Model, ...]:
+    """The families that the file's own names are those of, whatever model it was led to."""
+    return _models(file) if file.raw is not None else file.models
+
+
+def bare_names(file: AdapterFile) -> list[str]:
+    """The names of the file's modules with dots, without what stands before them."""
+    modules = file.raw.modules if file.raw is not None else file.layers
+    return [names.dotted(module) for module in modules]
+
+
 def _models(file: AdapterFile) -> tuple[Model, ...]:
     assert file.raw is not None
     return names.models_of(file.raw.modules, _linear_shapes(file.raw.modules), file.base.model_class, file.header)
@@ -116,7 +127,8 @@ def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findin
     whole: dict[str, str] = {}
     for module, held in modules.items():
         located = names.locate(module, anatomy)
-        rows = [part.rows for part in located.parts]
+        sizes = form_of(held).sizes(held)
+        rows = [part.rows.settled(sizes.outputs, sizes.columns) for part in located.parts]
         problem = cannot_fall_apart(held, rows)
         taken = [part.layer for part in located.parts if part.layer in placed.parameters]
         if problem:

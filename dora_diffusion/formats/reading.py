@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
-from dora_diffusion.formats import names
+from dora_diffusion.formats import eight_bit, kinds, names
 from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.configs import read_description
 from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.findings import Findings, some
 from dora_diffusion.formats.forms import forms_in
-from dora_diffusion.formats.leaves import Leaf, dialect_of, foreign, split_keys
+from dora_diffusion.formats.leaves import Leaf, adapter_names, dialect_of, foreign, split_keys
 from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
 from dora_diffusion.formats.storage import read_header, read_safetensors
+from dora_diffusion.formats.words import split_off
 
-__all__ = ["check_adapter", "read_adapter_file", "read_with_findings", "some"]
+__all__ = ["check_adapter", "read_adapter_file", "read_what_fits", "read_with_findings", "some"]
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16", *eight_bit.DTYPES)
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # some programs save alpha as one
 MAY_BE_WHOLE = {".alpha": WHOLE_NUMBERS, ".on_input": (*WHOLE_NUMBERS, "BOOL"), ".scaled_oft": (*WHOLE_NUMBERS, "BOOL")}
 SOUND_RANGE = 1e6  # no weight is near it, and products of two and their squares stay within float32
@@ -47,12 +49,22 @@ def read_adapter_file(
     `partial` leaves out what cannot be read and says so; `alpha` is for files of programs that do not save theirs.
     Raises AdapterFileError.
     """
-    file, findings = read_with_findings(path, alpha=alpha)
-    if findings and not (partial and file.tensors):
-        raise AdapterFileError(f"{file.path} cannot be read whole.{findings.lines()}\n{findings.way_out()}")
+    file, findings = _read(path, partial, alpha)
     if findings:
         warnings.warn(f"{file.path.name}: {len(file.left_out)} keys are left out.{findings.lines()}", stacklevel=2)
     return file
+
+
+def read_what_fits(path: str | os.PathLike[str], *, partial: bool = True) -> AdapterFile:
+    """`read_adapter_file` for those who say themselves what is left out (`left_out`). Raises AdapterFileError."""
+    return _read(path, partial)[0]
+
+
+def _read(path: str | os.PathLike[str], partial: bool, alpha: float | None = None) -> tuple[AdapterFile, Findings]:
+    file, findings = read_with_findings(path, alpha=alpha)
+    if findings and not (partial and file.tensors):
+        raise AdapterFileError(f"{file.path} cannot be read whole.{findings.lines()}\n{findings.way_out()}")
+    return file, findings
 
 
 def read_with_findings(
@@ -63,17 +75,22 @@ def read_with_findings(
     Raises AdapterFileError for a file that is no sound adapter at all.
     """
     found, peft_config = find_file(path)
+    _check_kind(found)
     _check_dtypes(found)
     tensors, header = read_safetensors(found)
+    tensors, said = _decoded(found, tensors)
+    _check_one_adapter(found, tensors)
+    tensors, words, loose = split_off(tensors)
     findings = Findings()
     modules, leaves = _by_module(tensors, findings)
     dialect = _dialect(found, leaves, header, modules, findings)
     _check_values(found, tensors)
     sound, notes = _sound(modules, findings)
-    keys = {key: split[0] if split else "" for key, split in split_keys(tensors).items()}
+    keys = {key: split[0] if split else "" for key, split in _split(tensors).items()}
     peft_named = any(leaf.dialect == "PEFT" for leaf in leaves)
-    raw = Raw(sound, keys, peft_named, peft_config, alpha, notes)
+    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *loose, *notes))
     file = AdapterFile(found, "unet", AdapterConfig(), {}, read_description(found, header), dialect, header, raw=raw)
+    file = replace(file, words=words, beside=tuple(loose))
     return place(file, anatomy, findings), findings
 
 
@@ -97,6 +114,11 @@ def _sound(
     return sound, tuple(dict.fromkeys(said))
 
 
+def _check_kind(path: Path) -> None:
+    if kind := kinds.file_of(read_header(path).tensors):
+        raise AdapterFileError(f"{path} {kind.said()}")
+
+
 def _check_dtypes(path: Path) -> None:
     wrong = [
         f"{name} ({dtype})"
@@ -105,16 +127,41 @@ def _check_dtypes(path: Path) -> None:
     ]
     if wrong:
         raise AdapterFileError(
-            f"{path} holds numbers of a kind that is not read here: {some(wrong)}. Adapters are read in float32, "
-            "float16, bfloat16 or float64: save it again in one of these."
+            f"{path} holds numbers of a kind that is not read here: {some(wrong)}. Adapters are read in float64, "
+            "float32, float16, bfloat16 and 8-bit floats (e4m3fn, e5m2): save it again in one of these."
         )
+
+
+def _decoded(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    try:
+        return eight_bit.as_float32(tensors)
+    except ValueError as error:
+        raise AdapterFileError(
+            f"{path} is scaled to 8 bits in a way that is not read here: {error}. Get the file as it was before that, "
+            "in float16 or bfloat16."
+        ) from error
+
+
+def _check_one_adapter(path: Path, keys: Collection[str]) -> None:
+    found = adapter_names(keys)
+    if len(found) > 1:
+        raise AdapterFileError(
+            f"{path} holds {len(found)} adapters in one, by the names in its keys: {some(found)}. It is the state_dict "
+            "of a model with all of them in it. Save each by itself, with PEFT: "
+            f"model.save_pretrained(FOLDER, selected_adapters=[{found[0]!r}])."
+        )
+
+
+def _split(keys: Iterable[str]) -> dict[str, tuple[str, Leaf] | None]:
+    """`split_keys`, with a module's name spelt the same way in all of its keys."""
+    return {key: split and (names.one_spelling(split[0]), split[1]) for key, split in split_keys(keys).items()}
 
 
 def _by_module(raw: Mapping[str, Tensor], findings: Findings) -> tuple[dict[str, dict[str, Tensor]], set[Leaf]]:
     modules: dict[str, dict[str, Tensor]] = {}
     leaves: set[Leaf] = set()
     others: dict[str, str] = {}  # modules of a method that is not read: what else they have is none of ours
-    for key, split in split_keys(raw).items():
+    for key, split in _split(raw).items():
         if split is None:
             if other := foreign(key):
                 others.setdefault(*other)

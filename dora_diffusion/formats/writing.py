@@ -148,9 +148,11 @@ def write_adapter_file(
     anew = {HEADER_KEY, diffusers.METADATA_KEY, *ALPHA_KEYS, *RANK_KEYS}  # what is said here, as it is now
     kept = {key: value for key, value in file.header.items() if key not in anew}
     metadata = {**kept, "format": "pt", HEADER_KEY: description.model_dump_json()}
+    tensors, notes = keys_in(file, layout)
     if layout == "diffusers":
         metadata[diffusers.METADATA_KEY] = diffusers.peft_config(file)
+        notes += [f"{word} is not written: diffusers reads none beside layers" for word in file.words]
     else:
         metadata = {**modelspec(replace(file, path=path), description, is_xl=kohya.is_xl(file)), **metadata}
-    tensors, notes = keys_in(file, layout)
+        tensors |= {word.key: word.vectors for word in file.words}
     return write_safetensors(tensors, path, metadata), notes

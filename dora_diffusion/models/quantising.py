@@ -50,7 +50,7 @@ def quantise(denoiser: nn.Module, packing: Packing, device: torch.device, dtype:
     try:
         pack = _pack_nf4 if packing == "nf4" else _pack_int8
         for name in names:  # each alone: the weights that it was made from go as soon as it stands
-            layer = denoiser.get_submodule(name)
+            layer: nn.Linear = denoiser.get_submodule(name)  # type: ignore[assignment]
             denoiser.set_submodule(name, pack(layer.float() if dtype == torch.float32 else layer, device))
             del layer
             give_back()
