@@ -317,7 +317,7 @@ def inject_into(
     for path, frozen in views.items():  # all are made before the first is put in: a layer may refuse
         if tensors is None:
             values = form.start(frozen, config.rank_of(path), generator)
-            make = decomposed(form.update, config.magnitude)
+            make = decomposed(form.update, config.magnitude)  # type: ignore[arg-type]
         else:
             values, make = dict(tensors[path]), update_of(tensors[path])
         updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, None, values)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from dora_diffusion.adapters.injection import KIND_LABEL
 from dora_diffusion.formats.files import AdapterFile
 from dora_diffusion.markdown import code, plain
 from dora_diffusion.models.loading import Base
@@ -92,7 +91,7 @@ def _table(files: Sequence[AdapterFile]) -> str:
     }
     for key, said in SAID.items():
         rows[said] = [_written(fact.get(key)) for fact in facts]
-    head = ["", *(KIND_LABEL[file.config.kind] for file in files)]
+    head = ["", *(file.config.kind_label for file in files)]
     lines = [head, ["---"] * len(head), *([said, *map(str, values)] for said, values in rows.items() if any(values))]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 

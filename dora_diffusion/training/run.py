@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from dora_diffusion.adapters.injection import KIND_LABEL, Adapter, Kind
+from dora_diffusion.adapters.injection import Adapter, Kind
 from dora_diffusion.data.folder import list_pictures
 from dora_diffusion.errors import ConfigError, OutputError, TrainingError
 from dora_diffusion.formats.files import read_adapter_file, save_adapter
@@ -189,7 +189,7 @@ def _train_one(
                 yield Measured(kind, 0, base_loss)
             if kind in training.starts and base_loss is not None and start == 0:
                 loss = _measure(training, kind, 0)
-                yield Preparing(f"{KIND_LABEL[kind]}: held-out loss of what it goes on from {loss:.4f}")
+                yield Preparing(f"{training.config.label(kind)}: held-out loss of what it goes on from {loss:.4f}")
             return (yield from _go_through(training, kind, adapter, optimizer, start, base_loss, out, log, should_stop))
     finally:
         adapter.eject()

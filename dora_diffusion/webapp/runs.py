@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.comparison.curves import LABELS
+from dora_diffusion.adapters.labels import adapter_label
 from dora_diffusion.errors import ConfigError, OutputError, TrainingError
 from dora_diffusion.journal import read_log
 from dora_diffusion.outputs import make_folder, whole_file, write_text
@@ -46,6 +46,10 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def parametrisation(self) -> str:
+        return str(self.config.get("parametrisation", "lora"))
 
     @property
     def adapters(self) -> tuple[Path, ...]:
@@ -199,9 +203,13 @@ def _reached(folder: Path, config: dict[str, object]) -> str:
     except OutputError:
         entries = ()
     if not entries or entries[-1].step == 0:
-        return "before the first step" + (f" of the {LABELS[entries[-1].kind]}" if entries else "")
+        return "before the first step" + (f" of the {_label(entries[-1].kind, config)}" if entries else "")
     last = entries[-1]
-    return f"at step {last.step} of {config.get('steps', '?')} ({LABELS[last.kind]})"
+    return f"at step {last.step} of {config.get('steps', '?')} ({_label(last.kind, config)})"
+
+
+def _label(kind: str, config: dict[str, object]) -> str:
+    return adapter_label(kind, str(config.get("parametrisation", "lora")))
 
 
 def _version(path: Path) -> tuple[int, int]:

@@ -283,10 +283,9 @@ def _cost(form: TrainForm, captions: Sequence[str], estimate: Estimate) -> dict[
         config = form.without_places(captions)
     except ConfigError:
         return {}  # the checklist says it
-    from dora_diffusion.adapters.injection import KIND_LABEL
     from dora_diffusion.console import clock
 
-    parameters = ", ".join(f"{KIND_LABEL[kind]} {cost.parameters:,}" for kind, cost in estimate.costs.items())
+    parameters = ", ".join(f"{config.label(kind)} {cost.parameters:,}" for kind, cost in estimate.costs.items())
     return {
         f"trainable parameters: {parameters}": None,
         f"about {clock(estimate.seconds(config, len(captions)))} and {estimate.memory / 1024**3:.1f} GB of memory, "
