@@ -12,7 +12,17 @@ from dora_diffusion.adapters.labels import adapter_label
 from dora_diffusion.comparison.compare import Cell, CompareRequest
 from dora_diffusion.screen import PlainColumn, Screen, Words, printable
 from dora_diffusion.stopping import say_no_more
-from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
+from dora_diffusion.training.events import (
+    Event,
+    Finished,
+    Measured,
+    Preparing,
+    Previewed,
+    Resumed,
+    Saved,
+    Settled,
+    Stopped,
+)
 from dora_diffusion.training.loop import Step
 
 __all__ = ["clock", "show_cells", "show_training"]
@@ -47,10 +57,10 @@ def _bars(console: Screen) -> Progress:
 class TrainingDisplay:
     """Shows each event; one bar for each kind of adapter."""
 
-    def __init__(self, console: Screen, progress: Progress, label: Callable[[str], str]) -> None:
+    def __init__(self, console: Screen, progress: Progress) -> None:
         self.console = console
         self.progress = progress
-        self.label = label  # of a kind
+        self.label: Callable[[str], str] = adapter_label  # of a kind
         self.bars: dict[str, TaskID] = {}
         self.smoothed: dict[str, float] = {}
         self.held_out: dict[str, dict[int, float]] = {}  # by kind and step
@@ -67,6 +77,8 @@ class TrainingDisplay:
             case Preparing(text, done, total):
                 if total == 0 or done in (0, total):
                     self._say((f"{text}{f' ({done} of {total})' if total else ''}", "dim"))
+            case Settled(config):
+                self.label = config.label
             case Resumed(kind, step, total):
                 self._say(f"{self.label(kind)}: going on after step {step} of {total}")
             case Measured(kind, step, loss):
@@ -114,14 +126,12 @@ class TrainingDisplay:
             self._say(f"{label} {step.step}/{step.total}  {note}  {clock(left)} left")
 
 
-def show_training(
-    events: Iterable[Event], console: Screen, label: Callable[[str], str] = adapter_label
-) -> list[Event]:
-    """Run the events to the end on the screen; returns all but the steps. `label` says what a kind is called."""
+def show_training(events: Iterable[Event], console: Screen) -> list[Event]:
+    """Run the events to the end on the screen; returns all but the steps."""
     kept: list[Event] = []
     with _bars(console) as progress:
         progress.live.auto_refresh = console.is_terminal
-        display = TrainingDisplay(console, progress, label)
+        display = TrainingDisplay(console, progress)
         for event in events:
             try:
                 display.show(event)

@@ -146,9 +146,7 @@ def train(
     prompt = next(iter(resolved.preview_prompts), None) or first_caption(resolved.images, resolved.instance_prompt)
     with stop_when_asked() as should_stop:
         events = show_training(
-            run_training(resolved, resume=resume, overwrite=overwrite, should_stop=should_stop),
-            console,
-            resolved.label,
+            run_training(resolved, resume=resume, overwrite=overwrite, should_stop=should_stop), console
         )
     if any(isinstance(event, Stopped) for event in events):
         console.say("Go on with the same command and --resume.")

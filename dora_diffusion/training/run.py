@@ -30,7 +30,17 @@ from dora_diffusion.training.checkpoint import checkpoint_path, kept_step, read_
 from dora_diffusion.training.class_images import class_images
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.divergence import diverged
-from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
+from dora_diffusion.training.events import (
+    Event,
+    Finished,
+    Measured,
+    Preparing,
+    Previewed,
+    Resumed,
+    Saved,
+    Settled,
+    Stopped,
+)
 from dora_diffusion.training.folder import Log, adapter_path, check_folder, cleared, preview_path, step_path
 from dora_diffusion.training.loop import (
     Training,
@@ -129,6 +139,7 @@ def _train_into(
     yield Preparing("reading and encoding the pictures")
     training = prepare(config, base, accelerator, starts)
     config = training.config  # with all that was left to the base
+    yield Settled(config)
     with accelerator.main_process_first():
         prior = yield from class_images(config, base, out)
     training = with_class_images(training, prior)

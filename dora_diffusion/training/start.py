@@ -79,8 +79,9 @@ def _other_parametrisation(config: TrainConfig, file: AdapterFile) -> str:
     merge = ["dora-diffusion", "merge", operand(file.path), "--base", config.base, "--out", "merged"]
     return (
         f"is a {file.config.kind_label}, and parametrisation = {wanted} was given: the one cannot go on as the other. "
-        f"Leave parametrisation out to train it on as it is, leave start_from out for a new "
-        f"{adapter_label('lora', wanted)}, or train that on a base that has this one in its weights: {shell_line(merge)}"
+        "Leave parametrisation out to train it on as it is, or start_from for a new "
+        f"{adapter_label('lora', wanted)}; to train one on top of this, put this into the base's weights first: "
+        f"{shell_line(merge)}"
     )
 
 
@@ -123,8 +124,9 @@ def config_from(config: TrainConfig, starts: Starts, base: Base) -> TrainConfig:
 def describe_start(file: AdapterFile, base: Base, kind: Kind) -> str:
     """A line for people: what is gone on from, and what is odd about it."""
     said = file.config
+    label = adapter_label(kind, said.parametrisation)
     line = (
-        f"{adapter_label(kind, said.parametrisation)}: goes on from {file.path.name}, a {said.kind_label} of rank {said.rank}, "
+        f"{label}: goes on from {file.path.name}, a {said.kind_label} of rank {said.rank}, "
         f"alpha {said.alpha:g}, {len(file.layers)} layers"
     )
     if not fit_of(base, file).same_weights:

@@ -162,7 +162,9 @@ def _title(run: Run) -> str:
 
 
 def _facts(run: Run, other: Run | None, text: str) -> str:
-    curves = draw_curves(read_curves(run.folder / "log.jsonl"), int(str(run.config.get("steps", 1))), run.parametrisation)
+    curves = draw_curves(
+        read_curves(run.folder / "log.jsonl"), int(str(run.config.get("steps", 1))), run.parametrisation
+    )
     error = parts.error_panel(TrainingError(run.error)) if run.error else ""
     shared = " · shared with everybody on this server" if run.is_shared else ""
     status = f"<p class='dd-lead dd-run-{run.phase}'><b>{escape(text)}</b>{shared}</p>"

@@ -162,10 +162,23 @@ class TrainingJob:
 
     def _take(self, event: Event) -> None:
         ready()
-        from dora_diffusion.training.events import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
+        from dora_diffusion.training.events import (
+            Finished,
+            Measured,
+            Preparing,
+            Previewed,
+            Resumed,
+            Saved,
+            Settled,
+            Stopped,
+        )
         from dora_diffusion.training.loop import Step
 
         match event:
+            case Settled(config):  # what is gone on from says what it is
+                parametrisation = {key: getattr(config, key) for key in ("parametrisation", "factor", "full_matrix")}
+                self.config = self.config.model_copy(update=parametrisation)
+                self._save()
             case Preparing(text, done, total):
                 self._say(text + (f" ({done} of {total})" if total else ""))
                 self._set(phase="preparing", text=self.log[-1])

@@ -103,7 +103,9 @@ class Watch:
             hidden,
             parts.job_panel(state),
             parts.panel(error),
-            draw_curves(read_curves(run.folder / "log.jsonl"), int(str(run.config.get("steps", 1))), run.parametrisation),
+            draw_curves(
+                read_curves(run.folder / "log.jsonl"), int(str(run.config.get("steps", 1))), run.parametrisation
+            ),
             self._earlier(run),
             gr.skip(),
             gr.update(value=self._command(run.folder), visible=True),
