@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.frozen import FrozenLayer, freeze_view
 from dora_diffusion.adapters.labels import KIND_LABEL, AnyKind, Kind, Parametrisation, adapter_label
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
-from dora_diffusion.adapters.parametrisations import Form, check_parametrisation, check_rank, form_of
+from dora_diffusion.adapters.parametrisations import Form, check_parametrisation, check_rank, check_trained, form_of
 from dora_diffusion.adapters.roots import Roots
 from dora_diffusion.adapters.variants import decomposed, update_of
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
@@ -35,6 +35,7 @@ __all__ = [
     "AnyKind",
     "Kind",
     "NormAxis",
+    "Parametrisation",
     "adaptable_layers",
     "check_strength",
     "inject_adapter",
@@ -64,7 +65,7 @@ class AdapterConfig:
     parametrisation says what the update is made of: "lora" B A; "lokr" a Kronecker product, where rank is LyCORIS's
     lora_dim and factor its factor (-1: factors as close to each other as can be), and full_matrix keeps the larger
     factor whole, as a rank of half its size or more does; "loha" an elementwise product of two low-rank matrices. Each
-    with magnitudes too (kind "dora"). Raises ConfigError.
+    with magnitudes too (kind "dora"). The other forms are read from files and not trained. Raises ConfigError.
     """
 
     kind: AnyKind = "dora"
@@ -284,6 +285,7 @@ def inject_adapter(
         raise ConfigError(
             "kind is 'full'; a new adapter is 'dora' or 'lora' (full differences are only read from files)."
         )
+    check_trained(config.parametrisation)
     views = matching_layers(model, config.target_modules)
     if text_encoders:
         config = replace(config, target_modules=(*config.target_modules, *TEXT_ENCODER_TARGETS))
@@ -313,9 +315,9 @@ def inject_into(
     roots = Roots(model, text_encoders or {})
     name = _check_name(name, roots.adapter_names())
     updates = {}
-    form = config.form
     for path, frozen in views.items():  # all are made before the first is put in: a layer may refuse
         if tensors is None:
+            form = config.form
             values = form.start(frozen, config.rank_of(path), generator)
             make = decomposed(form.update, config.magnitude)  # type: ignore[arg-type]
         else:

@@ -5,24 +5,40 @@ Apart from all that computes, since what only shows a run needs the names and no
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-__all__ = ["KIND_LABEL", "PARAMETRISATIONS", "AnyKind", "Kind", "Parametrisation", "adapter_label"]
+__all__ = [
+    "KIND_LABEL",
+    "PARAMETRISATIONS",
+    "TRAINED",
+    "AnyKind",
+    "Kind",
+    "Parametrisation",
+    "Trained",
+    "adapter_label",
+]
 
 Kind = Literal["dora", "lora"]  # what can be trained: with or without magnitudes
 AnyKind = Literal["dora", "lora", "full"]  # what files hold
-Parametrisation = Literal["lora", "lokr", "loha"]  # of the update: B A, a Kronecker product, an elementwise product
-PARAMETRISATIONS: tuple[Parametrisation, ...] = ("lora", "lokr", "loha")
+Trained = Literal["lora", "lokr", "loha"]  # B A, a Kronecker product, an elementwise product: what can be trained
+# What files hold beside these: the form of W' - W0 without the magnitudes.
+Parametrisation = Literal["lora", "lokr", "loha", "glora", "oft", "boft", "ia3", "difference", "mixed"]
+TRAINED: tuple[Trained, ...] = get_args(Trained)
+PARAMETRISATIONS: tuple[Parametrisation, ...] = get_args(Parametrisation)
 KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA", "full": "full difference"}  # as people write them
-_LABELS = {
-    **{(kind, "lora"): label for kind, label in KIND_LABEL.items()},
-    ("lora", "lokr"): "LoKr",
-    ("dora", "lokr"): "DoKR",
-    ("lora", "loha"): "LoHa",
-    ("dora", "loha"): "DoHa",
+_FORM_LABEL = {  # of the other forms, without and with magnitudes
+    "lokr": ("LoKr", "DoKR"),
+    "loha": ("LoHa", "DoHa"),
+    "glora": ("GLoRA", "GLoRA with magnitudes"),
+    "oft": ("OFT", "OFT with magnitudes"),
+    "boft": ("BOFT", "BOFT with magnitudes"),
+    "ia3": ("IA3", "IA3 with magnitudes"),
+    "mixed": ("several forms", "several forms with magnitudes"),
 }
 
 
 def adapter_label(kind: str, parametrisation: str = "lora") -> str:
-    """ "DoKR" for a LoKr with magnitudes, and so on; of names that nobody knows the kind as it is."""
-    return _LABELS.get((kind, parametrisation), KIND_LABEL.get(kind, kind))
+    """The adapter as people call it, such as DoKR for a LoKr with magnitudes."""
+    if kind == "full" or parametrisation not in _FORM_LABEL:
+        return KIND_LABEL.get(kind, kind)
+    return _FORM_LABEL[parametrisation][kind == "dora"]

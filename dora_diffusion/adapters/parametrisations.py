@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.frozen import FrozenLayer
-from dora_diffusion.adapters.labels import PARAMETRISATIONS
+from dora_diffusion.adapters.labels import PARAMETRISATIONS, TRAINED
 from dora_diffusion.adapters.layers import LoRAUpdate
 from dora_diffusion.adapters.loha import LoHaUpdate
 from dora_diffusion.adapters.lokr import LoKrUpdate
 from dora_diffusion.adapters.whole import DifferenceUpdate
 from dora_diffusion.errors import ConfigError, nearest
 
-__all__ = ["Form", "check_parametrisation", "check_rank", "form_of"]
+__all__ = ["Form", "check_parametrisation", "check_rank", "check_trained", "form_of"]
 
 Start = Callable[[FrozenLayer, int, torch.Generator | None], dict[str, Tensor]]
 
@@ -53,7 +53,7 @@ def form_of(parametrisation: str, factor: int, full_matrix: bool) -> Form:
 def check_parametrisation(parametrisation: str, factor: int, full_matrix: bool) -> None:
     """Raises ConfigError for a name that is none, a factor that is none, and LoKr's settings without a LoKr."""
     if parametrisation not in PARAMETRISATIONS:
-        near = nearest(str(parametrisation), PARAMETRISATIONS, 1)
+        near = nearest(str(parametrisation), TRAINED, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"parametrisation is {parametrisation!r}; it must be 'lora', 'lokr' or 'loha'.{hint}")
     if isinstance(factor, bool) or not isinstance(factor, int) or not (factor == -1 or factor >= 1):
@@ -67,6 +67,15 @@ def check_parametrisation(parametrisation: str, factor: int, full_matrix: bool) 
         raise ConfigError(f"factor = {factor} is LoKr's, and parametrisation is {parametrisation!r}: leave factor out.")
     if full_matrix:
         raise ConfigError(f"full_matrix is LoKr's, and parametrisation is {parametrisation!r}: leave full_matrix out.")
+
+
+def check_trained(parametrisation: str) -> None:
+    """Raises ConfigError for a form that is read from files and not trained."""
+    if parametrisation not in TRAINED:
+        raise ConfigError(
+            f"parametrisation is {parametrisation!r}; a new adapter is 'lora', 'lokr' or 'loha' (the others are only "
+            "read from files)."
+        )
 
 
 def check_rank(parametrisation: str, rank: int, views: Mapping[str, FrozenLayer]) -> None:

@@ -10,10 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dora_diffusion.adapters.injection import AdapterConfig, AnyKind
+from dora_diffusion.adapters.injection import AdapterConfig, AnyKind, Parametrisation
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.description import HEADER_KEY, Description
+from dora_diffusion.formats.forms import form_of, name_of
 from dora_diffusion.formats.scales import PeftConfig, alpha_in_header, overruled
 
 __all__ = ["config_of", "read_description", "says_dora"]
@@ -43,8 +44,10 @@ def config_of(file: AdapterFile, parameters: Parameters, prefix: str) -> tuple[A
     header, else the rank, as all programs have it. Raises AdapterFileError.
     """
     kinds = {_kind(held) for held in parameters.values()}
+    forms = {name_of(held) for held in parameters.values()} - {"difference"}
     kind: AnyKind = "dora" if "dora" in kinds else "lora" if "lora" in kinds else "full"
-    ranks = {layer: _rank(held) for layer, held in parameters.items()} or {"": 1}
+    parametrisation: Parametrisation = "mixed" if len(forms) > 1 else next(iter(forms), "lora")
+    ranks = {layer: form_of(held).rank_of(held) for layer, held in parameters.items()} or {"": 1}
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
     raw, description = file.raw, file.description
     assert raw is not None
@@ -61,6 +64,8 @@ def config_of(file: AdapterFile, parameters: Parameters, prefix: str) -> tuple[A
             use_rslora=peft.stabilised,
             rank_pattern={layer: r for layer, r in ranks.items() if r != rank},
             alpha_pattern={layer: a for layer, a in alphas.items() if a != usual},
+            parametrisation=parametrisation,
+            **_of_lokr(description if parametrisation == "lokr" else None),  # type: ignore[arg-type]
         )
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{file.path} has a damaged header ({error}). Download or save it again.") from error
@@ -77,8 +82,9 @@ def _alphas(
             said[layer] = _shortest(held["alpha"]) * (ranks[layer] ** -0.5 if peft.stabilised else 1)
             others.append((said[layer], peft.alpha_of(layer, ranks[layer])))
         else:
-            said[layer] = None if "unscaled_magnitude" in held else peft.alpha_of(layer, ranks[layer])
-    silent = [layer for layer, alpha in said.items() if alpha is None and "lora_A" in parameters[layer]]
+            said[layer] = None if "unscaled_magnitude" in held else _of_peft(peft, layer, held, ranks[layer])
+    scaled = {layer for layer, held in parameters.items() if form_of(held).is_scaled(held)}
+    silent = [layer for layer, alpha in said.items() if alpha is None and layer in scaled]
     notes = peft.overruled_ranks(ranks)
     if any(own != its for own, its in others if own is not None and its is not None):
         notes.append("layers have another .alpha than PEFT's configuration says: theirs counts")
@@ -109,6 +115,17 @@ def _not_saved(path: Path, peft_named: bool, rank: int) -> float:
     )
 
 
+def _of_peft(peft: PeftConfig, layer: str, held: Mapping[str, Tensor], rank: int) -> float | None:
+    """What PEFT's configuration says of a layer; a form without a scale has none, as if alpha were the rank."""
+    alpha = peft.alpha_of(layer, rank)
+    return alpha if form_of(held).is_scaled(held) else float(rank) * (rank**-0.5 if peft.stabilised else 1)
+
+
+def _of_lokr(description: Description | None) -> dict[str, object]:
+    """How a LoKr that was trained here was asked for; its tensors alone count."""
+    return {} if description is None else {"factor": description.factor, "full_matrix": description.full_matrix}
+
+
 def _most_common(values: list[float]) -> float | None:
     return max(set(values), key=values.count) if values else None
 
@@ -122,7 +139,3 @@ def _kind(held: Mapping[str, Tensor]) -> AnyKind:
     if "difference" in held:
         return "full"
     return "dora" if any("magnitude" in parameter for parameter in held) else "lora"
-
-
-def _rank(held: Mapping[str, Tensor]) -> int:
-    return held["lora_A"].shape[0] if "lora_A" in held else min(held["difference"].flatten(1).shape)

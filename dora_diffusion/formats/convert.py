@@ -22,6 +22,7 @@ from dora_diffusion.formats.anatomy import MODEL_LABEL, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import identify_base
 from dora_diffusion.formats.findings import some
+from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.loading import attach, by_the_models_names, denoiser_of
 from dora_diffusion.formats.placing import open_names
 from dora_diffusion.formats.reading import read_adapter_file
@@ -159,7 +160,7 @@ def _by_difference(
                 tensors |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
     finally:
         adapter.eject()
-    ranks = {la: _rank(held) for la, held in by_layer(tensors).items()}
+    ranks = {la: form_of(held).rank_of(held) for la, held in by_layer(tensors).items()}
     config = AdapterConfig(
         kind="full" if to == "diff" else "lora",
         rank=max(ranks.values()),
@@ -169,10 +170,6 @@ def _by_difference(
         alpha_pattern={layer: float(r) for layer, r in ranks.items() if r != max(ranks.values())},
     )
     return replace(named, tensors=tensors, config=config, notes=file.notes), residuals
-
-
-def _rank(held: Mapping[str, Tensor]) -> int:
-    return held["lora_A"].shape[0] if "lora_A" in held else min(held["difference"].flatten(1).shape)
 
 
 def best_low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

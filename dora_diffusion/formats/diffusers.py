@@ -15,6 +15,7 @@ from torch import Tensor
 from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.names import TEXT_ENCODERS
 
 __all__ = ["METADATA_KEY", "peft_config", "scales", "to_keys"]
@@ -33,10 +34,11 @@ def to_keys(file: AdapterFile) -> dict[str, Tensor]:
     tensors = {}
     for layer, held in by_layer(file.tensors).items():
         for parameter, tensor in held.items():
-            if parameter in CANNOT_HOLD:
+            if parameter not in ENDINGS:
+                reason = CANNOT_HOLD.get(parameter) or f"a {form_of(held).label}, which diffusers does not read"
                 raise AdapterFileError(
-                    f"{file.path}: {layer} has {CANNOT_HOLD[parameter]}. Write it as a difference, which is exact "
-                    "everywhere (--to diff, with the base)."
+                    f"{file.path}: {layer} has {reason}. Write it as a difference, which is exact everywhere "
+                    "(--to diff, with the base)."
                 )
             if layer in file.flat:
                 raise AdapterFileError(

@@ -15,14 +15,24 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
-from dora_diffusion.formats.modules import BY_ROW
+from dora_diffusion.formats.forms import form_of
+from dora_diffusion.formats.modules import cut
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.original import FLUX, TRANSFORMERS, Transformer
+from dora_diffusion.formats.original import FLUX, SWAPPED, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
 
 __all__ = ["has_halves_turned", "is_xl", "to_keys"]
 
-ENDINGS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "difference": "diff"}
+ENDINGS = {
+    "lora_A": "lora_down.weight",
+    "lora_B": "lora_up.weight",
+    "difference": "diff",
+    "unscaled_magnitude": "magnitude",
+    "constraint": "alpha",
+    "output_factor": "weight",
+    "input_factor": "weight",
+    **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
+}
 ENCODER_PREFIX = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 Held = dict[str, Tensor]
 
@@ -36,11 +46,11 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
     original = _has_original_names(file, bool(groups))
     in_groups = {layer for _, members in groups.values() for layer in members}
     for name, (held, members) in groups.items():
-        keys |= dict(_module(f"lora_unet_{name.replace('.', '_')}", held, file.scale_of(members[0])))
+        keys |= dict(_module(f"lora_unet_{name.replace('.', '_')}", held, file, members[0]))
     for layer, held in layers.items():
         if layer not in in_groups:
             name, held = _named(file, layer, held, model, original)
-            keys |= dict(_module(name, held, file.scale_of(layer)))
+            keys |= dict(_module(name, held, file, layer))
     return keys, _notes(file, keys)
 
 
@@ -60,18 +70,26 @@ def _has_original_names(file: AdapterFile, has_groups: bool) -> bool:
     return file.prefix == "transformer" and (has_groups or "sd3" in file.models)
 
 
-def _module(name: str, held: Held, scale: float) -> Iterator[tuple[str, Tensor]]:
+def _module(name: str, held: Held, file: AdapterFile, layer: str) -> Iterator[tuple[str, Tensor]]:
+    """A module's keys, with the scale of this layer of the file."""
+    form = form_of(held)
     for parameter, tensor in held.items():
-        if parameter in ENDINGS:
-            yield f"{name}.{ENDINGS[parameter]}", tensor
-        elif parameter == "unscaled_magnitude":
-            yield f"{name}.magnitude", tensor
+        if parameter in ("magnitude", "input_magnitude"):
+            yield f"{name}.dora_scale", _dora_scale(parameter, tensor, held)
         else:
-            ones = (1,) * (held["lora_A"].dim() - 2)
-            shape = (-1, 1, *ones) if parameter == "magnitude" else (1, -1, *ones)
-            yield f"{name}.dora_scale", tensor.reshape(shape)
-    if "lora_A" in held:
-        yield f"{name}.alpha", torch.tensor(scale * held["lora_A"].shape[0])
+            yield f"{name}.{ENDINGS.get(parameter, parameter)}", tensor
+    if form.name == "ia3":
+        yield f"{name}.on_input", torch.tensor(int("input_factor" in held))
+    elif form.is_scaled(held):
+        yield f"{name}.alpha", torch.tensor(file.scale_of(layer) * form.rank_of(held))
+    elif form.name == "lokr":  # LyCORIS reads none without an alpha, whatever it is
+        yield f"{name}.alpha", torch.tensor(float(file.config.rank_of(layer)))
+
+
+def _dora_scale(parameter: str, m: Tensor, held: Held) -> Tensor:
+    """With the weight's number of axes: LoRA's A tells it, of other forms the magnitude has it."""
+    ones = (1,) * (held["lora_A"].dim() - 2 if "lora_A" in held else max(m.dim() - 2, 0))
+    return m.reshape((-1, 1, *ones) if parameter == "magnitude" else (1, -1, *ones))
 
 
 def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, original: bool) -> tuple[str, Held]:
@@ -84,7 +102,7 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
         if theirs is None:
             return _transformer_prefix(file) + layer.replace(".", "_"), held
         if theirs in model.swapped:
-            held = {p: torch.cat(t.chunk(2)[::-1]) if p in BY_ROW else t for p, t in held.items()}
+            [held] = cut(held, [SWAPPED])
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
     if is_xl(file) and layer not in file.flat:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["LEAVES", "Leaf", "dialect_of", "foreign", "split_key"]
+__all__ = ["LEAVES", "Leaf", "dialect_of", "foreign", "split_key", "split_keys"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ LEAVES = {
     "lora_linear_layer.down.weight": Leaf("old diffusers", "lora_A"),
     "lora_linear_layer.up.weight": Leaf("old diffusers", "lora_B"),
     "alpha": Leaf(None, "alpha"),
+    # LyCORIS's other forms, which PEFT names alike behind its own prefix.
+    **{f"hada_{name}": Leaf("LyCORIS", f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{name}": Leaf("LyCORIS", f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f"{name}.weight": Leaf("LyCORIS", name) for name in ("a1", "a2", "b1", "b2")},
+    "oft_blocks": Leaf("LyCORIS", "oft_blocks"),
+    "rescale": Leaf("LyCORIS", "rescale"),
+    "on_input": Leaf("LyCORIS", "on_input"),
+    "scalar": Leaf("LyCORIS", "scalar"),
 }
 # Old diffusers joined the first of these to the layer with an underscore: "to_q_lora.down.weight".
 _JOINED = re.compile(r"(.+)_lora\.(down|up)\.weight")
@@ -42,12 +50,10 @@ _FOREIGN = {
     r"diff_b": "a change of biases",
     r"w_norm|[qk]_norm\.scale|(?:query|key)_norm\.scale": "a change of normalisation weights",
     r"b_norm": "a change of normalisation biases",
-    r"hada_[wt][12](?:_[ab])?": "LyCORIS LoHa",
-    r"lokr_[wt][12](?:_[ab])?": "LyCORIS LoKr",
-    r"oft_blocks|oft_diag|rescale": "LyCORIS OFT",
+    r"lokr_t1": "a LoKr with a core in its first factor, which no program writes",
+    r"oft_diag": "kohya's OFT",
     r"oft_R(?:\.\w+)?\.weight|oft_R": "PEFT's OFT",
-    r"on_input": "LyCORIS IA3",
-    r"(?:[ab][12]|bm)\.weight": "LyCORIS GLoRA",
+    r"bm\.weight": "LyCORIS GLoRA with a core",
     r"lora_B\.bias": "a trained bias (PEFT's lora_bias)",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",
     r"lora_[AB]\.\w+\.weight": "a LoRA as DiffSynth names it, with an adapter's name in its keys",
@@ -67,6 +73,16 @@ def foreign(key: str) -> tuple[str, str] | None:
 
 
 _LONGEST_FIRST = sorted(LEAVES, key=len, reverse=True)
+IA3_FACTOR = Leaf("LyCORIS", "factor")  # "weight", which means this only beside an "on_input"
+
+
+def split_keys(keys: Iterable[str]) -> dict[str, tuple[str, Leaf] | None]:
+    """`split_key` of all keys of a file, which tell each other what they are."""
+    found = {key: split_key(key) for key in keys}
+    for split in list(found.values()):
+        if split and split[1].holds == "on_input" and f"{split[0]}.weight" in found:
+            found[f"{split[0]}.weight"] = (split[0], IA3_FACTOR)
+    return found
 
 
 def split_key(key: str) -> tuple[str, Leaf] | None:
@@ -81,7 +97,9 @@ def split_key(key: str) -> tuple[str, Leaf] | None:
 
 def dialect_of(leaves: Iterable[Leaf], header: Iterable[str], prefixed: bool) -> str:
     """The dialect's name, by whose endings the keys have. Raises ValueError naming two that do not go together."""
-    named = {(leaf.dialect, "lora_" in leaf.holds) for leaf in leaves if leaf.dialect}
+    leaves = list(leaves)
+    has_forms = any(leaf.dialect == "LyCORIS" for leaf in leaves)  # which stand beside any dialect's LoRA
+    named = {(leaf.dialect, "lora_" in leaf.holds) for leaf in leaves if leaf.dialect and leaf.dialect != "LyCORIS"}
     low_rank = sorted({name for name, is_low_rank in named if is_low_rank})
     magnitudes = sorted({name for name, is_low_rank in named if not is_low_rank and name != "diff"})
     for found in (low_rank, magnitudes):
@@ -89,7 +107,7 @@ def dialect_of(leaves: Iterable[Leaf], header: Iterable[str], prefixed: bool) ->
             raise ValueError(f"{found[0]} and {found[1]}")
     if magnitudes and magnitudes[0] in ("ai-toolkit", "NVlabs"):
         return magnitudes[0]
-    name = low_rank[0] if low_rank else "diff"
+    name = low_rank[0] if low_rank else "LyCORIS" if has_forms else "diff"
     if name == "kohya" and any(key.startswith("ot_") for key in header):
         return "OneTrainer"
     return "diffusers" if name == "PEFT" and prefixed else name

@@ -20,12 +20,14 @@ from dora_diffusion.adapters.injection import (
     check_strength,
     inject_into,
 )
+from dora_diffusion.adapters.labels import TRAINED
 from dora_diffusion.adapters.layers import DoRAUpdate
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
 from dora_diffusion.formats.anatomy import Anatomy, anatomy_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import BaseIdentity, identify_base
 from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.forms import BY_CHANNEL, form_of, with_axes
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.placing import place_again
 from dora_diffusion.formats.reading import read_with_findings
@@ -109,7 +111,12 @@ def check_fits(pipe_or_model: object, file: AdapterFile) -> None:
 def by_the_models_names(pipe_or_model: object, file: AdapterFile) -> AdapterFile:
     """The file with its layers by their paths in this model. Raises AdapterMismatchError where not all of it fits."""
     fitted = _fitted(pipe_or_model, file)
-    return replace(fitted.file, tensors=fitted.by_name(), config=fitted.config(), flat=frozenset(), raw=None)
+    tensors = {
+        f"{path}.{p}": tensor
+        for path, held in fitted.tensors.items()
+        for p, tensor in with_axes(held, fitted.views[path].in_shape).items()
+    }
+    return replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
 
 
 def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> _Fitted:
@@ -143,6 +150,11 @@ def attach_trainable(
     One without magnitudes goes on with them (`kind`, `norm_axis`): with those of W0 + dW, so that the model is the
     same. Raises AdapterMismatchError when it does not fit whole.
     """
+    if file.config.kind == "full" or file.config.parametrisation not in TRAINED:
+        raise AdapterMismatchError(
+            f"cannot go on from {file.path}: it is {file.config.kind_label}, which is not trained here. "
+            "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
+        )
     fitted = _fitted(pipe_or_model, file)
     config = replace(fitted.config(), kind=kind, dropout=dropout)
     if file.config.kind != kind:
@@ -290,6 +302,11 @@ def _said(layer: str, file: AdapterFile) -> str:
 def _misfit(held: Mapping[str, Tensor], view: FrozenLayer) -> str:
     """Why a layer's tensors do not fit; empty when they do."""
     wanted = (view.out_features, *view.in_shape)
+    m = held.get("input_magnitude")
+    if m is not None and m.numel() != view.in_shape[0]:
+        return f"a magnitude of {m.numel()} inputs, this layer has {view.in_shape[0]}"
+    if not held.keys() & {"difference", "lora_A"}:
+        return form_of(held).sizes(held).cannot_be(view.out_features, view.in_shape)
     if "difference" in held:
         shape = tuple(held["difference"].shape)
         return "" if _same(shape, wanted) else f"a difference of {list(shape)} for a weight of {list(wanted)}"
@@ -314,6 +331,8 @@ def _shaped(parameter: str, tensor: Tensor, view: FrozenLayer) -> Tensor:
         return tensor.reshape(-1, *view.in_shape)
     if parameter == "lora_B":
         return tensor.reshape(view.out_features, -1, *view.up_shape)
+    if parameter in BY_CHANNEL:
+        return tensor.flatten()
     return tensor.reshape(view.out_features, *view.in_shape) if parameter == "difference" else tensor
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["FLUX", "TRANSFORMERS", "WHOLE", "Part", "Rows", "Transformer", "is_flux1", "is_flux2"]
+__all__ = ["FLUX", "SWAPPED", "TRANSFORMERS", "WHOLE", "Part", "Rows", "Transformer", "is_flux1", "is_flux2"]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,14 @@ from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, Model
 from dora_diffusion.formats.configs import config_of, says_dora
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.forms import form_of, name_of
 from dora_diffusion.formats.modules import cannot_fall_apart, cut, has_no_parts
 from dora_diffusion.formats.unet_names import is_original
 
 __all__ = ["open_names", "place", "place_again"]
+
+
+DECOMPOSED = ("lora", "loha", "lokr")  # the forms that trainers give magnitudes to, in all layers or in none
 
 
 @dataclass
@@ -134,9 +138,9 @@ def _linear_shapes(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tup
     """Outputs and inputs of the modules that are linear and whole."""
     shapes = {}
     for module, held in modules.items():
-        first, last = (held.get(p, held.get("difference")) for p in ("lora_B", "lora_A"))
-        if first is not None and last is not None and first.dim() == last.dim() == 2:
-            shapes[module] = (first.shape[0], last.shape[1])
+        sizes = form_of(held).sizes(held)
+        if sizes.outputs and sizes.columns and not sizes.kernel:
+            shapes[module] = (sizes.outputs, sizes.columns)
     return shapes
 
 
@@ -144,7 +148,7 @@ def _check_evenness(placed: _Placed, findings: Findings) -> None:
     """A DoRA has a magnitude in every layer of a model; a layer without one has lost it."""
     for component in {_component(layer) for layer in placed.parameters}:
         layers = [layer for layer in placed.parameters if _component(layer) == component]
-        low_rank = [layer for layer in layers if "lora_A" in placed.parameters[layer]]
+        low_rank = [layer for layer in layers if name_of(placed.parameters[layer]) in DECOMPOSED]
         without = [layer for layer in low_rank if not any("magnitude" in p for p in placed.parameters[layer])]
         if without and len(without) < len(low_rank):
             findings.missing += [f"{placed.written[layer]}: its magnitude" for layer in without]

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from dora_diffusion.adapters.injection import AdapterConfig, NormAxis
-from dora_diffusion.adapters.labels import Kind, Parametrisation, adapter_label
+from dora_diffusion.adapters.labels import Kind, Trained, adapter_label
 from dora_diffusion.adapters.parametrisations import check_parametrisation
 from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
 from dora_diffusion.formats.storage import read_header
@@ -78,7 +78,7 @@ class TrainConfig(BaseModel):
     random_flip: bool = False
 
     # The adapter
-    parametrisation: Parametrisation = "lora"
+    parametrisation: Trained = "lora"
     factor: int = Field(-1, le=MOST)
     full_matrix: bool = False
     rank: int = Field(16, ge=1, le=MOST)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dora_diffusion.adapters.labels import PARAMETRISATIONS, Kind, adapter_label
+from dora_diffusion.adapters.labels import TRAINED, Kind, adapter_label
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.formats.files import AdapterFile, check_fits, fit_of, read_adapter_file
 from dora_diffusion.models.loading import Base
@@ -62,7 +62,7 @@ def _cannot_be_trained(file: AdapterFile, kind: Kind, base: str) -> str:
         said = "holds whole differences, which are not trained here."
     elif file.norm_axis == "mixed" or any(name.endswith("unscaled_magnitude") for name in file.tensors):
         said = "has magnitudes of a kind that is not trained here."
-    elif file.config.parametrisation not in PARAMETRISATIONS:
+    elif file.config.parametrisation not in TRAINED:
         said = f"is a {file.config.kind_label}, which is not trained here."
     elif file.config.kind == "dora" and kind == "lora":
         wanted = adapter_label("lora", file.config.parametrisation)
