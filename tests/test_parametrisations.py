@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 from oracles import relative_error
+from test_base_layers import BASES, example
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.injection import Adapter, AdapterConfig, inject_adapter
@@ -256,3 +257,24 @@ def test_a_rank_that_no_layer_has_is_refused(parametrisation):
 def test_the_factors_are_lycoriss():
     general = pytest.importorskip("lycoris.functional.general")
     assert all(factorise(n, f) == general.factorization(n, f) for n in range(1, 200) for f in (-1, 1, 2, 3, 8, 16, 500))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["bfloat16", "NF4", "LLM.int8", "torchao int8", "torchao dynamic int8"])
+def test_on_a_base_in_less_memory_it_starts_as_the_base_and_computes_the_formula(name, form, norm):
+    base = BASES[name]
+    layer = base.make()
+    W0, x = base.weight(layer), example(base.x_dtype)
+    before = layer(x).detach()
+    model, _, update = adapted(layer, form, norm)
+    assert torch.equal(model(x), before)
+    perturb(update)
+    held = {k: p.detach().double() for k, p in update.named_parameters()}
+    W = plain_weight(W0, held, 3.0 / update_rank(form))
+    assert relative_error(update.delta_weight(), W - W0) < 1e-4
+    wanted = nn.functional.linear(x.double(), W, layer.bias.detach().double())
+    y = model(x.clone().requires_grad_())
+    assert relative_error(y.detach(), wanted) < 5 * base.rounding
+    y.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in update.parameters())

@@ -201,7 +201,7 @@ class DoRAUpdate(LoRAUpdate):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        W0 = self.frozen.weight.detach().float()
+        W0 = self.frozen.dense_weight()
         g = self.ratio().reshape(-1, *(1,) * (W0.dim() - 1))
         return g * (W0 + self.direction()) - W0
 
