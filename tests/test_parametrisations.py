@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from oracles import relative_error
+from oracles import decomposed_weight, form_difference, formula_weight, relative_error
 from test_base_layers import BASES, example
 from torch import Tensor, nn
 
@@ -62,24 +62,6 @@ def batch(layer: nn.Module, seed: int = 9) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_weight(W0: Tensor, held: Mapping[str, Tensor], scale: float) -> Tensor:
-    """W' by the formulas of LyCORIS's paper and of DoRA's, in whatever precision the parameters have."""
-    if "hada_w1_a" in held:
-        dW = (held["hada_w1_a"] @ held["hada_w1_b"]) * (held["hada_w2_a"] @ held["hada_w2_b"])
-    else:
-        w2 = held["lokr_w2"] if "lokr_w2" in held else held["lokr_w2_a"] @ held["lokr_w2_b"]
-        dW = torch.kron(held["lokr_w1"], w2.flatten(1))
-        scale = 1.0 if "lokr_w2" in held else scale
-    V = W0 + scale * dW.reshape(W0.shape)
-    if "magnitude" in held:
-        n = V.detach().flatten(1).norm(dim=1)  # a constant: Liu et al. 2024, section 4.3
-        return V * (held["magnitude"] / n).reshape(-1, *(1,) * (W0.dim() - 1))
-    if "input_magnitude" in held:
-        n = V.detach().transpose(0, 1).flatten(1).norm(dim=1)
-        return V * (held["input_magnitude"] / n).reshape(1, -1, *(1,) * (W0.dim() - 2))
-    return V
-
-
 def run(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
     bias = None if layer.bias is None else layer.bias.detach().to(W.dtype)
     if isinstance(layer, nn.Linear):
@@ -115,13 +97,13 @@ def test_gradients_are_those_of_the_plain_formula_in_float64(form, norm, kind):
     (y * dy).sum().backward()
     held = {name: p.detach().double().requires_grad_() for name, p in update.named_parameters()}
     x64 = x.detach().double().requires_grad_()
-    y64 = run(layer, x64, plain_weight(layer.weight.detach().double(), held, 3.0 / update_rank(form)))
+    y64 = run(layer, x64, formula_weight(layer.weight.detach(), held, 3.0 / update_rank(form)))
     (y64 * dy.double()).sum().backward()
     assert relative_error(y.detach(), y64.detach()) < 1e-5
     assert relative_error(x.grad, x64.grad) < 1e-5
     for name, parameter in update.named_parameters():
         assert relative_error(parameter.grad, held[name].grad) < 1e-4, name
-    W = plain_weight(layer.weight.detach().double(), held, 3.0 / update_rank(form)).detach()
+    W = formula_weight(layer.weight.detach(), held, 3.0 / update_rank(form)).detach()
     assert relative_error(update.delta_weight(), W - layer.weight.detach().double()) < 1e-5
 
 
@@ -200,8 +182,8 @@ def test_lycoris_differentiates_the_norm_which_is_a_constant_here(form):
     assert relative_error(update.magnitude.grad, module.dora_scale.grad.flatten()) < 1e-4
     held = {name: p.detach().double().requires_grad_() for name, p in update.named_parameters()}
     W0, name = layer.weight.double(), "hada_w1_b" if form == "loha" else "lokr_w1"
-    V = plain_weight(W0, {k: v for k, v in held.items() if k != "magnitude"}, 3.0 / update_rank(form))
-    W = V * (held["magnitude"] / V.norm(dim=1))[:, None]  # the norm in the graph
+    V = W0 + form_difference(W0, held, 3.0 / update_rank(form))
+    W = decomposed_weight(V, held, constant=False)
     run(layer, x.double(), W).square().mean().backward()
     assert relative_error(module.get_parameter(name).grad, held[name].grad) < 1e-4
     assert relative_error(update.get_parameter(name).grad, held[name].grad) > 0.01
@@ -271,7 +253,7 @@ def test_on_a_base_in_less_memory_it_starts_as_the_base_and_computes_the_formula
     assert torch.equal(model(x), before)
     perturb(update)
     held = {k: p.detach().double() for k, p in update.named_parameters()}
-    W = plain_weight(W0, held, 3.0 / update_rank(form))
+    W = formula_weight(W0, held, 3.0 / update_rank(form))
     assert relative_error(update.delta_weight(), W - W0) < 1e-4
     wanted = nn.functional.linear(x.double(), W, layer.bias.detach().double())
     y = model(x.clone().requires_grad_())
