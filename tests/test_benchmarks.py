@@ -85,6 +85,7 @@ def test_step_measures_compares_and_writes_json(tmp_path: Path) -> None:
     assert "DoRA here, fused" in shown.stdout and "3 interleaved rounds" in shown.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("lycoris-lokr" not in INSTALLED, reason="LyCORIS is in the bench extra")
 def test_the_other_forms_are_measured_beside_lycoris_with_the_same_numbers(tmp_path: Path) -> None:
     path, names = tmp_path / "forms.json", [*FORMS, *(f"lycoris-{form}" for form in FORMS)]

@@ -23,7 +23,7 @@ from dora_diffusion.webapp.lengths import refuse_long, too_long
 from dora_diffusion.webapp.runs import START
 from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.train_form import PRESETS, Costing, Pictures, TrainForm, checks
-from dora_diffusion.webapp.train_layout import HEADERS, NEW, TrainLayout, kinds
+from dora_diffusion.webapp.train_layout import HEADERS, NEW, TrainLayout, kinds, norm_axes
 from dora_diffusion.webapp.uploads import (
     Sent,
     Upload,
@@ -80,7 +80,7 @@ class TrainTab:
         costly = [field.change for field in (page.kind, page.rank, page.batch, page.more, page.norm_axis)]
         costly += [field.change for field in (page.parametrisation, page.full_matrix)]
         page.parametrisation.change(
-            self.parametrise, page.parametrisation, [page.kind, page.lokr], queue=False, **parts.QUIET
+            self.parametrise, page.parametrisation, [page.kind, page.norm_axis, page.lokr], queue=False, **parts.QUIET
         )
         changed = gr.on(costly, self.check, state, start, **parts.LATEST)
         measured = changed.then(self.measure, [page.uploads, *state], None, **parts.QUIET)
@@ -134,7 +134,8 @@ class TrainTab:
 
     def parametrise(self, parametrisation: str) -> Update:
         """What is trained as it is called then, and LoKr's own fields where they count."""
-        return gr.update(choices=kinds(parametrisation)), gr.update(visible=parametrisation == "lokr")
+        names = gr.update(choices=kinds(parametrisation)), gr.update(choices=norm_axes(parametrisation))
+        return *names, gr.update(visible=parametrisation == "lokr")
 
     def starts(self, chosen: str | None, page: gr.Request) -> object:
         """The adapters that can be gone on from."""

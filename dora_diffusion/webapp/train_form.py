@@ -24,6 +24,7 @@ __all__ = [
     "DEFAULT",
     "MOST_STEPS",
     "NORM_AXES",
+    "NORM_AXES_OF_FORMS",
     "PARAMETRISATIONS",
     "PRESETS",
     "Costing",
@@ -56,10 +57,11 @@ NORM_AXES = {
     "output": "by output: diffusers, PEFT",
     "input": "by input: ComfyUI, Forge, A1111, InvokeAI",
 }
+NORM_AXES_OF_FORMS = {"output": "by output: LyCORIS", "input": "by input: ComfyUI"}  # of LoKr and LoHa
 PARAMETRISATIONS = {  # what of it a visitor has to know, in a line
-    "lora": ("LoRA", "a product of two thin matrices; every program reads it"),
-    "lokr": ("LoKr", "a Kronecker product, high in rank and small; with magnitudes DoKR; for ComfyUI and LyCORIS"),
-    "loha": ("LoHa", "two thin products multiplied element by element; with magnitudes DoHa; for ComfyUI and LyCORIS"),
+    "lora": ("LoRA", "two thin matrices; what most programs read."),
+    "lokr": ("LoKr", "a Kronecker product of two matrices (with magnitudes DoKR); for ComfyUI and LyCORIS."),
+    "loha": ("LoHa", "two LoRAs multiplied element by element (with magnitudes DoHa); for ComfyUI and LyCORIS."),
 }
 PRESETS = {
     "Quick": Preset(160, 8, 16, "a first look in a minute or two", rate="5e-4"),  # few steps, so long ones
@@ -160,8 +162,10 @@ class TrainForm:
 
     def _parametrised(self) -> dict[str, object]:
         """LoKr's fields count where it is chosen: others do not show them."""
-        lokr = {"factor": _factor(self.factor), "full_matrix": self.full_matrix}
-        return {"parametrisation": self.parametrisation, **(lokr if self.parametrisation == "lokr" else {})}
+        values: dict[str, object] = {"parametrisation": self.parametrisation}
+        if self.parametrisation == "lokr":
+            values |= {"factor": _factor(self.factor), "full_matrix": self.full_matrix}
+        return values
 
     def without_places(self, captions: Sequence[str]) -> TrainConfig:
         """To be judged, before there is a run: its files and its base are names alone. Raises ConfigError."""
@@ -267,7 +271,7 @@ def checks(
     if more:
         lines["; ".join(more).capitalize()] = True
     if form.start:
-        lines["an earlier adapter is trained on: its rank, layers and form are kept"] = True
+        lines["an earlier adapter is trained on: its rank and layers are kept"] = True
     lines |= dict.fromkeys(cautions)
     if estimate is not None:
         lines |= _cost(form, captions, estimate)

@@ -12,6 +12,7 @@ from dora_diffusion.webapp.train_form import (
     MOST_RANK,
     MOST_STEPS,
     NORM_AXES,
+    NORM_AXES_OF_FORMS,
     PARAMETRISATIONS,
     PRESETS,
     Pictures,
@@ -21,7 +22,7 @@ from dora_diffusion.webapp.train_form import (
 from dora_diffusion.webapp.uploads import ACCEPTED
 from dora_diffusion.webapp.wording import MORE
 
-__all__ = ["LOG_TAIL", "NEW", "TrainLayout", "kinds"]
+__all__ = ["LOG_TAIL", "NEW", "TrainLayout", "kinds", "norm_axes"]
 
 NEW = ("a new adapter", "")
 HEADERS = ["", "Picture", "Caption"]
@@ -31,6 +32,12 @@ LOG_TAIL = 8
 def kinds(parametrisation: str = "lora") -> list[tuple[str, str]]:
     """What can be trained, as it is called in this parametrisation."""
     return [("Train both", "both"), *((adapter_label(kind, parametrisation), kind) for kind in ("lora", "dora"))]
+
+
+def norm_axes(parametrisation: str = "lora") -> list[tuple[str, str]]:
+    """DoRA's norms, each with the programs that compute it so."""
+    axes = NORM_AXES if parametrisation == "lora" else NORM_AXES_OF_FORMS
+    return [(says, axis) for axis, says in axes.items()]
 
 
 class TrainLayout:
@@ -94,7 +101,7 @@ class TrainLayout:
         self.preset = gr.Radio(list(PRESETS), value=DEFAULT, label="Preset", info=says, elem_id="preset")
         self.steps = gr.Slider(1, MOST_STEPS, value=preset.steps, step=1, label="Steps of each", elem_id="train-steps")
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-            says = "; ".join(f"{name}: {what}" for name, what in PARAMETRISATIONS.values())
+            says = " ".join(f"{name}: {what}" for name, what in PARAMETRISATIONS.values())
             self.parametrisation = gr.Radio(
                 [(name, key) for key, (name, _) in PARAMETRISATIONS.items()],
                 value="lora",
@@ -107,7 +114,7 @@ class TrainLayout:
                     "",
                     label="Factor",
                     placeholder="as square as can be",
-                    info="Of a layer's outputs and inputs; more is smaller",
+                    info="A larger one makes a smaller file",
                     min_width=140,
                     elem_id="factor",
                 )
@@ -135,7 +142,7 @@ class TrainLayout:
                 [(says, key) for key, says in MORE.items()], value=list(preset.more), label="And", elem_id="more"
             )
             self.norm_axis = gr.Radio(
-                [(says, axis) for axis, says in NORM_AXES.items()],
+                norm_axes(),
                 value="output",
                 label="DoRA's norm, and the programs that compute it so",
                 elem_id="norm-axis",
