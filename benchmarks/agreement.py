@@ -1,7 +1,7 @@
 """Do the variants compute the same thing? A benchmark of different mathematics would be worthless.
 
 Outputs are compared by what the adapter changes: the distance of two outputs as a part of the distance between the
-reference's output and the base's. Gradients of all A, B and m are compared as one vector.
+reference's output and the base's. Gradients of all parameters are compared as one vector.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.variants import Adapted, Factors
+from benchmarks.factors import Factors
+from benchmarks.variants import Adapted
 from benchmarks.workload import Workload, drop_gradients
 
 __all__ = ["Agreement", "check"]
@@ -76,7 +77,7 @@ def _gradients(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     return {
         f"{path}.{name}": parameter.grad.detach().float().flatten().cpu()
         for path, layer in factors.items()
-        for name, parameter in zip("ABm", layer, strict=False)
+        for name, parameter in layer.items()
         if parameter.grad is not None
     }
 

@@ -24,7 +24,8 @@ __all__ = ["Benchmark", "command_of", "new_console", "rank_list"]
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANKS = (16, 64)
-OPTIONAL_VARIANTS = ("lycoris-bypass", "lycoris-dora-in", "dora-in")
+FORMS = ("lokr", "dokr", "loha", "doha")
+OPTIONAL_VARIANTS = ("lycoris-bypass", "lycoris-dora-in", "dora-in", *FORMS, *(f"lycoris-{form}" for form in FORMS))
 T = TypeVar("T")
 
 

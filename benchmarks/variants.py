@@ -11,42 +11,61 @@ import importlib
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.factors import ALPHA_PER_RANK, Factors, set_factors
 from dora_diffusion.adapters.injection import Adapter, AdapterConfig, inject_adapter
+from dora_diffusion.adapters.labels import Trained
 
 __all__ = [
     "BY_INPUT",
+    "KINDS",
     "VARIANTS",
     "Adapted",
-    "Factors",
     "Variant",
     "adapt",
     "available",
     "kernels_of",
     "preload",
-    "set_factors",
     "shared_copy",
 ]
 
 BY_INPUT = "dora by input"  # the kind whose norm runs over each input's column
-ALPHA_PER_RANK = 2  # s = alpha / rank = 2, so that no one can leave the scale out
 
 
 @dataclass(frozen=True)
-class Factors:
-    """One layer's A [r, in...], B [out, r...] and, for DoRA, m, as the library in question shapes them."""
+class Kind:
+    """What variants of one kind compute: LyCORIS's name of the algorithm, this project's, and the magnitudes."""
 
-    A: nn.Parameter
-    B: nn.Parameter
-    m: nn.Parameter | None = None
+    algorithm: str
+    parametrisation: Trained
+    magnitude: str | None = None
 
-    def __iter__(self) -> Iterator[nn.Parameter]:
-        return iter([self.A, self.B] if self.m is None else [self.A, self.B, self.m])
+    def parameters(self, part: nn.Module) -> dict[str, nn.Parameter]:
+        """Of a layer's module of LyCORIS, by this project's names."""
+        if self.algorithm == "locon":
+            found: dict[str, nn.Parameter] = {
+                name: part.get_parameter(f"{theirs}.weight")
+                for name, theirs in (("lora_A", "lora_down"), ("lora_B", "lora_up"))
+            }
+        else:
+            found = {name: p for name, p in sorted(part.named_parameters()) if name.startswith(("lokr_", "hada_"))}
+        return found | ({self.magnitude: part.dora_scale} if self.magnitude else {})  # type: ignore[dict-item, return-value]
+
+
+KINDS = {
+    "lora": Kind("locon", "lora"),
+    "dora": Kind("locon", "lora", "magnitude"),
+    BY_INPUT: Kind("locon", "lora", "input_magnitude"),
+    "lokr": Kind("lokr", "lokr"),
+    "dokr": Kind("lokr", "lokr", "magnitude"),
+    "loha": Kind("loha", "loha"),
+    "doha": Kind("loha", "loha", "magnitude"),
+}
 
 
 @dataclass
@@ -90,8 +109,9 @@ def _peft(kind: str) -> Inject:
 
 def _peft_factors(layer: nn.Module, kind: str) -> Factors:
     part = {name: getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B")}
-    magnitude = layer.lora_magnitude_vector["default"].weight if kind == "dora" else None  # type: ignore[index, union-attr]
-    return Factors(part["lora_A"], part["lora_B"], magnitude)
+    if kind == "dora":
+        part["magnitude"] = layer.lora_magnitude_vector["default"].weight  # type: ignore[index, union-attr]
+    return part
 
 
 def _lycoris(kind: str, **options: object) -> Inject:
@@ -112,8 +132,8 @@ def _lycoris(kind: str, **options: object) -> Inject:
             conv_lora_dim=rank,
             alpha=alpha,
             conv_alpha=alpha,
-            network_module="locon",
-            weight_decompose=kind != "lora",
+            network_module=KINDS[kind].algorithm,
+            weight_decompose=KINDS[kind].magnitude is not None,
             wd_on_out=kind != BY_INPUT,
             warn_on_unmatched=False,
             **options,
@@ -121,11 +141,7 @@ def _lycoris(kind: str, **options: object) -> Inject:
         network.apply_to()
         network.to(next(model.parameters()).device)
         found = {paths[id(part.org_module[0])]: part for part in network.loras}
-        factors = {
-            path: Factors(part.lora_down.weight, part.lora_up.weight, part.dora_scale if kind != "lora" else None)
-            for path, part in found.items()
-        }
-        return Injected(factors, network=network)
+        return Injected({path: KINDS[kind].parameters(part) for path, part in found.items()}, network=network)
 
     return inject
 
@@ -133,18 +149,21 @@ def _lycoris(kind: str, **options: object) -> Inject:
 def _own(kind: str) -> Inject:
     def inject(model: nn.Module, targets: tuple[str, ...], layers: tuple[str, ...], rank: int) -> Injected:
         config = AdapterConfig(
-            kind="lora" if kind == "lora" else "dora",
+            kind="dora" if KINDS[kind].magnitude else "lora",
+            parametrisation=KINDS[kind].parametrisation,
             rank=rank,
             alpha=ALPHA_PER_RANK * rank,
             target_modules=targets,
             norm_axis="input" if kind == BY_INPUT else "output",
         )
         adapter = inject_adapter(model, config, seed=0)
-        factors = {path: Factors(*update.parameters()) for path, update in adapter.updates().items()}
+        factors = {path: dict(update.named_parameters()) for path, update in adapter.updates().items()}
         return Injected(factors, adapter=adapter)
 
     return inject
 
+
+NORM_IN_GRAPH = "as with LoCon's dora_wd, the norm is not a constant in the backward pass."
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
@@ -185,6 +204,27 @@ VARIANTS: dict[str, Variant] = {
         Variant("dora", "DoRA here", "dora", _own("dora")),
         Variant("dora-in", "DoRA here, by input", BY_INPUT, _own(BY_INPUT)),
         Variant("dora-fused", "DoRA here, fused", "dora", _own("dora"), fused=True),
+        *(
+            Variant(
+                f"lycoris-{kind}",
+                f"LyCORIS {label}",
+                kind,
+                _lycoris(kind),
+                "lycoris",
+                other_gradients=decomposed,
+                note=note,
+            )
+            for kind, label, decomposed, note in (
+                ("lokr", "LoKr", False, ""),
+                ("dokr", "LoKr dora_wd", True, NORM_IN_GRAPH),
+                ("loha", "LoHa", False, ""),
+                ("doha", "LoHa dora_wd", True, NORM_IN_GRAPH),
+            )
+        ),
+        Variant("lokr", "LoKr here", "lokr", _own("lokr")),
+        Variant("dokr", "DoKR here", "dokr", _own("dokr")),
+        Variant("loha", "LoHa here", "loha", _own("loha")),
+        Variant("doha", "DoHa here", "doha", _own("doha")),
     )
 }
 
@@ -199,7 +239,7 @@ class Adapted:
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        return [parameter for factors in self.injected.factors.values() for parameter in factors]
+        return [parameter for factors in self.injected.factors.values() for parameter in factors.values()]
 
     def train(self, mode: bool) -> None:
         self.model.train(mode)
@@ -229,7 +269,7 @@ def kernels_of(adapted: Adapted) -> str:
     from lycoris.kernels.select import choose
 
     factors = next(iter(adapted.injected.factors.values()))
-    return str(choose(tuple(factor.detach() for factor in factors)))
+    return str(choose(tuple(factor.detach() for factor in factors.values())))
 
 
 def preload() -> None:
@@ -256,28 +296,5 @@ def adapt(variant: Variant, base: nn.Module, targets: tuple[str, ...], layers: t
         raise AssertionError(f"{variant.label} adapts {len(injected.factors)} layers and not these {len(layers)}")
     adapted = Adapted(variant, model, injected)
     adapted.cast(torch.float32)
-    set_factors(injected.factors, base, by_input=variant.kind == BY_INPUT)
+    set_factors(injected.factors, base)
     return adapted
-
-
-@torch.no_grad()
-def set_factors(factors: Mapping[str, Factors], base: nn.Module, by_input: bool = False) -> None:
-    """The same numbers for every library: the usual A, a B with which s B A is about as large as W0, and m up to
-    30 % away from the norms. So what the adapter changes stands well above the rounding of half precision."""
-    generator = torch.Generator().manual_seed(0)
-    for path in sorted(factors):
-        layer = factors[path]
-        weight: Tensor = base.get_submodule(path).weight.detach().float().flatten(1).cpu()  # type: ignore[union-attr, operator]
-        norms, rank = weight.norm(dim=1), layer.A.shape[0]
-        bound = weight.shape[1] ** -0.5
-        A = torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator)
-        # A row of A has a norm of about 1 / sqrt(3).
-        size = norms.mean() / (ALPHA_PER_RANK * (rank / 3) ** 0.5)
-        B = size * torch.randn(len(weight), rank, generator=generator)
-        m = norms * (0.7 + 0.6 * torch.rand(len(weight), generator=generator))  # drawn for LoRA too: the same A next
-        if by_input:
-            columns = base.get_submodule(path).weight.detach().float().transpose(0, 1).flatten(1).norm(dim=1)  # type: ignore[union-attr, operator]
-            own = torch.Generator().manual_seed(len(columns))
-            m = columns * (0.7 + 0.6 * torch.rand(len(columns), generator=own)).to(columns.device)
-        for parameter, value in zip(layer, (A, B, m), strict=False):
-            parameter.copy_(value.reshape(parameter.shape))

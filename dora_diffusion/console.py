@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID
 from rich.text import Text
 
-from dora_diffusion.adapters.injection import KIND_LABEL
+from dora_diffusion.adapters.labels import adapter_label
 from dora_diffusion.comparison.compare import Cell, CompareRequest
 from dora_diffusion.screen import PlainColumn, Screen, Words, printable
 from dora_diffusion.stopping import say_no_more
-from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
+from dora_diffusion.training.events import (
+    Event,
+    Finished,
+    Measured,
+    Preparing,
+    Previewed,
+    Resumed,
+    Saved,
+    Settled,
+    Stopped,
+)
 from dora_diffusion.training.loop import Step
 
 __all__ = ["clock", "show_cells", "show_training"]
@@ -50,6 +60,7 @@ class TrainingDisplay:
     def __init__(self, console: Screen, progress: Progress) -> None:
         self.console = console
         self.progress = progress
+        self.label: Callable[[str], str] = adapter_label  # of a kind
         self.bars: dict[str, TaskID] = {}
         self.smoothed: dict[str, float] = {}
         self.held_out: dict[str, dict[int, float]] = {}  # by kind and step
@@ -65,25 +76,27 @@ class TrainingDisplay:
         match event:
             case Preparing():
                 self._prepare(event)
+            case Settled(config):
+                self.label = config.label
             case Resumed(kind, step, total):
-                self._say(f"{KIND_LABEL[kind]}: going on after step {step} of {total}")
+                self._say(f"{self.label(kind)}: going on after step {step} of {total}")
             case Measured(kind, step, loss):
                 self.held_out.setdefault(kind, {})[step] = loss
                 if step == 0:
-                    self._say(f"{KIND_LABEL[kind]}: held-out loss of the base {loss:.4f}")
+                    self._say(f"{self.label(kind)}: held-out loss of the base {loss:.4f}")
             case Step():
                 self._step(event)
             case Previewed(kind, _, paths):
-                self._say((f"{KIND_LABEL[kind]}: preview {printable(paths[-1])}", "dim"))
+                self._say((f"{self.label(kind)}: preview {printable(paths[-1])}", "dim"))
             case Saved(kind, step, path):
                 self.saved.setdefault(kind, {})[step] = path
-                self._say((f"{KIND_LABEL[kind]} after {step} steps: {printable(path)}", "dim"))
+                self._say((f"{self.label(kind)} after {step} steps: {printable(path)}", "dim"))
             case Stopped(kind, step, total, checkpoint):
-                stopped = f"stopped at step {step} of {total} of the {KIND_LABEL[kind]}, checkpoint saved:"
+                stopped = f"stopped at step {step} of {total} of the {self.label(kind)}, checkpoint saved:"
                 self._say((stopped, "yellow"), f" {printable(checkpoint)}")
             case Finished(kind, path, base_loss, loss):
                 losses = "" if loss is None or base_loss is None else f", held-out loss {base_loss:.4f} → {loss:.4f}"
-                self._say((f"{KIND_LABEL[kind]} finished", "green"), f": {printable(path)}{losses}")
+                self._say((f"{self.label(kind)} finished", "green"), f": {printable(path)}{losses}")
                 if earlier := self._was_better(kind):
                     self._say(earlier)
 
@@ -115,11 +128,11 @@ class TrainingDisplay:
         if step.kind in self.held_out:
             note += f", held out {next(reversed(self.held_out[step.kind].values())):.4f}"
         if step.kind not in self.bars:
-            self.bars[step.kind] = self.progress.add_task(KIND_LABEL[step.kind], total=step.total, note="", left=None)
+            self.bars[step.kind] = self.progress.add_task(self.label(step.kind), total=step.total, note="", left=None)
         left = step.seconds_left
         self.progress.update(self.bars[step.kind], completed=step.step, note=note, left=left)
         if self.plain and (step.step % max(1, step.total // 20) == 0 or step.step == step.total):
-            label = KIND_LABEL[step.kind]
+            label = self.label(step.kind)
             self._say(f"{label} {step.step}/{step.total}  {note}  {clock(left)} left")
 
 

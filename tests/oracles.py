@@ -41,12 +41,37 @@ def input_axis_dora_weight(W0: Tensor, A: Tensor, B: Tensor, m: Tensor, s: float
 
 def formula_weight(W0: Tensor, parameters: Mapping[str, Tensor], s: float) -> Tensor:
     """W' of an update with these parameters, by their names, in float64; differentiable."""
+    if "lora_A" not in parameters:
+        return decomposed_weight(W0.double() + form_difference(W0, parameters, s), parameters)
     A, B = parameters["lora_A"], parameters["lora_B"]
     if "input_magnitude" in parameters:
         return input_axis_dora_weight(W0, A, B, parameters["input_magnitude"], s)
     if "magnitude" in parameters:
         return dora_weight(W0, A, B, parameters["magnitude"], s)
     return lora_weight(W0, A, B, s)
+
+
+def form_difference(W0: Tensor, parameters: Mapping[str, Tensor], s: float) -> Tensor:
+    """s dW of a LoKr or a LoHa in float64, by LyCORIS's definitions; with both of LoKr's factors whole s is 1."""
+    held = {name: p.double() for name, p in parameters.items()}
+    if "hada_w1_a" in held:
+        dW = (held["hada_w1_a"] @ held["hada_w1_b"]) * (held["hada_w2_a"] @ held["hada_w2_b"])
+    else:
+        w2 = held["lokr_w2"] if "lokr_w2" in held else held["lokr_w2_a"] @ held["lokr_w2_b"]
+        dW, s = torch.kron(held["lokr_w1"], w2.flatten(1)), 1.0 if "lokr_w2" in held else s
+    return s * dW.reshape(W0.shape)
+
+
+def decomposed_weight(V: Tensor, parameters: Mapping[str, Tensor], constant: bool = True) -> Tensor:
+    """V with these magnitudes, along the axis that they have; the norm is a constant in the backward pass, unless
+    `constant` says that it is not."""
+    by_output = "magnitude" in parameters
+    if not by_output and "input_magnitude" not in parameters:
+        return V
+    m = parameters["magnitude" if by_output else "input_magnitude"].double()
+    rows = (V.detach() if constant else V).transpose(0, 0 if by_output else 1).flatten(1)
+    shape = (-1, 1) if by_output else (1, -1)
+    return V * (m / rows.norm(dim=1)).reshape(*shape, *(1,) * (V.dim() - 2))
 
 
 def adapted_weight(W0: Tensor, update: LoRAUpdate) -> Tensor:

@@ -17,14 +17,15 @@ from oracles import formula_weight
 from typer.testing import CliRunner, Result
 
 from benchmarks.cases import FLUX, LAYER_CASES, STEP_CASES
-from benchmarks.command import OPTIONAL_VARIANTS, command_of
+from benchmarks.command import FORMS, OPTIONAL_VARIANTS, command_of
+from benchmarks.layers import LAYERS
 from benchmarks.measure import in_turns, ratios, repeats_for, spread
 from benchmarks.memory import peak_in_own_process
 from benchmarks.quality import Pair, difference
 from benchmarks.results import load
 from benchmarks.step import STEP
 from benchmarks.targets import outcomes
-from benchmarks.variants import BY_INPUT, VARIANTS, Adapted, adapt, available, shared_copy
+from benchmarks.variants import VARIANTS, Adapted, adapt, available, shared_copy
 from benchmarks.workload import Workload, adapted_layers, drop_gradients, prepare
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +83,23 @@ def test_step_measures_compares_and_writes_json(tmp_path: Path) -> None:
     assert again["inference"] == 3 and again["training"] == 2
     shown = step_here("--show", "--json", str(path))
     assert "DoRA here, fused" in shown.stdout and "3 interleaved rounds" in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("lycoris-lokr" not in INSTALLED, reason="LyCORIS is in the bench extra")
+def test_the_other_forms_are_measured_beside_lycoris_with_the_same_numbers(tmp_path: Path) -> None:
+    path, names = tmp_path / "forms.json", [*FORMS, *(f"lycoris-{form}" for form in FORMS)]
+    options = ["--cases", "tiny-16x32", "--ranks", "2", "--rounds", "1", "--device", "cpu", "--json", str(path)]
+    options += ["--variants", ",".join(["peft-lora", *names]), "--modes", "training,inference"]
+    done = CliRunner().invoke(command_of(LAYERS), options)
+    assert done.exit_code == 0, done.output  # 1 where a variant computes something else
+    entries = {entry.mode: entry.rows for entry in load(path)}
+    assert entries["training"].keys() == entries["inference"].keys() == {"base", "peft-lora", *names}
+    for name in names:
+        found = entries["training"][name].agreement
+        assert found is not None and found.output_error < 1e-4 and found.reference == name.removeprefix("lycoris-")
+        assert found.gradients_agree or name in ("lycoris-dokr", "lycoris-doha")
+    assert "DoKR here" in done.output and "LyCORIS LoKr dora_wd" in done.output
 
 
 def test_layers_in_half_precision(tmp_path: Path) -> None:
@@ -169,10 +187,9 @@ def test_every_variant_computes_the_formula(layer: Workload) -> None:
             W = W0.double()
         else:
             (factors,) = variant.injected.factors.values()
-            parameters = {"lora_A": factors.A.detach(), "lora_B": factors.B.detach()}
-            if factors.m is not None:
-                name_of_m = "input_magnitude" if variant.variant.kind == BY_INPUT else "magnitude"
-                parameters[name_of_m] = factors.m.detach().flatten()
+            parameters = {
+                name: p.detach().flatten() if "magnitude" in name else p.detach() for name, p in factors.items()
+            }
             W = formula_weight(W0, parameters, 2.0)
         torch.testing.assert_close(
             found, x @ W.T + b, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -190,14 +207,14 @@ def test_what_the_note_says_of_the_gradients_of_lycoris_is_so(layer: Workload) -
     W0, x = layer.base.layer.weight.double(), layer.inputs["x"].double()
 
     def gradient_of_A(constant_norm: bool) -> torch.Tensor:
-        A, B, m = (p.detach().double().requires_grad_() for p in factors)
+        A, B, m = (p.detach().double().requires_grad_() for p in factors.values())
         V = W0 + 2.0 * B @ A
         n = V.norm(dim=1)
         W = (m.flatten() / (n.detach() if constant_norm else n))[:, None] * V
         (x @ W.T + layer.base.layer.bias.double() - layer.wanted.double()).square().mean().backward()
         return A.grad
 
-    found = factors.A.grad.double()
+    found = factors["lora_A"].grad.double()
     torch.testing.assert_close(found, gradient_of_A(constant_norm=False), rtol=1e-4, atol=1e-7)
     assert (found - gradient_of_A(constant_norm=True)).norm() > 0.05 * found.norm()
 

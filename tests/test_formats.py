@@ -174,6 +174,8 @@ def test_the_header_describes_the_adapter(tmp_path, unet, kind):
         "target_modules": ("to_q", r".*\.conv1"),
         "norm_axis": "output" if kind == "dora" else "none",
         "parametrisation": "lora",
+        "factor": -1,
+        "full_matrix": False,
         "training": {"steps": 300, "loss": 0.5},
         "conversion": {},
     }

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.fellows import introduce
 from dora_diffusion.adapters.frozen import FrozenLayer, freeze_view
+from dora_diffusion.adapters.labels import KIND_LABEL, AnyKind, Kind, Parametrisation, adapter_label
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
+from dora_diffusion.adapters.parametrisations import Form, check_parametrisation, check_rank, check_trained, form_of
 from dora_diffusion.adapters.roots import Roots
-from dora_diffusion.adapters.variants import LOW_RANK, update_class, update_of
+from dora_diffusion.adapters.variants import decomposed, update_of
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
 
 __all__ = [
@@ -43,20 +45,7 @@ __all__ = [
     "matching_layers",
 ]
 
-Kind = Literal["dora", "lora"]  # what can be trained
-AnyKind = Literal["dora", "lora", "full"]  # what files hold
 NormAxis = Literal["output", "input"]
-Parametrisation = Literal["lora", "loha", "lokr", "glora", "oft", "boft", "ia3", "difference", "mixed"]  # of W' - W0
-KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA", "full": "full difference"}  # as people write them
-FORM_LABEL: dict[str, tuple[str, str]] = {  # of the other forms, without and with magnitudes
-    "loha": ("LoHa", "LoHa with magnitudes (DoRA)"),
-    "lokr": ("LoKr", "DoKR (LoKr with magnitudes)"),
-    "glora": ("GLoRA", "GLoRA with magnitudes"),
-    "oft": ("OFT", "OFT with magnitudes"),
-    "boft": ("BOFT", "BOFT with magnitudes"),
-    "ia3": ("IA3", "IA3 with magnitudes"),
-    "mixed": ("several forms", "several forms with magnitudes"),
-}
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD_TARGETS = ("ff.net.0.proj", "ff.net.2")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the same, as CLIP's text model names them
@@ -73,8 +62,12 @@ class AdapterConfig:
     whole name. The low-rank product is scaled by alpha / rank, with use_rslora by alpha / sqrt(rank) (Kalajdzievski
     2023). The patterns override rank and alpha for single modules by their full name. norm_axis says whether DoRA's
     magnitudes belong to the outputs, as in the authors' code, PEFT and diffusers, or to the inputs, as ComfyUI, Forge,
-    A1111 and InvokeAI compute it. `parametrisation` is the form of W' - W0 without the magnitudes; those that other
-    programs' files have are read, and only "lora" is trained. Raises ConfigError.
+    A1111 and InvokeAI compute it.
+
+    parametrisation says what the update is made of: "lora" B A; "lokr" a Kronecker product, where rank is LyCORIS's
+    lora_dim and factor its factor (-1: factors as close to each other as can be), and full_matrix keeps the larger
+    factor whole, as a rank of half its size or more does; "loha" an elementwise product of two low-rank matrices. Each
+    with magnitudes too (kind "dora"). The other forms are read from files and not trained. Raises ConfigError.
     """
 
     kind: AnyKind = "dora"
@@ -87,6 +80,8 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     norm_axis: NormAxis = "output"
     parametrisation: Parametrisation = "lora"
+    factor: int = -1
+    full_matrix: bool = False
 
     def __post_init__(self) -> None:
         targets = self.target_modules
@@ -108,21 +103,22 @@ class AdapterConfig:
             raise ConfigError(f"dropout is {self.dropout!r}; it must be at least 0 and below 1.")
         if not self.target_modules or not all(isinstance(t, str) and t for t in self.target_modules):
             raise TargetError(f"target_modules is {self.target_modules!r}; name at least one layer, such as 'to_q'.")
+        check_parametrisation(self.parametrisation, self.factor, self.full_matrix)
 
     @property
-    def parameters(self) -> tuple[str, ...]:
-        """What an update of a layer has."""
-        if self.kind == "full":
-            return ("difference",)
-        return LOW_RANK if self.kind == "lora" else (*LOW_RANK, NORM_AXES[self.norm_axis])
+    def form(self) -> Form:
+        """What an update of a layer is made of, and how it starts."""
+        return form_of("full" if self.kind == "full" else self.parametrisation, self.factor, self.full_matrix)
+
+    @property
+    def magnitude(self) -> str | None:
+        """The name of the parameter that holds the magnitudes; None without."""
+        return NORM_AXES[self.norm_axis] if self.kind == "dora" else None
 
     @property
     def kind_label(self) -> str:
         """The kind as people write it."""
-        without, with_magnitudes = FORM_LABEL.get(self.parametrisation, ("", ""))
-        if self.kind == "full" or not without:
-            return KIND_LABEL[self.kind]
-        return with_magnitudes if self.kind == "dora" else without
+        return adapter_label(self.kind, self.parametrisation)
 
     def rank_of(self, name: str) -> int:
         return self.rank_pattern.get(name, self.rank)
@@ -310,12 +306,14 @@ def inject_adapter(
         raise ConfigError(
             "kind is 'full'; a new adapter is 'dora' or 'lora' (full differences are only read from files)."
         )
+    check_trained(config.parametrisation)
     views = matching_layers(model, config.target_modules)
     if text_encoders:
         config = replace(config, target_modules=(*config.target_modules, *TEXT_ENCODER_TARGETS))
         for encoder, module in text_encoders.items():
             found = matching_layers(module, TEXT_ENCODER_TARGETS)
             views |= {f"{encoder}.{path}": view for path, view in found.items()}
+    check_rank(config.parametrisation, config.rank, views)
     return inject_into(model, config, views, name=name, seed=seed, text_encoders=text_encoders)
 
 
@@ -341,9 +339,13 @@ def inject_into(
     name = _check_name(name, roots.adapter_names())
     updates = {}
     for path, frozen in views.items():  # all are made before the first is put in: a layer may refuse
-        values = None if tensors is None else tensors[path]
-        make = update_class(config.parameters) if values is None else update_of(values)
-        updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator, values)
+        if tensors is None:
+            form = config.form
+            values = form.start(frozen, config.rank_of(path), generator)
+            make = decomposed(form.update, config.magnitude)  # type: ignore[arg-type]
+        else:
+            values, make = dict(tensors[path]), update_of(tensors[path])
+        updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, None, values)
     introduce(updates, fellows or {})
     roots.freeze(views)
     layers = {}

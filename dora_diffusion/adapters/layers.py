@@ -145,7 +145,7 @@ class DoRAUpdate(LoRAUpdate):
         # No buffer: model.half() would round a buffer, and the norm is float32 whatever the weights are.
         with torch.no_grad():
             self._base_squared = frozen.squared_norms(self.by_input)
-        if tensors is None:
+        if self.magnitude_name not in self._parameters:
             self.register_parameter(self.magnitude_name, nn.Parameter(self._base_squared.sqrt()))
         self._norm_of: tuple[object, ...] | None = None
         self._norm: Tensor | None = None
@@ -201,7 +201,7 @@ class DoRAUpdate(LoRAUpdate):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        W0 = self.frozen.weight.detach().float()
+        W0 = self.frozen.dense_weight()
         g = self.ratio().reshape(-1, *(1,) * (W0.dim() - 1))
         return g * (W0 + self.direction()) - W0
 

@@ -6,6 +6,7 @@ With a magnitude it is what its users call DoKR.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -35,8 +36,27 @@ class LoKrUpdate(WholeUpdate):
     core lokr_t2 [r, r, kh, kw] between lokr_w2_a [r, out_2] and lokr_w2_b [r, in_2]. out = out_1 out_2, in = in_1 in_2.
     """
 
+    def __init__(
+        self,
+        frozen: FrozenLayer,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(frozen, rank, scale, dropout, generator, tensors)
+        if {"lokr_w1", "lokr_w2"} <= self._parameters.keys():
+            self.scale = 1.0  # with both factors whole there is no rank that alpha could be divided by
+
     @staticmethod
-    def start(frozen: FrozenLayer, rank: int, generator: torch.Generator | None, factor: int = -1) -> dict[str, Tensor]:
+    def start(
+        frozen: FrozenLayer,
+        rank: int,
+        generator: torch.Generator | None,
+        factor: int = -1,
+        full_matrix: bool = False,
+    ) -> dict[str, Tensor]:
         """As LyCORIS starts: w1 whole; w2 low-rank where that is smaller, with the half that is zero last."""
         out_1, out_2 = factorise(frozen.out_features, factor)
         in_1, in_2 = factorise(frozen.in_shape[0], factor)
@@ -47,7 +67,7 @@ class LoKrUpdate(WholeUpdate):
             return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
 
         tensors = {"lokr_w1": uniform(out_1, in_1)}
-        if rank >= max(out_2, in_2) / 2:
+        if full_matrix or rank >= max(out_2, in_2) / 2:
             return tensors | {"lokr_w2": torch.zeros(out_2, in_2, *kernel)}
         columns = in_2 * torch.Size(kernel).numel()
         return tensors | {"lokr_w2_a": uniform(out_2, rank), "lokr_w2_b": torch.zeros(rank, columns)}
@@ -61,12 +81,13 @@ class LoKrUpdate(WholeUpdate):
                 return int(factor.shape[0])
         return min(self.frozen.out_features, torch.Size(self.frozen.in_shape).numel())
 
+    def _first(self) -> Tensor:
+        w1: Tensor | None = self._parameters.get("lokr_w1")
+        return self.get_parameter("lokr_w1_a") @ self.get_parameter("lokr_w1_b") if w1 is None else w1
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """w1 [out_1, in_1] and w2 [out_2, in_2, ...], as they are multiplied out, without the scale."""
-        held = self._parameters
-        w1: Tensor | None = held.get("lokr_w1")
-        if w1 is None:
-            w1 = self.get_parameter("lokr_w1_a") @ self.get_parameter("lokr_w1_b")
+        w1, held = self._first(), self._parameters
         w2: Tensor | None = held.get("lokr_w2")
         if w2 is None:
             a, b, core = self.get_parameter("lokr_w2_a"), self.get_parameter("lokr_w2_b"), held.get("lokr_t2")
@@ -79,12 +100,25 @@ class LoKrUpdate(WholeUpdate):
         return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2.contiguous()) * self.scale
 
     def low_rank(self, x: Tensor) -> Tensor:
-        """s x kron(w1, w2)^T; of a linear layer as two small products, without the whole matrix."""
+        """s x kron(w1, w2)^T; of a linear layer as small products in whichever order multiplies least."""
         if not isinstance(self.frozen, FrozenLinear):
             return super().low_rank(x)
-        w1, w2 = (factor.to(x.dtype) for factor in self.factors())
-        h = x.unflatten(-1, (w1.shape[1], w2.shape[1])) @ w2.T  # [..., in_1, out_2]
-        return (w1 @ h).flatten(-2) * self.scale  # [..., out_1 out_2]
+        w1, *halves = (factor.to(x.dtype) for factor in self._chain())
+        h = x.unflatten(-1, (w1.shape[1], x.shape[-1] // w1.shape[1]))  # [..., in_1, in_2]
+        for half in halves[:-1]:
+            h = h @ half.T  # [..., in_1, r]
+        h = w1 @ h  # [..., out_1, in_2 or r]: where a token is narrowest
+        return (h @ halves[-1].T).flatten(-2) * self.scale  # [..., out_1 out_2]
+
+    def _chain(self) -> tuple[Tensor, ...]:
+        """w1, and w2 whole or, where that is less work, its halves from the input's side on."""
+        w1, held = self._first(), self._parameters
+        a, b = held.get("lokr_w2_a"), held.get("lokr_w2_b")
+        if a is None or b is None or "lokr_t2" in held:
+            return self.factors()
+        (out_1, in_1), out_2, (rank, in_2) = w1.shape, a.shape[0], b.shape
+        by_halves = rank * (in_1 * in_2 + out_1 * in_1 + out_1 * out_2)  # multiplications of a token
+        return (w1, b, a) if by_halves < out_1 * in_2 * (in_1 + out_2) else self.factors()
 
     def norms(self, base_squared: Tensor, by_input: bool) -> Tensor:
         """||W0 + dW||^2 = ||W0||^2 + 2 <W0, dW> + ||dW||^2 by row or column: one pass over W0, and no whole dW."""

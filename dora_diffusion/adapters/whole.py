@@ -29,15 +29,19 @@ class WholeUpdate(LoRAUpdate):
 
     def low_rank(self, x: Tensor) -> Tensor:
         """s x dW^T: [..., in] to [..., out]."""
-        return self.frozen.whole(x, self.product().to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):  # rounded once, when it is whole
+            D = self.product()
+        return self.frozen.whole(x, D.to(x.dtype))
 
     def direction(self) -> Tensor:
         with torch.no_grad(), torch.autocast(next(self.parameters()).device.type, enabled=False):
             return self.product().detach()
 
     def norms(self, base_squared: Tensor, by_input: bool) -> Tensor:
-        V = self.frozen.dense_weight() + self.direction()
-        return (V.transpose(0, 1) if by_input else V).flatten(1).norm(dim=1)
+        W0, D = self.frozen.dense_weight(), self.direction()
+        grown = torch.addcmul(D * D, W0, D, value=2)  # so that where D is 0 the norm is the base's to the bit
+        grown = (grown.transpose(0, 1) if by_input else grown).flatten(1).sum(1)
+        return (base_squared + grown).clamp_min_(0).sqrt_()
 
 
 class DifferenceUpdate(WholeUpdate):

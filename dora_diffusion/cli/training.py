@@ -31,6 +31,12 @@ class KindOption(str, Enum):
     both = "both"
 
 
+class ParametrisationOption(str, Enum):
+    lora = "lora"
+    lokr = "lokr"
+    loha = "loha"
+
+
 class NormAxisOption(str, Enum):
     output = "output"
     input = "input"
@@ -65,6 +71,10 @@ def train(
         typer.Option(help="The caption of pictures that have none, such as 'a photo of sks dog'."),
     ] = None,
     kind: Annotated[KindOption | None, typer.Option(help="both trains twins, alike in all but the kind.")] = None,
+    parametrisation: Annotated[
+        ParametrisationOption | None,
+        typer.Option(help="What the update is made of: lora, lokr (with --kind dora a DoKR) or loha."),
+    ] = None,
     out: Annotated[str | None, typer.Option(help="The folder for the adapters and everything else.")] = None,
     base: Annotated[
         str | None,
@@ -76,6 +86,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures in a step.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank update.")] = None,
+    factor: Annotated[int | None, typer.Option(help="LoKr's, as LyCORIS has it; -1: as square as can be.")] = None,
     alpha: Annotated[float | None, typer.Option(help="The update is scaled by alpha / rank.")] = None,
     norm_axis: Annotated[
         NormAxisOption | None,
@@ -111,12 +122,14 @@ def train(
         "images": images,
         "instance_prompt": instance_prompt,
         "kind": kind.value if kind else None,
+        "parametrisation": parametrisation.value if parametrisation else None,
         "out": out,
         "base": base,
         "start_from": start_from,
         "steps": steps,
         "batch_size": batch_size,
         "rank": rank,
+        "factor": factor,
         "alpha": alpha,
         "norm_axis": norm_axis.value if norm_axis else None,
         "learning_rate": learning_rate,

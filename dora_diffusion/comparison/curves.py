@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dora_diffusion.adapters.labels import adapter_label
 from dora_diffusion.journal import read_log
 
-__all__ = ["COLOURS", "LABELS", "Curve", "draw_curves", "read_curves"]
+__all__ = ["COLOURS", "Curve", "draw_curves", "read_curves"]
 
 COLOURS = {"lora": "#d97706", "dora": "#2563eb", "base": "#6b7280"}
-LABELS = {"lora": "LoRA", "dora": "DoRA"}  # as injection.KIND_LABEL has them, without its import of torch
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 28, 26
 MOST_POINTS = 300  # a finer line would not be seen
@@ -40,9 +40,9 @@ def read_curves(log: Path) -> dict[str, Curve]:
     return curves
 
 
-def draw_curves(curves: Mapping[str, Curve], steps: int) -> str:
+def draw_curves(curves: Mapping[str, Curve], steps: int, parametrisation: str = "lora") -> str:
     """An <svg>: each step's loss faint, smoothed thin, the held-out loss thick, the base's dashed; the x axis ends at
-    `steps`."""
+    `steps`, and the kinds are called as those of this parametrisation are."""
     smoothed = {kind: _smooth(curve.loss) for kind, curve in curves.items()}
     base_loss = next((loss for curve in curves.values() for step, loss in curve.held_out if step == 0), None)
     span = _span(curves, smoothed)
@@ -74,7 +74,7 @@ def draw_curves(curves: Mapping[str, Curve], steps: int) -> str:
     return (
         f"<svg class='dd-curves' viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='loss curves'>"
         + "".join(parts)
-        + _legend(curves)
+        + _legend(curves, parametrisation)
         + "</svg>"
     )
 
@@ -112,11 +112,11 @@ def _axes(low: float, high: float, steps: int) -> str:
     return "".join(parts)
 
 
-def _legend(curves: Mapping[str, Curve]) -> str:
+def _legend(curves: Mapping[str, Curve], parametrisation: str) -> str:
     parts, x = [], LEFT
     for kind in curves:
         parts.append(f"<circle cx='{x + 5}' cy='12' r='5' fill='{COLOURS[kind]}'/>")
-        parts.append(f"<text x='{x + 15}' y='16' class='dd-key'>{LABELS[kind]}</text>")
+        parts.append(f"<text x='{x + 15}' y='16' class='dd-key'>{adapter_label(kind, parametrisation)}</text>")
         x += 70
     note = "thick: held out (dashed: the base) · thin: training, smoothed"
     parts.append(f"<text x='{WIDTH - RIGHT}' y='16' text-anchor='end'>{note}</text>")

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dora_diffusion.adapters.injection import AdapterConfig, AnyKind
+from dora_diffusion.adapters.injection import AdapterConfig, AnyKind, Parametrisation
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.description import HEADER_KEY, Description
@@ -46,6 +46,7 @@ def config_of(file: AdapterFile, parameters: Parameters, prefix: str) -> tuple[A
     kinds = {_kind(held) for held in parameters.values()}
     forms = {name_of(held) for held in parameters.values()} - {"difference"}
     kind: AnyKind = "dora" if "dora" in kinds else "lora" if "lora" in kinds else "full"
+    parametrisation: Parametrisation = "mixed" if len(forms) > 1 else next(iter(forms), "lora")
     ranks = {layer: form_of(held).rank_of(held) for layer, held in parameters.items()} or {"": 1}
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
     raw, description = file.raw, file.description
@@ -63,7 +64,8 @@ def config_of(file: AdapterFile, parameters: Parameters, prefix: str) -> tuple[A
             use_rslora=peft.stabilised,
             rank_pattern={layer: r for layer, r in ranks.items() if r != rank},
             alpha_pattern={layer: a for layer, a in alphas.items() if a != usual},
-            parametrisation="mixed" if len(forms) > 1 else next(iter(forms), "lora"),
+            parametrisation=parametrisation,
+            **_of_lokr(description if parametrisation == "lokr" else None),  # type: ignore[arg-type]
         )
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{file.path} has a damaged header ({error}). Download or save it again.") from error
@@ -135,6 +137,11 @@ def fold_scale_of_whole(file: AdapterFile, parameters: Mapping[str, dict[str, Te
         held["lokr_w1"] = held["lokr_w1"].float() * scale
     said = f"PEFT scales a LoKr of two whole factors by alpha / r = {scale:g}, other programs by 1: it is multiplied in"
     return [said] if scale != 1 else []
+
+
+def _of_lokr(description: Description | None) -> dict[str, object]:
+    """How a LoKr that was trained here was asked for; its tensors alone count."""
+    return {} if description is None else {"factor": description.factor, "full_matrix": description.full_matrix}
 
 
 def _most_common(values: list[float]) -> float | None:

@@ -61,6 +61,8 @@ class Description(BaseModel):
     target_modules: tuple[str, ...]
     norm_axis: Literal["output", "input", "mixed", "none"] = "output"
     parametrisation: Parametrisation = "lora"
+    factor: int = -1  # LoKr's, as it was asked for
+    full_matrix: bool = False
     base: BaseIdentity = BaseIdentity()
     training: dict[str, str | int | float | None] = Field(default_factory=dict)
     conversion: dict[str, str | int | float | None] = Field(default_factory=dict)

@@ -21,6 +21,7 @@ from dora_diffusion.adapters.injection import (
     check_strength,
     inject_into,
 )
+from dora_diffusion.adapters.labels import TRAINED
 from dora_diffusion.adapters.layers import DoRAUpdate
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
 from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, anatomy_of, model_of
@@ -149,32 +150,41 @@ def attach_trainable(
     dropout: float = 0.0,
     name: str | None = None,
 ) -> Adapter:
-    """The file's LoRA or DoRA as one to train on, at exactly its layers; a DoRA keeps its norm's axis.
+    """The file's adapter as one to train on, at exactly its layers and in its forms; a DoRA keeps its norm's axis.
 
-    A LoRA goes on as a DoRA (`kind`, `norm_axis`) with the magnitudes of W0 + s B A, so that the model is the same.
-    Raises AdapterMismatchError when it does not fit whole.
+    One without magnitudes goes on with them (`kind`, `norm_axis`): with those of W0 + dW, so that the model is the
+    same. Raises AdapterMismatchError when it does not fit whole.
     """
-    if file.config.kind == "full" or file.config.parametrisation != "lora" or file.fellows:
+    if file.config.kind == "full" or file.config.parametrisation not in TRAINED or file.fellows:
         raise AdapterMismatchError(
-            f"cannot go on from {file.path}: it is {file.config.kind_label}, and LoRA and DoRA are trained here. "
+            f"cannot go on from {file.path}: it is {file.config.kind_label}, which is not trained here. "
             "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
         )
     fitted = _fitted(pipe_or_model, file)
-    config, becomes_dora = fitted.config(), file.config.kind != kind
+    config = replace(fitted.config(), kind=kind, dropout=dropout)
+    if file.config.kind != kind:
+        config = replace(config, norm_axis=norm_axis)
     adapter = inject_into(
         denoiser_of(pipe_or_model),
-        replace(config, kind=kind, norm_axis=norm_axis if becomes_dora else config.norm_axis, dropout=dropout),
+        config,
         {path: fitted.views[path] for path in fitted.tensors},
         name=name,
         text_encoders=text_encoders_of(pipe_or_model),
+        tensors={path: _to_train(held, config, fitted.views[path]) for path, held in fitted.tensors.items()},
     )
-    fresh = {name: parameter.detach() for name, parameter in adapter.named_parameters().items()}
-    adapter.load(fresh | fitted.by_name())
-    if becomes_dora:
-        for update in adapter.updates().values():
-            assert isinstance(update, DoRAUpdate)
+    for path, update in adapter.updates().items():
+        if isinstance(update, DoRAUpdate) and update.magnitude_name not in fitted.tensors[path]:
             update.get_parameter(update.magnitude_name).copy_(update.norm())
     return adapter
+
+
+def _to_train(held: Mapping[str, Tensor], config: AdapterConfig, view: FrozenLayer) -> dict[str, Tensor]:
+    """A layer's parameters in the order that new ones have, with room for the magnitudes that it lacks."""
+    tensors = {name: held[name] for name in sorted(held, key=lambda name: ("magnitude" in name, name))}
+    if config.magnitude is not None and config.magnitude not in held:
+        size = view.out_features if config.norm_axis == "output" else view.in_shape[0]
+        tensors[config.magnitude] = torch.ones(size)  # [out] or [in]
+    return tensors
 
 
 @dataclass(frozen=True)

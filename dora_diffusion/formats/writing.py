@@ -116,6 +116,8 @@ def describe(file: AdapterFile, base: BaseIdentity, training: Summary | None = N
         target_modules=config.target_modules,
         norm_axis=file.norm_axis,  # type: ignore[arg-type]
         parametrisation=config.parametrisation,
+        factor=config.factor,
+        full_matrix=config.full_matrix,
         base=base,
         training=dict(training or {}),
     )
@@ -139,6 +141,8 @@ def write_adapter_file(
             "norm_axis": file.norm_axis,
             "kind": file.config.kind,
             "parametrisation": file.config.parametrisation,
+            "factor": file.config.factor,
+            "full_matrix": file.config.full_matrix,
             "rank": file.config.rank,
             "alpha": file.config.alpha,
             "use_rslora": file.config.use_rslora,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from dora_diffusion.adapters.injection import KIND_LABEL
 from dora_diffusion.formats.files import AdapterFile
 from dora_diffusion.markdown import code, plain
 from dora_diffusion.models.loading import Base
@@ -27,8 +26,8 @@ pipe.load_lora_weights("THIS FOLDER OR REPOSITORY", weight_name="{file}")
 image = pipe({prompt}).images[0]
 ```
 """
-LOAD_BY_INPUT = """
-Its norm runs by input, as ComfyUI, Forge, A1111 and InvokeAI compute it: put the file among their LoRAs. In Python:
+LOAD_HERE = """
+{where} In Python:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -40,6 +39,10 @@ image = pipe({prompt}).images[0]
 ```
 """
 
+BY_INPUT = "Its norm runs by input, as ComfyUI, Forge, A1111 and InvokeAI compute it: put the file among their LoRAs."
+FORM = "ComfyUI and LyCORIS read a {label}, stock diffusers does not: put the file among ComfyUI's LoRAs."
+FORM_BY_OUTPUT = FORM + " It divides magnitudes by output by another norm; train with norm_axis = 'input' for it."
+
 
 def card_text(
     config: TrainConfig, base: Base, files: Sequence[AdapterFile], prompt: str, pictures: Mapping[str, Path]
@@ -48,7 +51,6 @@ def card_text(
     name = Path(config.out).resolve().name
     kinds = " and ".join(file.config.kind_label for file in files)
     last = files[-1]
-    load = LOAD_BY_INPUT if last.norm_axis == "input" else LOAD
     embedded = f"dora_diffusion/assets/{EMBEDDED[config.base].folder}" if config.base in EMBEDDED else config.base
     return "\n".join(
         (
@@ -58,12 +60,21 @@ def card_text(
             *(f"![{plain(said)}]({path.as_posix()})\n" for said, path in pictures.items()),
             *([f"Say {code(config.instance_prompt)}.\n"] if config.instance_prompt else []),
             "## Load\n",
-            load.lstrip().format(base=_literal(embedded), file=last.path.name, prompt=_literal(prompt)),
+            _load(last, _literal(embedded), _literal(prompt)),
             "What other programs make of it, and a file for each: `dora-diffusion parity` and `convert`.\n",
             "## Training\n",
             _table(files),
         )
     )
+
+
+def _load(file: AdapterFile, base: str, prompt: str) -> str:
+    """How to load it, in the programs that compute it."""
+    where = BY_INPUT if file.norm_axis == "input" else ""
+    if file.config.parametrisation != "lora":
+        where = (FORM_BY_OUTPUT if file.norm_axis == "output" else FORM).format(label=file.config.kind_label)
+    text = LOAD_HERE if where else LOAD
+    return text.lstrip().format(where=where, base=base, file=file.path.name, prompt=prompt)
 
 
 def _literal(text: str) -> str:
@@ -87,13 +98,22 @@ def _table(files: Sequence[AdapterFile]) -> str:
     facts = [file.description.training if file.description else {} for file in files]
     rows: dict[str, list[object]] = {
         "rank, alpha": [f"{file.config.rank}, {file.config.alpha:g}" for file in files],
+        "factor": [_factor(file) for file in files],
         "layers": [len(file.layers) for file in files],
     }
     for key, said in SAID.items():
         rows[said] = [_written(fact.get(key)) for fact in facts]
-    head = ["", *(KIND_LABEL[file.config.kind] for file in files)]
+    head = ["", *(file.config.kind_label for file in files)]
     lines = [head, ["---"] * len(head), *([said, *map(str, values)] for said, values in rows.items() if any(values))]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _factor(file: AdapterFile) -> str:
+    """LoKr's, in words; nothing of other forms."""
+    config = file.config
+    if config.parametrisation != "lokr":
+        return ""
+    return ("as square as can be" if config.factor == -1 else str(config.factor)) + ", whole" * config.full_matrix
 
 
 # The summary of a run, as files carry it, in words.

@@ -22,7 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from dora_diffusion.adapters.injection import AdapterConfig, Kind, NormAxis
+from dora_diffusion.adapters.injection import AdapterConfig, NormAxis
+from dora_diffusion.adapters.labels import Kind, Trained, adapter_label
+from dora_diffusion.adapters.parametrisations import check_parametrisation
 from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
 from dora_diffusion.formats.storage import read_header
 from dora_diffusion.models.quantising import Packing
@@ -76,6 +78,9 @@ class TrainConfig(BaseModel):
     random_flip: bool = False
 
     # The adapter
+    parametrisation: Trained = "lora"
+    factor: int = Field(-1, le=MOST)
+    full_matrix: bool = False
     rank: int = Field(16, ge=1, le=MOST)
     alpha: float = Field(16.0, gt=0, le=LARGEST)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -129,6 +134,14 @@ class TrainConfig(BaseModel):
         return value
 
     @model_validator(mode="after")
+    def _is_trained(self) -> TrainConfig:
+        try:
+            check_parametrisation(self.parametrisation, self.factor, self.full_matrix)
+        except ConfigError as error:
+            raise ValueError(str(error).removesuffix(".")) from error
+        return self
+
+    @model_validator(mode="after")
     def _reaches_its_rate(self) -> TrainConfig:
         if self.lr_scheduler != "constant" and self.warm_up >= self.steps:
             raise ValueError(
@@ -146,6 +159,10 @@ class TrainConfig(BaseModel):
     def kinds(self) -> tuple[Kind, ...]:
         return ("lora", "dora") if self.kind == "both" else (self.kind,)
 
+    def label(self, kind: str) -> str:
+        """What the adapter of this kind is called: "DoKR" for a LoKr with magnitudes."""
+        return adapter_label(kind, self.parametrisation)
+
     def adapter_config(self, kind: Kind, family: Family) -> AdapterConfig:
         targets = tuple(self.target_modules or family.target_modules)
         return AdapterConfig(
@@ -158,6 +175,9 @@ class TrainConfig(BaseModel):
             + family.convolutions * self.train_convolutions,
             use_rslora=self.use_rslora,
             norm_axis=self.norm_axis if kind == "dora" else "output",
+            parametrisation=self.parametrisation,
+            factor=self.factor,
+            full_matrix=self.full_matrix,
         )
 
     def to_toml(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from dora_diffusion.adapters.injection import KIND_LABEL, Kind
+from dora_diffusion.adapters.labels import Kind
 from dora_diffusion.errors import TrainingError
 from dora_diffusion.training.config import TrainConfig
 
@@ -24,7 +24,7 @@ def diverged(config: TrainConfig, precision: str, kind: Kind, made: int, what: s
     """`what` is no number any more, though `made` steps were made; `precision` is what accelerate computes in."""
     if made == 0 and config.start_from is None:  # the adapter adds exact zeros as yet
         return TrainingError(
-            f"{KIND_LABEL[kind]}: {what} before any step was made, so it is the base that gives no numbers on these "
+            f"{config.label(kind)}: {what} before any step was made, so it is the base that gives no numbers on these "
             f"pictures. mixed_precision is {precision!r}: try 'no' or 'bf16', or another base."
         )
     ways = [f"a learning_rate below {config.learning_rate:g}"]
@@ -34,4 +34,4 @@ def diverged(config: TrainConfig, precision: str, kind: Kind, made: int, what: s
         ways.append("mixed_precision = 'bf16'")
     if config.max_grad_norm > 1:
         ways.append("max_grad_norm = 1")
-    return TrainingError(f"{KIND_LABEL[kind]}: {what} at step {made}: the run has diverged. Try {' or '.join(ways)}.")
+    return TrainingError(f"{config.label(kind)}: {what} at step {made}: the run has diverged. Try {' or '.join(ways)}.")

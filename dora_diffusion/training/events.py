@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.adapters.injection import Kind
+from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import Step
 
-__all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Saved", "Stopped"]
+__all__ = ["Event", "Finished", "Measured", "Preparing", "Previewed", "Resumed", "Saved", "Settled", "Stopped"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,13 @@ class Preparing:
     done: int = 0
     total: int = 0
     seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The configuration with all that was left to the base, or to the adapter that is gone on from."""
+
+    config: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -73,4 +81,4 @@ class Finished:
     held_out_loss: float | None
 
 
-Event = Preparing | Resumed | Step | Measured | Previewed | Saved | Stopped | Finished
+Event = Preparing | Settled | Resumed | Step | Measured | Previewed | Saved | Stopped | Finished

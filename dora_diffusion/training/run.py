@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
-from dora_diffusion.adapters.injection import KIND_LABEL, Adapter, Kind
+from dora_diffusion.adapters.injection import Adapter, Kind
 from dora_diffusion.data.cache import Encoding
 from dora_diffusion.data.folder import list_pictures
 from dora_diffusion.data.store import Store
@@ -33,7 +33,17 @@ from dora_diffusion.training.checkpoint import checkpoint_path, kept_step, read_
 from dora_diffusion.training.class_images import class_images
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.divergence import diverged
-from dora_diffusion.training.events import Event, Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
+from dora_diffusion.training.events import (
+    Event,
+    Finished,
+    Measured,
+    Preparing,
+    Previewed,
+    Resumed,
+    Saved,
+    Settled,
+    Stopped,
+)
 from dora_diffusion.training.folder import Log, adapter_path, check_folder, cleared, preview_path, step_path
 from dora_diffusion.training.loop import (
     Training,
@@ -133,6 +143,7 @@ def _train_into(
     store = Store()
     training = yield from _telling(preparing(config, base, accelerator, store, starts))
     config = training.config  # with all that was left to the base
+    yield Settled(config)
     with accelerator.main_process_first():
         prior = yield from class_images(config, base, out)
     training = yield from _telling(with_class_images(training, prior, store))
@@ -213,7 +224,7 @@ def _train_one(
                 yield Measured(kind, 0, base_loss)
             if kind in training.starts and base_loss is not None and start == 0:
                 loss = _measure(training, kind, 0)
-                yield Preparing(f"{KIND_LABEL[kind]}: held-out loss of what it goes on from {loss:.4f}")
+                yield Preparing(f"{training.config.label(kind)}: held-out loss of what it goes on from {loss:.4f}")
             return (yield from _go_through(training, kind, adapter, optimizer, start, base_loss, out, log, should_stop))
     finally:
         adapter.eject()

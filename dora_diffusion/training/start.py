@@ -1,7 +1,7 @@
 """Going on from an adapter that is there already: the files that `start_from` names, and what follows from them.
 
-The new run's layers, ranks, scales and norm are the file's. A LoRA may go on as a DoRA too: with the magnitudes of
-W0 + s B A it starts as the very same model.
+The new run's layers, ranks, scales and norm are the file's, and what its updates are made of. Without magnitudes it
+may go on with them too (a LoRA as a DoRA, a LoKr as a DoKR): with those of W0 + dW it starts as the very same model.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dora_diffusion.adapters.injection import KIND_LABEL, Kind
+from dora_diffusion.adapters.labels import TRAINED, Kind, adapter_label
 from dora_diffusion.errors import ConfigError
 from dora_diffusion.formats.files import AdapterFile, check_fits, fit_of, read_adapter_file
 from dora_diffusion.models.loading import Base
@@ -39,18 +39,10 @@ def read_starts(config: TrainConfig) -> dict[Kind, AdapterFile]:
     starts: dict[Kind, AdapterFile] = {}
     for kind in config.kinds:
         file = starts[kind] = read_adapter_file(start_path(config, kind))
-        if problem := _cannot_be_trained(file, kind):
-            raise ConfigError(
-                f"start_from: {file.path} {problem} Or make a LoRA of it: "
-                + shell_line(
-                    [
-                        *("dora-diffusion", "convert", operand(file.path), "--to", "lora"),
-                        *("--base", config.base, "--out", "lora.safetensors"),
-                    ]
-                )
-            )
+        if problem := _cannot_be_trained(file, kind, config.base) or _other_parametrisation(config, file):
+            raise ConfigError(f"start_from: {file.path} {problem}")
     first, *others = starts.values()
-    if any(other.layers != first.layers or other.config.rank != first.config.rank for other in others):
+    if any(_shape(other) != _shape(first) for other in others):
         raise ConfigError(
             f"start_from: {' and '.join(str(file.path) for file in starts.values())} differ in layers or rank, so they "
             "are no twins. Train each by itself."
@@ -58,17 +50,42 @@ def read_starts(config: TrainConfig) -> dict[Kind, AdapterFile]:
     return starts
 
 
-def _cannot_be_trained(file: AdapterFile, kind: Kind) -> str:
+STRANGE = ("unscaled_magnitude", "shared_magnitude")  # what is read and not trained
+
+
+def _shape(file: AdapterFile) -> tuple[object, ...]:
+    """What twins have in common."""
+    return file.layers, file.config.rank, file.config.parametrisation
+
+
+def _cannot_be_trained(file: AdapterFile, kind: Kind, base: str) -> str:
+    """Why this file is not one to train on, and the way out; empty where it is one."""
+    said = ""
     if file.config.kind == "full":
-        return "holds whole differences, which are not trained here."
-    if file.config.parametrisation != "lora":
-        return f"is {file.config.kind_label}, which is not gone on from here: convert it with --to lora first."
-    strange = ("unscaled_magnitude", "shared_magnitude")
-    if file.norm_axis == "mixed" or any(name.endswith(strange) for name in file.tensors):
-        return "has magnitudes of a kind that is not trained here."
-    if file.config.kind == "dora" and kind == "lora":
-        return "is a DoRA, and a LoRA is to be trained: set kind to dora."
-    return ""
+        said = "holds whole differences, which are not trained here."
+    elif file.norm_axis == "mixed" or any(name.endswith(STRANGE) for name in file.tensors):
+        said = "has magnitudes of a kind that is not trained here."
+    elif file.config.parametrisation not in TRAINED:
+        said = f"is a {file.config.kind_label}, which is not trained here."
+    elif file.config.kind == "dora" and kind == "lora":
+        wanted = adapter_label("lora", file.config.parametrisation)
+        said = f"is a {file.config.kind_label}, and a {wanted} is to be trained: set kind to dora."
+    convert = ["dora-diffusion", "convert", operand(file.path), "--to", "lora", "--base", base]
+    return said and f"{said} Or make a LoRA of it: {shell_line([*convert, '--out', 'lora.safetensors'])}"
+
+
+def _other_parametrisation(config: TrainConfig, file: AdapterFile) -> str:
+    """Why a file of this parametrisation is none to train on as another; a LoRA is what nobody has to ask for."""
+    theirs, wanted = file.config.parametrisation, config.parametrisation
+    if wanted in (theirs, "lora"):
+        return ""
+    merge = ["dora-diffusion", "merge", operand(file.path), "--base", config.base, "--out", "merged"]
+    return (
+        f"is a {file.config.kind_label}, and parametrisation = {wanted} was given: the one cannot go on as the other. "
+        "Leave parametrisation out to train it on as it is, or start_from for a new "
+        f"{adapter_label('lora', wanted)}; to train one on top of this, put this into the base's weights first: "
+        f"{shell_line(merge)}"
+    )
 
 
 def config_from(config: TrainConfig, starts: Starts, base: Base) -> TrainConfig:
@@ -89,6 +106,9 @@ def config_from(config: TrainConfig, starts: Starts, base: Base) -> TrainConfig:
         "alpha": file.config.alpha,
         "use_rslora": file.config.use_rslora,
         "norm_axis": next(iter(axes - {"none"}), config.norm_axis),
+        "parametrisation": file.config.parametrisation,
+        "factor": file.config.factor,
+        "full_matrix": file.config.full_matrix,
     }
     layers: dict[str, object] = {  # whichever the file has are trained
         "train_text_encoder": bool(encoders),
@@ -107,8 +127,9 @@ def config_from(config: TrainConfig, starts: Starts, base: Base) -> TrainConfig:
 def describe_start(file: AdapterFile, base: Base, kind: Kind) -> str:
     """A line for people: what is gone on from, and what is odd about it."""
     said = file.config
+    label = adapter_label(kind, said.parametrisation)
     line = (
-        f"{KIND_LABEL[kind]}: goes on from {file.path.name}, a {said.kind_label} of rank {said.rank}, "
+        f"{label}: goes on from {file.path.name}, a {said.kind_label} of rank {said.rank}, "
         f"alpha {said.alpha:g}, {len(file.layers)} layers"
     )
     if not fit_of(base, file).same_weights:

@@ -126,6 +126,9 @@ def add_endpoints(studio: Studio) -> None:
         norm_axis: str = "output",
         start_from: str = "",
         keep_on_the_way: bool = False,
+        parametrisation: str = "lora",
+        factor: int = -1,
+        full_matrix: bool = False,
         page: gr.Request = None,  # type: ignore[assignment]
     ) -> Iterator[dict]:
         """Train a LoRA, a DoRA, or both alike on pictures; ends when the training has ended.
@@ -146,6 +149,9 @@ def add_endpoints(studio: Studio) -> None:
             norm_axis: DoRA's norm by output (diffusers, PEFT), or by input (ComfyUI, Forge, A1111, InvokeAI)
             start_from: the key of an adapter to train on, whose rank and layers are kept; empty for a new one
             keep_on_the_way: offer the adapters as they were after each tenth of the steps, too
+            parametrisation: lora, lokr or loha; with kind dora a DoRA, DoKR or DoHa
+            factor: LoKr's, as LyCORIS has it; -1 for as square as can be
+            full_matrix: LoKr's larger factor whole, whatever the rank
 
         Returns:
             How the training stands, and at its end the adapters with the keys that compare takes.
@@ -168,6 +174,9 @@ def add_endpoints(studio: Studio) -> None:
             norm_axis=norm_axis,
             start=start_from,
             keep=keep_on_the_way,
+            parametrisation=parametrisation,
+            factor="" if factor == -1 else str(factor),
+            full_matrix=full_matrix,
         )
         with _Told():
             for state in _train(studio, page, images, captions, form):

@@ -6,6 +6,7 @@ from html import escape
 
 import gradio as gr
 
+from dora_diffusion.adapters.labels import adapter_label
 from dora_diffusion.comparison.curves import draw_curves, read_curves
 from dora_diffusion.errors import DoraDiffusionError, TrainingError
 from dora_diffusion.webapp import parts
@@ -18,7 +19,7 @@ from dora_diffusion.webapp.visitors import visitor_of
 __all__ = ["HistoryTab"]
 
 MOST_LISTED = 60
-KINDS = {"both": "LoRA and DoRA", "lora": "LoRA", "dora": "DoRA"}
+KINDS = {"both": ("lora", "dora"), "lora": ("lora",), "dora": ("dora",)}
 EMPTY = "<div class='dd-empty'><p>There are no runs yet.</p></div>"
 Update = tuple[object, ...]
 
@@ -155,12 +156,15 @@ class HistoryTab:
 
 
 def _title(run: Run) -> str:
-    kind = KINDS.get(str(run.config.get("kind")), "")
+    kinds = KINDS.get(str(run.config.get("kind")), ())
+    kind = " and ".join(adapter_label(each, run.parametrisation) for each in kinds)
     return f"{started_by(run.name)} · {kind} · {run.config.get('steps', '?')} steps · {run.phase}"
 
 
 def _facts(run: Run, other: Run | None, text: str) -> str:
-    curves = draw_curves(read_curves(run.folder / "log.jsonl"), int(str(run.config.get("steps", 1))))
+    curves = draw_curves(
+        read_curves(run.folder / "log.jsonl"), int(str(run.config.get("steps", 1))), run.parametrisation
+    )
     error = parts.error_panel(TrainingError(run.error)) if run.error else ""
     shared = " · shared with everybody on this server" if run.is_shared else ""
     status = f"<p class='dd-lead dd-run-{run.phase}'><b>{escape(text)}</b>{shared}</p>"

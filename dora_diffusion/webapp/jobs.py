@@ -140,7 +140,6 @@ class TrainingJob:
 
     def _train(self) -> None:
         ready()
-        from dora_diffusion.adapters.injection import KIND_LABEL
         from dora_diffusion.console import clock
         from dora_diffusion.training.events import Preparing
         from dora_diffusion.training.run import train
@@ -157,32 +156,44 @@ class TrainingJob:
                 self._over("stopped", f"stopped before the first step; {self._nothing_done}")
                 return
         if not self.state.is_over:
-            kinds = " and ".join(KIND_LABEL[kind] for kind in self.config.kinds)
+            kinds = " and ".join(self.config.label(kind) for kind in self.config.kinds)
             spent = clock(time.monotonic() - self._began)
             self._over("finished", f"finished: {kinds}, {self.config.steps} steps each, in {spent}")
 
     def _take(self, event: Event) -> None:
         ready()
-        from dora_diffusion.adapters.injection import KIND_LABEL
         from dora_diffusion.console import clock
-        from dora_diffusion.training.events import Finished, Measured, Preparing, Previewed, Resumed, Saved, Stopped
+        from dora_diffusion.training.events import (
+            Finished,
+            Measured,
+            Preparing,
+            Previewed,
+            Resumed,
+            Saved,
+            Settled,
+            Stopped,
+        )
         from dora_diffusion.training.loop import Step
 
         match event:
+            case Settled(config):  # what is gone on from says what it is
+                parametrisation = {key: getattr(config, key) for key in ("parametrisation", "factor", "full_matrix")}
+                self.config = self.config.model_copy(update=parametrisation)
+                self._save()
             case Preparing(text, done, total, left):
                 line = text + (f" ({done} of {total})" if total else "")
                 if total == 0 or done in (0, total):
                     self._say(line)
                 self._set(phase="preparing", text=line + (f", {clock(left)} left" if left else ""))
             case Resumed(kind, step, total):
-                self._say(f"{KIND_LABEL[kind]}: goes on after step {step} of {total}")
+                self._say(f"{self.config.label(kind)}: goes on after step {step} of {total}")
                 self._set(step=step)
                 self.previews = [each for each in self.previews if each[0] != kind or each[1] <= step]
                 curve = self.curves.setdefault(kind, Curve())
                 del curve.loss[step:]
                 curve.held_out = [measured for measured in curve.held_out if measured[0] <= step]
             case Measured(kind, step, loss):
-                self._say(f"{KIND_LABEL[kind]}: held-out loss {loss:.4f} after {step} steps")
+                self._say(f"{self.config.label(kind)}: held-out loss {loss:.4f} after {step} steps")
                 if (step, loss) not in self.curves.setdefault(kind, Curve()).held_out:
                     self.curves[kind].held_out.append((step, loss))
             case Step():
@@ -191,17 +202,16 @@ class TrainingJob:
                 self.previews += [(kind, step, self.album.add_plain(path)) for path in paths]
                 self._set()
             case Saved(kind, step, _):
-                self._say(f"{KIND_LABEL[kind]}: kept as it is after {step} steps")
+                self._say(f"{self.config.label(kind)}: kept as it is after {step} steps")
             case Stopped(kind, step, total, _):
                 self._set(step=step)
-                self._over("stopped", f"stopped at {step} of {total} ({KIND_LABEL[kind]}), checkpoint saved")
+                self._over("stopped", f"stopped at {step} of {total} ({self.config.label(kind)}), checkpoint saved")
             case Finished(kind, path, _, _):
-                self._say(f"{KIND_LABEL[kind]}: saved")
+                self._say(f"{self.config.label(kind)}: saved")
                 self._set(adapters=(*self.state.adapters, path))
 
     def _step(self, step: Step) -> None:
         ready()
-        from dora_diffusion.adapters.injection import KIND_LABEL
         from dora_diffusion.console import clock
 
         self.curves.setdefault(step.kind, Curve()).loss.append(step.loss)
@@ -210,10 +220,10 @@ class TrainingJob:
         per_step = step.seconds_left / max(1, step.total - step.step)
         left = clock(step.seconds_left + after * per_step * step.total)
         if step.step % max(1, step.total // 20) == 0 or step.step == step.total:
-            self._say(f"{KIND_LABEL[step.kind]} {step.step}/{step.total}, loss {step.loss:.4f}")
+            self._say(f"{self.config.label(step.kind)} {step.step}/{step.total}, loss {step.loss:.4f}")
         self._set(
             phase="training",
-            text=f"{KIND_LABEL[step.kind]} {step.step}/{step.total}, {left} left",
+            text=f"{self.config.label(step.kind)} {step.step}/{step.total}, {left} left",
             step=step.step,
             done=(kinds.index(step.kind) + step.step / step.total) / len(kinds),
         )

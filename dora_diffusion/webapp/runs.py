@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -11,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.comparison.curves import LABELS
+from dora_diffusion.adapters.labels import adapter_label
 from dora_diffusion.errors import ConfigError, OutputError, TrainingError
 from dora_diffusion.journal import read_log
 from dora_diffusion.outputs import make_folder, whole_file, write_text
@@ -21,9 +22,10 @@ from dora_diffusion.webapp.heavy import ready
 if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
 
-__all__ = ["OVER", "SHARED", "START", "STEPS", "Run", "Runs", "started_by"]
+__all__ = ["OVER", "SHARED", "START", "STEPS", "Run", "Runs", "parametrisation_of", "started_by"]
 
 STATUS = "status.json"
+FORM = "parametrisation.txt"  # beside published adapters, which have no configuration with them
 SHARED = "shared.txt"  # holds a code that stands for the run where its owner must not be named
 OVER = ("finished", "stopped", "failed", "interrupted")
 STEPS = "steps"  # a folder of the run with its adapters as they were on the way
@@ -46,6 +48,10 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def parametrisation(self) -> str:
+        return str(self.config.get("parametrisation", "lora"))
 
     @property
     def adapters(self) -> tuple[Path, ...]:
@@ -144,6 +150,9 @@ class Runs:
     def _publish(self, folder: Path) -> Path:
         """What a shared run has of adapters by now, where everybody may know the path. Raises OutputError."""
         published = self._published(folder)
+        form = parametrisation_of(folder)
+        if form != parametrisation_of(published):
+            write_text(make_folder(published) / FORM, form)
         for path in (*folder.glob("*.safetensors"), *folder.glob(f"{STEPS}/*.safetensors")):
             place = published / path.relative_to(folder)
             if not place.exists() or _version(place) != _version(path):
@@ -199,9 +208,23 @@ def _reached(folder: Path, config: dict[str, object]) -> str:
     except OutputError:
         entries = ()
     if not entries or entries[-1].step == 0:
-        return "before the first step" + (f" of the {LABELS[entries[-1].kind]}" if entries else "")
+        return "before the first step" + (f" of the {_label(entries[-1].kind, config)}" if entries else "")
     last = entries[-1]
-    return f"at step {last.step} of {config.get('steps', '?')} ({LABELS[last.kind]})"
+    return f"at step {last.step} of {config.get('steps', '?')} ({_label(last.kind, config)})"
+
+
+def parametrisation_of(folder: Path) -> str:
+    """Of the run in this folder, or of what another one has published here."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (folder / FORM).read_text(encoding="utf-8").strip()
+    try:
+        return str(read_toml(folder / "config.toml").get("parametrisation", "lora"))
+    except ConfigError:
+        return "lora"
+
+
+def _label(kind: str, config: dict[str, object]) -> str:
+    return adapter_label(kind, str(config.get("parametrisation", "lora")))
 
 
 def _version(path: Path) -> tuple[int, int]:

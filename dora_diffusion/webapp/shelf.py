@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_diffusion.adapters.labels import adapter_label
 from dora_diffusion.comparison.cache import file_digest
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.outputs import copy_file, make_folder, write_text
 from dora_diffusion.webapp.example import EXAMPLE
 from dora_diffusion.webapp.heavy import ready
-from dora_diffusion.webapp.runs import STEPS, Runs, started_by
+from dora_diffusion.webapp.runs import STEPS, Runs, parametrisation_of, started_by
 
 __all__ = ["SAMPLES", "Shelf", "Shelved"]
 
@@ -144,5 +145,5 @@ def _trained(path: Path) -> tuple[Path, str, str]:
     """The run's folder, which kind it is, and when it was trained how far."""
     run = path.parent.parent if path.parent.name == STEPS else path.parent
     kind, _, step = path.stem.partition("-")
-    kind = {"lora": "LoRA", "dora": "DoRA"}.get(kind, kind)
+    kind = adapter_label(kind, parametrisation_of(run))
     return run, kind, f"trained {started_by(run.name)}" + (f", after {int(step)} steps" if step.isdigit() else "")

@@ -23,7 +23,7 @@ from dora_diffusion.webapp.lengths import refuse_long, too_long
 from dora_diffusion.webapp.runs import START
 from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.train_form import PRESETS, Costing, Pictures, TrainForm, checks
-from dora_diffusion.webapp.train_layout import HEADERS, NEW, TrainLayout
+from dora_diffusion.webapp.train_layout import HEADERS, NEW, TrainLayout, kinds, norm_axes
 from dora_diffusion.webapp.uploads import (
     Sent,
     Upload,
@@ -75,8 +75,13 @@ class TrainTab:
         # A list that was filled an hour ago would lack what was trained since.
         page.start.focus(self.starts, page.start, page.start, queue=False, **parts.QUIET)
         plain = [page.table, page.prompt, page.steps, page.start, page.rate, page.preview, page.seed, page.keep]
+        plain += [page.factor]
         gr.on([field.change for field in plain], self.check, state, start, **parts.LATEST)
         costly = [field.change for field in (page.kind, page.rank, page.batch, page.more, page.norm_axis)]
+        costly += [field.change for field in (page.parametrisation, page.full_matrix)]
+        page.parametrisation.change(
+            self.parametrise, page.parametrisation, [page.kind, page.norm_axis, page.lokr], queue=False, **parts.QUIET
+        )
         changed = gr.on(costly, self.check, state, start, **parts.LATEST)
         measured = changed.then(self.measure, [page.uploads, *state], None, **parts.QUIET)
         measured.then(self.check, state, start, **parts.QUIET)
@@ -126,6 +131,11 @@ class TrainTab:
     def choose(self, preset: str) -> Update:
         chosen = PRESETS[preset]
         return chosen.steps, chosen.rank, chosen.batch_size, chosen.rate, list(chosen.more)
+
+    def parametrise(self, parametrisation: str) -> Update:
+        """What is trained as it is called then, and LoKr's own fields where they count."""
+        names = gr.update(choices=kinds(parametrisation)), gr.update(choices=norm_axes(parametrisation))
+        return *names, gr.update(visible=parametrisation == "lokr")
 
     def starts(self, chosen: str | None, page: gr.Request) -> object:
         """The adapters that can be gone on from."""

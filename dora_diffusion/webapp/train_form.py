@@ -20,11 +20,23 @@ if TYPE_CHECKING:
     from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.webapp.studio import Studio
 
-__all__ = ["DEFAULT", "MOST_STEPS", "NORM_AXES", "PRESETS", "Costing", "Pictures", "TrainForm", "checks"]
+__all__ = [
+    "DEFAULT",
+    "MOST_STEPS",
+    "NORM_AXES",
+    "NORM_AXES_OF_FORMS",
+    "PARAMETRISATIONS",
+    "PRESETS",
+    "Costing",
+    "Pictures",
+    "TrainForm",
+    "checks",
+]
 
 MOST_STEPS = 4000
 MOST_RANK = 128
 MOST_BATCH = 16
+MOST_FACTOR = 4096
 ENOUGH = 5
 
 
@@ -44,6 +56,12 @@ LAYERS = ("train_feed_forward", "train_convolutions", "train_text_encoder")
 NORM_AXES = {
     "output": "by output: diffusers, PEFT",
     "input": "by input: ComfyUI, Forge, A1111, InvokeAI",
+}
+NORM_AXES_OF_FORMS = {"output": "by output: LyCORIS", "input": "by input: ComfyUI"}  # of LoKr and LoHa
+PARAMETRISATIONS = {  # what of it a visitor has to know, in a line
+    "lora": ("LoRA", "two thin matrices; what most programs read."),
+    "lokr": ("LoKr", "a Kronecker product of two matrices (with magnitudes DoKR); for ComfyUI and LyCORIS."),
+    "loha": ("LoHa", "two LoRAs multiplied element by element (with magnitudes DoHa); for ComfyUI and LyCORIS."),
 }
 PRESETS = {
     "Quick": Preset(160, 8, 16, "a first look in a minute or two", rate="5e-4"),  # few steps, so long ones
@@ -89,6 +107,9 @@ class TrainForm:
     norm_axis: str = "output"
     start: str = ""  # an adapter's key, to go on from
     keep: bool = False
+    parametrisation: str = "lora"
+    factor: str = ""  # LoKr's; empty for -1
+    full_matrix: bool = False
 
     @property
     def cuts(self) -> bool:
@@ -119,6 +140,7 @@ class TrainForm:
             "rank": int(self.rank),
             "alpha": float(self.rank),
             "norm_axis": self.norm_axis,
+            **self._parametrised(),
             "batch_size": int(self.batch_size),
             "learning_rate": _rate(self.rate),
             "seed": _seed(self.seed),
@@ -129,13 +151,21 @@ class TrainForm:
             "validate_every": max(10, int(self.steps) // 10),
             "checkpoint_every": max(5, int(self.steps) // 10),
         }
-        if start is not None:  # its rank and layers are kept, whatever the form says of them
+        if start is not None:  # its rank, layers and form are kept, whatever this form says of them
             values |= {"start_from": str(start), **{key: False for key in LAYERS}}
-            del values["rank"], values["alpha"]
+            for key in ("rank", "alpha", "parametrisation", "factor", "full_matrix"):
+                values.pop(key, None)
         try:
             return TrainConfig.from_values(values, "the form")
         except ConfigError as error:
             raise form_error(error) from error
+
+    def _parametrised(self) -> dict[str, object]:
+        """LoKr's fields count where it is chosen: others do not show them."""
+        values: dict[str, object] = {"parametrisation": self.parametrisation}
+        if self.parametrisation == "lokr":
+            values |= {"factor": _factor(self.factor), "full_matrix": self.full_matrix}
+        return values
 
     def without_places(self, captions: Sequence[str]) -> TrainConfig:
         """To be judged, before there is a run: its files and its base are names alone. Raises ConfigError."""
@@ -154,14 +184,27 @@ def _rate(text: str) -> float | None:
     return rate
 
 
+def _factor(text: str) -> int:
+    """-1, for factors that are close to each other, when nothing is written. Raises ConfigError."""
+    text = text.strip()
+    if not text:
+        return -1
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_FACTOR):
+        raise ConfigError(
+            f"“{FIELDS['factor']}” is {text[:40]!r}; give a whole number from 1 to {MOST_FACTOR}, such as 8, or "
+            "nothing."
+        )
+    return int(text)
+
+
 def _seed(value: float | None) -> int:
     if value is not None and not 0 <= value < 2**63:
         raise ConfigError(f"“{FIELDS['seed']}” is {value:g}; give a whole number of at least 0.")
     return int(value or 0)
 
 
-# Kind, rank, batch size, norm and what else: all that a step's time hangs on.
-Costs = tuple[str, float | None, float | None, str, frozenset[str]]
+# Kind, rank, batch size, norm, parametrisation and what else: all that a step's time hangs on.
+Costs = tuple[str, float | None, float | None, str, tuple[str, str, bool], frozenset[str]]
 
 
 @dataclass
@@ -196,7 +239,8 @@ class Costing:
 
     @staticmethod
     def _key(form: TrainForm) -> Costs:
-        return form.kind, form.rank, form.batch_size, form.norm_axis, frozenset(form.more)
+        parametrised = form.parametrisation, form.factor.strip(), form.full_matrix
+        return form.kind, form.rank, form.batch_size, form.norm_axis, parametrised, frozenset(form.more)
 
 
 def checks(
@@ -283,10 +327,9 @@ def _cost(form: TrainForm, captions: Sequence[str], estimate: Estimate) -> dict[
         config = form.without_places(captions)
     except ConfigError:
         return {}  # the checklist says it
-    from dora_diffusion.adapters.injection import KIND_LABEL
     from dora_diffusion.console import clock
 
-    parameters = ", ".join(f"{KIND_LABEL[kind]} {cost.parameters:,}" for kind, cost in estimate.costs.items())
+    parameters = ", ".join(f"{config.label(kind)} {cost.parameters:,}" for kind, cost in estimate.costs.items())
     return {
         f"trainable parameters: {parameters}": None,
         f"about {clock(estimate.seconds(config, len(captions)))} and {estimate.memory / 1024**3:.1f} GB of memory, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
+from dora_diffusion.adapters.labels import adapter_label
 from dora_diffusion.webapp import parts
 from dora_diffusion.webapp.train_form import (
     DEFAULT,
@@ -11,6 +12,8 @@ from dora_diffusion.webapp.train_form import (
     MOST_RANK,
     MOST_STEPS,
     NORM_AXES,
+    NORM_AXES_OF_FORMS,
+    PARAMETRISATIONS,
     PRESETS,
     Pictures,
     TrainForm,
@@ -19,12 +22,22 @@ from dora_diffusion.webapp.train_form import (
 from dora_diffusion.webapp.uploads import ACCEPTED
 from dora_diffusion.webapp.wording import MORE
 
-__all__ = ["LOG_TAIL", "NEW", "TrainLayout"]
+__all__ = ["LOG_TAIL", "NEW", "TrainLayout", "kinds", "norm_axes"]
 
-KINDS = [("Train both", "both"), ("LoRA", "lora"), ("DoRA", "dora")]
 NEW = ("a new adapter", "")
 HEADERS = ["", "Picture", "Caption"]
 LOG_TAIL = 8
+
+
+def kinds(parametrisation: str = "lora") -> list[tuple[str, str]]:
+    """What can be trained, as it is called in this parametrisation."""
+    return [("Train both", "both"), *((adapter_label(kind, parametrisation), kind) for kind in ("lora", "dora"))]
+
+
+def norm_axes(parametrisation: str = "lora") -> list[tuple[str, str]]:
+    """DoRA's norms, each with the programs that compute it so."""
+    axes = NORM_AXES if parametrisation == "lora" else NORM_AXES_OF_FORMS
+    return [(says, axis) for axis, says in axes.items()]
 
 
 class TrainLayout:
@@ -40,6 +53,7 @@ class TrainLayout:
                 self._build_job()
         adapter = [self.prompt, self.kind, self.steps, self.rank, self.batch]
         self.settings = [*adapter, self.rate, self.preview, self.seed, self.more, self.norm_axis, self.start, self.keep]
+        self.settings += [self.parametrisation, self.factor, self.full_matrix]
 
     def _build_pictures(self) -> None:
         self.files = gr.File(
@@ -77,7 +91,7 @@ class TrainLayout:
             elem_id="instance-prompt",
         )
         self.kind = gr.Radio(
-            KINDS,
+            kinds(),
             value="both",
             label="Adapters",
             info="Both: the same pictures, noise and order for each",
@@ -87,6 +101,30 @@ class TrainLayout:
         self.preset = gr.Radio(list(PRESETS), value=DEFAULT, label="Preset", info=says, elem_id="preset")
         self.steps = gr.Slider(1, MOST_STEPS, value=preset.steps, step=1, label="Steps of each", elem_id="train-steps")
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+            says = " ".join(f"{name}: {what}" for name, what in PARAMETRISATIONS.values())
+            self.parametrisation = gr.Radio(
+                [(name, key) for key, (name, _) in PARAMETRISATIONS.items()],
+                value="lora",
+                label="Parametrisation",
+                info=says,
+                elem_id="parametrisation",
+            )
+            with gr.Row(visible=False, elem_id="lokr") as self.lokr:
+                self.factor = gr.Textbox(
+                    "",
+                    label="Factor",
+                    placeholder="as square as can be",
+                    info="A larger one makes a smaller file",
+                    min_width=140,
+                    elem_id="factor",
+                )
+                self.full_matrix = gr.Checkbox(
+                    False,
+                    label="Whole",
+                    info="Full dimension: the larger matrix whole, whatever the rank",
+                    min_width=140,
+                    elem_id="full-matrix",
+                )
             with gr.Row():
                 self.rank = gr.Slider(
                     1, MOST_RANK, value=preset.rank, step=1, label="Rank", min_width=160, elem_id="rank"
@@ -104,7 +142,7 @@ class TrainLayout:
                 [(says, key) for key, says in MORE.items()], value=list(preset.more), label="And", elem_id="more"
             )
             self.norm_axis = gr.Radio(
-                [(says, axis) for axis, says in NORM_AXES.items()],
+                norm_axes(),
                 value="output",
                 label="DoRA's norm, and the programs that compute it so",
                 elem_id="norm-axis",
@@ -113,7 +151,7 @@ class TrainLayout:
                 [NEW],
                 value="",
                 label="Go on from",
-                info="Its rank and layers are kept. A LoRA may go on as a DoRA.",
+                info="Its rank, layers and parametrisation are kept. A LoRA may go on as a DoRA.",
                 elem_id="start-from",
             )
             self.keep = gr.Checkbox(False, label="Keep the adapters on the way, to choose from", elem_id="keep")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from dora_diffusion.adapters.labels import adapter_label
 from dora_diffusion.comparison.curves import draw_curves, read_curves
 from dora_diffusion.errors import TrainingError
 from dora_diffusion.screen import shell_line
@@ -80,8 +81,8 @@ class Watch:
             _stop_button(state),
             parts.job_panel(state),
             parts.panel(state.error),
-            draw_curves(job.curves, job.config.steps),
-            _previews(job.previews, job.config.preview_prompts),
+            draw_curves(job.curves, job.config.steps, job.config.parametrisation),
+            _previews(job.previews, job.config.preview_prompts, job.config.parametrisation),
             gr.update(value=parts.told("\n".join(job.log[-LOG_TAIL:])), visible=True),
             gr.update(value=self._command(folder), visible=True),
             gr.update(value=_config_link(job), visible=True),
@@ -102,7 +103,9 @@ class Watch:
             hidden,
             parts.job_panel(state),
             parts.panel(error),
-            draw_curves(read_curves(run.folder / "log.jsonl"), int(str(run.config.get("steps", 1)))),
+            draw_curves(
+                read_curves(run.folder / "log.jsonl"), int(str(run.config.get("steps", 1))), run.parametrisation
+            ),
             self._earlier(run),
             gr.skip(),
             gr.update(value=self._command(run.folder), visible=True),
@@ -119,7 +122,7 @@ class Watch:
         """The previews of an earlier server's run; copied for the pages once, however often these are loaded."""
         if run.folder not in self._shown:
             found = earlier_previews(run.folder, self.studio.albums.new())
-            self._shown[run.folder] = _previews(found, run.config.get("preview_prompts"))
+            self._shown[run.folder] = _previews(found, run.config.get("preview_prompts"), run.parametrisation)
         return self._shown[run.folder]
 
     def _command(self, folder: Path) -> str:
@@ -145,7 +148,7 @@ def _stop_button(state: JobState) -> object:
     )
 
 
-def _previews(previews: Sequence[tuple[str, int, Path]], prompts: object) -> str:
+def _previews(previews: Sequence[tuple[str, int, Path]], prompts: object, parametrisation: str) -> str:
     """A row for each kind, oldest first; all drawn from the same seed."""
     if not previews or not isinstance(prompts, list) or not prompts:
         return ""
@@ -156,7 +159,7 @@ def _previews(previews: Sequence[tuple[str, int, Path]], prompts: object) -> str
             for made, step, path in previews
             if made == kind
         )
-        label = "LoRA" if kind == "lora" else "DoRA"
+        label = adapter_label(kind, parametrisation)
         rows.append(f"<div class='dd-strip'><b>{label}</b>{pictures}</div>" if pictures else "")
     prompt = escape(str(prompts[0]))
     return f"<div class='dd-previews'><p>“{prompt}”, the same seed, after so many steps</p>{''.join(rows)}</div>"

@@ -143,6 +143,39 @@ def test_training_goes_on_from_an_earlier_run_and_offers_the_adapters_on_the_way
     assert "no longer there" in start(tabs, files, rows_of_files(files), prompt="disc", start="mine/x/dora")[0]["value"]
 
 
+def test_a_dokr_is_called_so_everywhere_and_is_gone_on_from(tabs, studio):
+    files, page = sample_files(3), tabs.train.layout
+    kind, norm, lokr = tabs.train.parametrise("lokr")
+    assert kind["choices"] == [("Train both", "both"), ("LoKr", "lora"), ("DoKR", "dora")] and lokr["visible"]
+    assert [says for says, _ in norm["choices"]] == ["by output: LyCORIS", "by input: ComfyUI"]
+    kind, norm, lokr = tabs.train.parametrise("lora")
+    assert kind["choices"] == page.kind.choices and norm["choices"] == page.norm_axis.choices and not lokr["visible"]
+
+    start(tabs, files, rows_of_files(files), prompt="disc", parametrisation="lokr", factor="4", norm_axis="input")
+    first = studio.jobs.of(ME)
+    assert first.wait(HANGS) and first.snapshot().phase == "finished", first.state
+    assert "finished: LoKr and DoKR" in first.snapshot().text and any("DoKR 2/2" in line for line in first.log)
+    file = read_adapter_file(Path(first.config.out) / "dora.safetensors")
+    assert (file.config.kind_label, file.config.factor, file.norm_axis) == ("DoKR", 4, "input")
+    shown = dict(zip([component.elem_id for component in tabs.watch.outputs], tabs.watch.look((), PAGE)))
+    assert ">DoKR</text>" in shown["curves"] and "<b>DoKR</b>" in shown["previews"]
+    labels = {each.key.rpartition("/")[2]: each.label for each in studio.shelf.all(ME) if "mine/" in each.key}
+    assert labels["lora"].startswith("LoKr trained ") and labels["dora"].startswith("DoKR trained ")
+    (offered,) = tabs.history.list(None, PAGE)[3]["choices"]
+    assert "LoKr and DoKR" in offered[0]
+    studio.runs.share(first.name, ME, True)
+    strangers = [each.label for each in studio.shelf.all(visitor_of(OTHER)) if each.is_strangers]
+    assert sorted(label.split()[0] for label in strangers) == ["DoKR", "LoKr"]
+
+    # Another parametrisation in the form does not count: the adapter's own is kept, and its name with it.
+    start(tabs, files, rows_of_files(files), prompt="disc", start=f"mine/{first.name}/dora", parametrisation="loha")
+    second = studio.jobs.of(ME)
+    assert second is not first and second.wait(HANGS) and second.snapshot().phase == "finished", second.state
+    assert "finished: LoKr and DoKR" in second.snapshot().text
+    run = studio.runs.find(second.name, ME)
+    assert run.parametrisation == "lokr" and run.differences(studio.runs.find(first.name, ME)).keys() >= {"start_from"}
+
+
 def test_each_visitor_has_one_job_and_the_jobs_wait_for_each_other(studio, few_pictures):
     job = start_job(studio, few_pictures, steps=5000)
     with pytest.raises(TrainingError, match="your other training is not over"):
@@ -164,6 +197,7 @@ def rows_of_files(files: list[Path]) -> list[list[str]]:
 def start(tabs: Tabs, files: list[Path], rows: list[list[str]], **changes: object) -> tuple:
     form = {"prompt": "", "kind": "both", "steps": 2, "rank": 2, "batch": 2, "rate": "", "preview": "", "seed": 0}
     form |= {"more": [], "norm_axis": "output", "start": "", "keep": False}
+    form |= {"parametrisation": "lora", "factor": "", "full_matrix": False}
     return tabs.train.start(PAGE, [str(path) for path in files], rows, *{**form, **changes}.values())
 
 
@@ -477,6 +511,10 @@ SIX = [(f"{number}.png", "a cat") for number in range(6)]
         ({"seed": 1e30}, "“Seed” is 1e+30"),
         ({"kind": "x"}, "“Adapters” is 'x'"),
         ({"norm_axis": "x"}, "“DoRA's norm” is 'x'"),
+        ({"parametrisation": "x"}, "“Parametrisation” is 'x'"),
+        ({"parametrisation": "lokr", "factor": "0"}, "“Factor” is '0'; give a whole number from 1 to 4096"),
+        ({"parametrisation": "lokr", "factor": "-1"}, "“Factor” is '-1'"),
+        ({"parametrisation": "lokr", "factor": "two"}, "“Factor” is 'two'"),
         ({"more": ("x",)}, "'x' is none of the choices: Mirror pictures"),
     ],
 )
@@ -490,7 +528,14 @@ def test_a_value_that_cannot_be_is_said_by_its_field_before_the_start(values, sa
 
 
 def test_a_form_that_has_all_it_needs_can_be_started():
-    for values in ({}, {"prompt": "a cat", "preview": "a dog", "rate": "1e-4", "keep": True}, {"start": "sample/dora"}):
+    unused = {"parametrisation": "loha", "factor": "nonsense", "full_matrix": True}  # LoKr's own, which are not shown
+    for values in (
+        {},
+        unused,
+        {"parametrisation": "lokr", "factor": "8"},
+        {"prompt": "a cat", "preview": "a dog", "rate": "1e-4", "keep": True},
+        {"start": "sample/dora"},
+    ):
         lines = checks(SIX, TrainForm(**values), Pictures(), None)
         assert [line for line, good in lines.items() if good is False] == []
 
