@@ -27,7 +27,7 @@ from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, neares
 from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, anatomy_of, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import BaseIdentity, identify_base
-from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.findings import Findings, counted, some
 from dora_diffusion.formats.forms import BY_CHANNEL, form_of, with_axes
 from dora_diffusion.formats.kinds import FIRST_LAYERS, model_of_names, wider_base
 from dora_diffusion.formats.names import TEXT_ENCODERS
@@ -379,7 +379,7 @@ def _report(fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bo
     fitting, total = len(fitted.tensors), max(len(file.layers), len(fitted.tensors))
     lines = (("\n  " + some(fitted.problems, "\n  ")) if fitted.problems else "") + findings.lines()
     if partial and fitting:
-        dropped = f" and {len(file.left_out)} keys left out" if file.left_out else ""
+        dropped = f" and {counted(len(file.left_out))} left out" if file.left_out else ""
         warnings.warn(f"{file.path.name} is loaded in part: {fitting} of {total} layers{dropped}.{lines}", stacklevel=5)
         return
     if not fitted.problems:

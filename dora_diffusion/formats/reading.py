@@ -19,7 +19,7 @@ from dora_diffusion.formats import eight_bit, kinds, names
 from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.configs import read_description
 from dora_diffusion.formats.content import AdapterFile, Raw
-from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.findings import Findings, counted, some
 from dora_diffusion.formats.forms import forms_in
 from dora_diffusion.formats.leaves import Leaf, adapter_names, dialect_of, foreign, split_keys
 from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
@@ -51,7 +51,7 @@ def read_adapter_file(
     """
     file, findings = _read(path, partial, alpha)
     if findings:
-        warnings.warn(f"{file.path.name}: {len(file.left_out)} keys are left out.{findings.lines()}", stacklevel=2)
+        warnings.warn(f"{file.path.name}: left out: {counted(len(file.left_out))}.{findings.lines()}", stacklevel=2)
     return file
 
 
