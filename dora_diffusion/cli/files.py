@@ -81,7 +81,7 @@ def parity(
     from dora_diffusion.inspection import tables
     from dora_diffusion.inspection.parity import compare_programs
     from dora_diffusion.inspection.programs import program_named
-    from dora_diffusion.inspection.repair import form_named
+    from dora_diffusion.inspection.repair import forms_named
     from dora_diffusion.inspection.repair import repair as write_repaired
     from dora_diffusion.models.loading import load_base
     from dora_diffusion.outputs import check_output
@@ -90,7 +90,7 @@ def parity(
         raise ConfigError("--repair PROGRAM and --out FILE belong together, and --form to both.")
     program = program_named(repair) if repair is not None else None
     if form is not None:
-        form_named(form)
+        forms_named(form)
     check_adapter(file)
     if out is not None:
         check_output(out, [file])

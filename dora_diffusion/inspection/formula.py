@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dora_diffusion.inspection.directions import DIRECTIONS, DoesNotFit
 from dora_diffusion.inspection.programs import Program
 from dora_diffusion.inspection.reading import FileModule
 
 __all__ = ["DoesNotFit", "halves_swapped", "program_update"]
-
-
-class DoesNotFit(Exception):
-    """The program would fail at these shapes; the message says at what."""
 
 
 def program_update(
@@ -33,26 +30,35 @@ def program_update(
         if module.difference.shape != W0.shape:
             raise DoesNotFit(f"the difference is {_shape(module.difference)}, the weight {_shape(W0)}")
         return strength * module.difference.double()
-    assert module.down is not None and module.up is not None, "incomplete modules are not read"
-    s = _scale(program, module, header_scale)
-    try:
-        BA = (module.up.double().flatten(1) @ _down(module).flatten(1)).reshape(W0.shape)
-    except RuntimeError as error:
-        raise DoesNotFit(f"B A does not have the weight's shape {_shape(W0)}") from error
     m = module.magnitude
     if module.untrained:
         m = _peft_shaped(W0.flatten(1).norm(dim=1), W0)
+    if m is not None and program.cuts and len(module.pieces) > 1 and not _is_by_output(program, m, W0):
+        raise DoesNotFit("it has the fused layer in parts, and a norm by input has none")
     if m is None:
-        return strength * s * BA
+        return _direction(program, module, W0, strength, header_scale)
     if swapped and m.dim() > 0 and m.shape[0] == W0.shape[0]:
         m = halves_swapped(m)  # it stays where it is while the rows change places; seen from them, it moves
     inside = strength if program.strength == "low rank" else 1.0
-    V = W0 + inside * s * BA
+    V = W0 + _direction(program, module, W0, inside, header_scale)
     g = _ratio(program, m.double(), W0, V)
     if program.strength == "ratio":
         return _product(V, 1 + strength * (g - 1)) - W0
     outside = strength if program.strength == "difference" else 1.0
     return outside * (_product(V, g) - W0)
+
+
+def _direction(program: Program, module: FileModule, W0: Tensor, strength: float, header_scale: float | None) -> Tensor:
+    """The update without a magnitude, [out, in, ...]."""
+    try:
+        if module.form != "lora":
+            others = {name: tensor.double() for name, tensor in module.others.items()}
+            return DIRECTIONS[program.forms[module.form]](others, module.alpha, W0, strength)
+        assert module.up is not None, "incomplete modules are not read"
+        s = _scale(program, module, header_scale)
+        return strength * s * (module.up.double().flatten(1) @ _down(module).flatten(1)).reshape(W0.shape)
+    except RuntimeError as error:
+        raise DoesNotFit(f"the update does not have the weight's shape {_shape(W0)}") from error
 
 
 def halves_swapped(tensor: Tensor) -> Tensor:
@@ -80,8 +86,7 @@ def _scale(program: Program, module: FileModule, header_scale: float | None) -> 
 
 def _ratio(program: Program, m: Tensor, W0: Tensor, V: Tensor) -> Tensor:
     """m / n, in whatever shape the program's own arithmetic gives it."""
-    by_output = program.axis == "output" or (program.axis == "shape" and m.dim() > 0 and m.shape[0] == W0.shape[0])
-    if by_output:
+    if _is_by_output(program, m, W0):
         normed = W0 if program.output_norm == "W0" else V
         n = normed.flatten(1).norm(dim=1).reshape(-1, *(1,) * (W0.dim() - 1))  # [out, 1, ...]
     else:
@@ -90,6 +95,14 @@ def _ratio(program: Program, m: Tensor, W0: Tensor, V: Tensor) -> Tensor:
         return _magnitude(program, m, n) / (n + program.epsilon)
     except RuntimeError as error:
         raise DoesNotFit(f"a magnitude {_shape(m)} and norms {_shape(n)}") from error
+
+
+def _is_by_output(program: Program, m: Tensor, W0: Tensor) -> bool:
+    if program.axis == "shape":
+        return m.dim() > 0 and m.shape[0] == W0.shape[0]
+    if program.axis == "whole shape":
+        return m.shape[:1] == W0.shape[:1] and (m.dim() > 1 or W0.shape[0] != W0.shape[1]) and m.numel() == m.shape[0]
+    return program.axis == "output"
 
 
 def _magnitude(program: Program, m: Tensor, n: Tensor) -> Tensor:

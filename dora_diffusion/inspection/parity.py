@@ -26,7 +26,7 @@ from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.storage import read_header, read_safetensors
 from dora_diffusion.formats.writing import file_layer
-from dora_diffusion.inspection.formula import DoesNotFit, program_update
+from dora_diffusion.inspection.formula import DoesNotFit, halves_swapped, program_update
 from dora_diffusion.inspection.programs import PROGRAMS, Program
 from dora_diffusion.inspection.reading import FileModule, Reading, read_as, split_key
 from dora_diffusion.inspection.stock import read_by_diffusers
@@ -265,7 +265,10 @@ def _layers(
     updates, note = [zero, zero], ""
     if module is not None:
         try:
-            updates = [program_update(program, module, true.weight, w, header_scale, swapped) for w in (1.0, strength)]
+            unturned = program.unturned and pieces[0].rows.swapped
+            W0 = halves_swapped(true.weight) if unturned else true.weight
+            updates = [program_update(program, module, W0, w, header_scale, swapped) for w in (1.0, strength)]
+            updates = [halves_swapped(update) for update in updates] if unturned else updates
         except DoesNotFit as error:
             note = str(error)
     layers = []

@@ -7,70 +7,33 @@ program does, its row is mended, and docs/parity.md with it. `formula.py` comput
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dora_diffusion.errors import ConfigError, nearest
-from dora_diffusion.formats.anatomy import MODELS, Model
+from dora_diffusion.formats.anatomy import Model
+from dora_diffusion.inspection.comfyui_names import CHECKPOINT, CLIP_NAMES, DIFFUSERS_OF, FLAT_CLIP, UNET
+from dora_diffusion.inspection.directions import ENDINGS
+from dora_diffusion.inspection.spelling import EVERY, Spelling
 
 __all__ = ["PROGRAMS", "Program", "Spelling", "program_named"]
 
-Part = Literal["down", "up", "core", "alpha", "magnitude", "difference"]
-EVERY: tuple[Model, ...] = MODELS
+Part = str  # down, up, core, alpha, magnitude (by output), difference; a form's tensors by their endings
 FIRST: tuple[Model, ...] = ("unet", "sd3", "flux")
 FLOAT32_EPSILON = 2.0**-23
-
-# How a flat name of an original checkpoint goes on after its prefix.
-ORIGINAL = (
-    "(?:input_blocks|middle_block|output_blocks|time_embed_[02]|label_emb|out_2"
-    "|joint_blocks|x_embedder_proj|context_embedder|[ty]_embedder"
-    "|double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
-)
-CLIP = r"text_model[._]encoder[._]layers[._]\d+[._](?:self_attn[._](?:[qkv]|out)_proj|mlp[._]fc[12])"
-# The layers of diffusers' transformers that ComfyUI finds by these names (flux_to_diffusers and mmdit_to_diffusers of
-# its comfy/utils.py); Chroma has FLUX.1's, so that its guidance layer is known by the checkpoint's own names alone.
-_BLOCKS = (
-    r"attn\.(?:to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
-    r"|norm1(?:_context)?\.linear|ff(?:_context)?\.net\.(?:0\.proj|2)"
-)
-_OUTSIDE = (
-    r"context_embedder|time_text_embed\.(?:timestep|text|guidance)_embedder\.linear_[12]|norm_out\.linear|proj_out"
-)
-FLUX_LAYERS = (
-    rf"(?:transformer_blocks\.\d+\.(?:{_BLOCKS})|{_OUTSIDE}|x_embedder"
-    r"|single_transformer_blocks\.\d+\.(?:attn\.to_[qkv]|proj_mlp|norm\.linear|proj_out))"
-)
-SD3_LAYERS = rf"(?:transformer_blocks\.\d+\.(?:{_BLOCKS}|attn2\.(?:to_[qkv]|to_out\.0))|{_OUTSIDE}|pos_embed\.proj)"
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """Module names that a program looks up, as a regular expression for the whole name, and for which models.
-
-    `lost` are endings that it expects but does not find under these names: a magnitude then stays at its start, ||W0||.
-    """
-
-    pattern: str
-    models: tuple[Model, ...] = EVERY
-    lost: tuple[str, ...] = ()
-
-
-def _own_names(layers: str, models: tuple[Model, ...]) -> Spelling:
-    """These layers by diffusers' names, with their dots or flat."""
-    flat = layers.replace(r"\.", "_")
-    return Spelling(rf"transformer\.{layers}|(?:lycoris|lora_transformer)_{flat}", models)
 
 
 @dataclass(frozen=True)
 class Program:
-    """One program's rules. W0 is the base's weight, V = W0 + s B A.
+    """One program's rules. W0 is the base's weight, V = W0 + s B A, or W0 and the direction of another form.
 
     knows        the models whose names for layers these rules have
     asked        whether the program itself, installed here, says what it reads (`stock.py`), and not `spellings`
     parts        the keys' endings that it reads, and what it takes them for; all other keys are dropped
     scale        s: from the header ("lora_adapter_metadata"), from `.alpha` / rank, or 1 where there is none
     axis         which way a norm runs: over each output's row, over each input's column, or told from the magnitude's
-                 shape: by output if its first axis has as many entries as the layer has outputs
+                 shape: by output if its first axis has as many entries as the layer has outputs; "whole shape": if
+                 it is [out, 1, ...], or [out] where there are not as many inputs
     output_norm  whether the norm of a row is that of V, as it should be, or that of W0; the norm of a column is V's
     magnitude    which shapes it takes: "peft" exactly [out], a convolution's [1, out, 1, 1]; "copied" what can be
                  copied into [out, 1, ...]; "broadcast" whatever torch broadcasts, rightly or not
@@ -78,7 +41,12 @@ class Program:
     on_error     what a shape that does not fit leads to: the layer is left out, or nothing is loaded
     swaps        layers, by their names in diffusers, whose two halves have changed places in the checkpoint: B A is
                  brought into its order, a magnitude by output is not (where the file has the checkpoint's name, all is)
+    forms        the forms that it reads beside LoRA and differences, and how it computes each (`directions.py`)
+    decomposes   the forms whose magnitudes it reads; a file of another one with magnitudes is refused
+    cuts         whether it has fused layers in parts, and leaves out one with a norm by input, which has none
+    unturned     whether it leaves the halves of a final layer as the checkpoint has them, where its model has others
     strict       module names (a pattern) for which one key that it does not know makes it refuse the file
+    least        the share of a file's keys that it has to find to take any
     bias         what happens to the layer's bias
     """
 
@@ -93,14 +61,19 @@ class Program:
     parts: Mapping[str, Part] = field(default_factory=dict)
     header: bool = False
     needs_alpha: bool = False
-    axis: Literal["output", "input", "shape"] = "output"
+    axis: Literal["output", "input", "shape", "whole shape"] = "output"
     output_norm: Literal["V", "W0"] = "V"
     epsilon: float = 0.0
     magnitude: Literal["peft", "copied", "broadcast"] = "broadcast"
     strength: Literal["difference", "low rank", "ratio"] = "difference"
     on_error: Literal["skip", "stop"] = "stop"
     swaps: Mapping[Model, tuple[str, ...]] = field(default_factory=dict)
+    forms: Mapping[str, str] = field(default_factory=dict)
+    decomposes: tuple[str, ...] = ("lora", "loha", "lokr", "glora", "oft", "boft")
+    cuts: bool = False
+    unturned: bool = False
     strict: str = ""
+    least: float = 0.0
     bias: str = "left as it is"
 
 
@@ -118,34 +91,18 @@ _PEFT: dict[str, Part] = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
-_CHECKPOINTS_NAMES = Spelling(  # diffusers' are not found behind this
-    r"diffusion_model\.(?!(?:single_)?transformer_blocks\.|(?:down|up)_blocks\.|mid_block\.|norm_out\.).+",
-    ("unet", "sd3", "flux", "chroma", "flux2"),
-)
-_COMFY_SPELLINGS = (
-    Spelling("lora_unet_.+", ("unet",)),
-    Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3", "chroma", "flux2")),
-    Spelling(r"lora_unet_distilled_guidance_layer_(?:in|out)_proj", ("chroma",)),
-    Spelling("lycoris_.+", ("unet", "qwen", "z-image")),
-    _own_names(FLUX_LAYERS, ("flux", "chroma")),
-    _own_names(SD3_LAYERS, ("sd3",)),
-    # FLUX.2's modulation, which no block has of its own, is found by the checkpoint's name alone.
-    Spelling(r"(?:lycoris_|lora_transformer_|transformer\.)(?:single_)?transformer_blocks[._].+", ("flux2",)),
-    # Behind this the checkpoint's own names are found: Qwen-Image's are diffusers', Z-Image has q, k and v in one.
-    Spelling("lora_unet_.+", ("qwen",)),
-    Spelling(r"lora_unet_.+_(?:attention_(?:qkv|out)|feed_forward_w[123])", ("z-image",)),
-    Spelling(r"transformer\..+|(?:transformer_blocks|layers|noise_refiner|context_refiner)\..+", ("qwen", "z-image")),
-    # The attention's layers have a `processor.` before their names, as in diffusers' files of old; others have not.
-    Spelling(r"(?:unet\.)?.+\.processor\..+", ("unet",)),
-    Spelling(
-        r"(?:unet\.)?(?!.*\.to_)(?:(?:down|up)_blocks\.|mid_block\.|time_embedding\.|add_embedding\.|conv_(?:in|out)$).*",
-        ("unet",),
-    ),
-    Spelling(r"diffusion_model\..+", ("qwen", "z-image", "other")),
-    _CHECKPOINTS_NAMES,
-    Spelling(f"lora_te[12]?_{CLIP}"),
-    Spelling(rf"text_encoder(?:_2)?\.{CLIP}"),
-)
+
+
+def _forms(**others: str) -> dict[str, str]:
+    """Every form as LyCORIS computes it, but for these; "" for one that is not read."""
+    return {form: how for form in ENDINGS if (how := others.get(form, form))}
+
+
+def _keys_of(*forms: str) -> dict[str, Part]:
+    return {ending: ending for form in forms for ending in ENDINGS[form]}
+
+
+_COMFY_SPELLINGS = (*UNET, CHECKPOINT, *DIFFUSERS_OF.values(), *CLIP_NAMES)
 _COMFY_KEYS: dict[str, Part] = {
     **_KOHYA,
     "lora_A.weight": "down",
@@ -156,10 +113,13 @@ _COMFY_KEYS: dict[str, Part] = {
     "_lora.up.weight": "up",
     "lora_linear_layer.down.weight": "down",
     "lora_linear_layer.up.weight": "up",
+    **_keys_of("loha", "lokr", "glora"),
 }
+_COMFY_FORMS = _forms(oft="oft of ComfyUI", boft="boft of ComfyUI", ia3="")
 # {last} is the number of the last block.
 _SWAPPED: dict[Model, tuple[str, ...]] = {
     "flux": ("norm_out.linear",),
+    "flux2": ("norm_out.linear",),
     "sd3": ("norm_out.linear", "transformer_blocks.{last}.norm1_context.linear"),
 }
 
@@ -186,7 +146,7 @@ PROGRAMS = (
         version="0.21.2",
         sources=("https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/dora.py",),
         read_on="2026-11-23",
-        spellings=(Spelling(r"(?:base_model\.model|unet|transformer|text_encoder(?:_2)?)\..+"),),
+        spellings=(Spelling(("base_model.model.", "unet.", "transformer.", "text_encoder.", "text_encoder_2.")),),
         parts=_PEFT,
         header=True,
         magnitude="peft",
@@ -195,21 +155,27 @@ PROGRAMS = (
     Program(
         name="comfyui",
         label="ComfyUI",
-        version="commit 9c0cf36 (base.py), 6f98b15 (lora.py), ec93dca (keys)",
+        version="0.33.0 (commit 783545f)",
         sources=(
-            "https://github.com/Comfy-Org/ComfyUI/blob/9c0cf36cd7964978850fd40f8cf76ac2cf9f9e15/comfy/weight_adapter/base.py",
-            "https://github.com/Comfy-Org/ComfyUI/blob/6f98b150e065f1ffc788558574a887835068bd40/comfy/weight_adapter/lora.py",
-            "https://github.com/Comfy-Org/ComfyUI/blob/ec93dcacb96b922f7cb1417b3ba22bccb082df32/comfy/lora.py",
+            "https://github.com/Comfy-Org/ComfyUI/blob/783545f689a0af730065994b46b382ae24844c99/comfy/lora.py",
+            "https://github.com/Comfy-Org/ComfyUI/blob/783545f689a0af730065994b46b382ae24844c99/comfy/utils.py",
+            "https://github.com/Comfy-Org/ComfyUI/tree/783545f689a0af730065994b46b382ae24844c99/comfy/weight_adapter",
         ),
-        read_on="2026-11-23",
+        read_on="2026-11-27",
         spellings=_COMFY_SPELLINGS,
         knows=(*FIRST, "chroma", "flux2", "qwen", "z-image"),
-        parts={**_COMFY_KEYS, "lora_A": "down", "lora_B": "up"},
+        parts={
+            **_COMFY_KEYS,
+            **_keys_of("oft"),
+            **{"lora_A": "down", "lora_B": "up"},
+            **{"lora_A.default.weight": "down", "lora_B.default.weight": "up"},
+        },
         axis="shape",
         output_norm="W0",
         epsilon=FLOAT32_EPSILON,
         on_error="skip",
         swaps=_SWAPPED,
+        forms=_COMFY_FORMS,
     ),
     Program(
         name="forge",
@@ -221,11 +187,10 @@ PROGRAMS = (
         ),
         read_on="2026-11-23",
         spellings=(
-            *(s for s in _COMFY_SPELLINGS if s.models in (("unet",), EVERY)),
-            _CHECKPOINTS_NAMES,
-            Spelling(f"lora_unet_{ORIGINAL}.*", ("flux", "sd3")),
-            Spelling("lycoris_.+", ("unet",)),
-            _own_names(FLUX_LAYERS, ("flux",)),
+            *UNET,
+            CHECKPOINT,
+            replace(DIFFUSERS_OF["flux"], prefixes=("transformer.", "lora_transformer_", "lycoris_")),
+            *CLIP_NAMES,
         ),
         knows=FIRST,
         parts=_COMFY_KEYS,
@@ -234,6 +199,40 @@ PROGRAMS = (
         epsilon=FLOAT32_EPSILON,
         on_error="stop",
         swaps=_SWAPPED,
+        forms=_forms(oft="", boft="", ia3=""),
+    ),
+    Program(
+        name="forge-neo",
+        label="Forge Neo",
+        version="commit 0cc5e9e (keys), 419825e (merge), 19cc879 (matching)",
+        sources=(
+            "https://github.com/Haoming02/sd-webui-forge-classic/blob/0cc5e9ea6256271a30f12ca6f102469fd32506e4/modules_forge/packages/comfy/lora.py",
+            "https://github.com/Haoming02/sd-webui-forge-classic/blob/419825e77c7b28810a7607458bc7ea8a2e1405b1/backend/patcher/lora.py",
+            "https://github.com/Haoming02/sd-webui-forge-classic/blob/19cc8799e8fc1fba08bee8bc5ea0adc8b2b641f8/extensions-builtin/sd_forge_lora/networks.py",
+        ),
+        read_on="2026-11-27",
+        spellings=(
+            *UNET,
+            CHECKPOINT,
+            replace(DIFFUSERS_OF["flux"], prefixes=("transformer.", "lora_transformer_", "lycoris_")),
+            DIFFUSERS_OF["qwen"],
+            replace(DIFFUSERS_OF["z-image"], prefixes=("diffusion_model.", "lycoris_")),
+            *CLIP_NAMES,
+        ),
+        knows=("unet", "flux", "chroma", "flux2", "qwen", "z-image"),
+        parts={
+            **_COMFY_KEYS,
+            **_keys_of("oft"),
+            **{"lora_A": "down", "lora_B": "up"},
+            **{"lora_A.default.weight": "down", "lora_B.default.weight": "up"},
+        },
+        axis="shape",
+        output_norm="W0",
+        epsilon=FLOAT32_EPSILON,
+        on_error="skip",
+        swaps=_SWAPPED,
+        forms=_COMFY_FORMS,
+        least=0.5,
     ),
     Program(
         name="a1111",
@@ -247,14 +246,15 @@ PROGRAMS = (
         ),
         read_on="2026-11-23",
         spellings=(
-            Spelling("lora_unet_.+", ("unet",)),
-            Spelling(f"lora_te[12]?_{CLIP}", ("unet",)),
-            Spelling(r"transformer\..+", ("sd3",)),
+            Spelling(("lora_unet_",), models=("unet",)),
+            Spelling(("lora_te_", "lora_te1_", "lora_te2_"), models=("unet",), layers=FLAT_CLIP),
+            Spelling(("transformer.",), models=("sd3",)),
         ),
         knows=FIRST,
-        parts={**_KOHYA, "lora_A.weight": "down", "lora_B.weight": "up"},
+        parts={**_KOHYA, **_keys_of(*ENDINGS), "lora_A.weight": "down", "lora_B.weight": "up"},
         axis="input",
         on_error="skip",
+        forms=_forms(glora="glora of old"),
     ),
     Program(
         name="invokeai",
@@ -267,16 +267,18 @@ PROGRAMS = (
         ),
         read_on="2026-11-25",
         spellings=(
-            Spelling("lora_unet_.+", ("unet",)),
-            Spelling(f"lora_te[12]?_{CLIP}", ("unet",)),
-            Spelling("lora_unet_(?:double|single)_blocks_.+", ("flux",)),
-            Spelling("lora_transformer_(?:single_)?transformer_blocks_.+", ("flux",)),
-            Spelling(r"(?:transformer|base_model\.model)\..+", ("flux",)),
-            Spelling(f"lora_te1_{CLIP}", ("flux",)),
+            Spelling(("lora_unet_",), models=("unet",)),
+            Spelling(("lora_te_", "lora_te1_", "lora_te2_"), models=("unet",), layers=FLAT_CLIP),
+            Spelling(("lora_unet_",), models=("flux",), layers="(?:double|single)_blocks_.+"),
+            Spelling(("lora_transformer_",), models=("flux",), layers="(?:single_)?transformer_blocks_.+"),
+            Spelling(("transformer.", "base_model.model."), models=("flux",)),
+            Spelling(("lora_te1_",), models=("flux",), layers=FLAT_CLIP),
         ),
         knows=("unet", "flux"),
-        parts={**_KOHYA, "lora_A.weight": "down", "lora_B.weight": "up"},
+        parts={**_KOHYA, **_keys_of("loha", "lokr", "ia3"), "lora_A.weight": "down", "lora_B.weight": "up"},
         axis="input",
+        forms=_forms(glora="", oft="", boft=""),
+        decomposes=("lora",),
         # A UNet's keys are grouped by what comes before their first dot; FLUX's in PEFT's names must be A and B alone.
         strict="(?!lora_).+",
     ),
@@ -290,12 +292,46 @@ PROGRAMS = (
         ),
         read_on="2026-11-25",
         spellings=(
-            Spelling("(?:lora_unet|lycoris)_.+", ("unet",)),
-            Spelling(r"(?:unet|diffusion_model)\..+", ("unet",)),
-            Spelling(f"lora_te[12]?_{CLIP}", ("unet",)),
+            Spelling(("lora_unet_", "lycoris_", "unet.", "diffusion_model."), models=("unet",)),
+            Spelling(("lora_te_", "lora_te1_", "lora_te2_"), models=("unet",), layers=FLAT_CLIP),
         ),
         knows=("unet",),
-        parts={key: part for key, part in _COMFY_KEYS.items() if part != "magnitude"},
+        parts={key: part for key, part in _COMFY_KEYS.items() if part != "magnitude" and key not in ENDINGS["glora"]},
+        forms={"loha": "loha", "lokr": "lokr of sd.cpp"},
+    ),
+    Program(
+        name="sdnext",
+        label="SD.Next",
+        version="dev of 2026-07-24 (commit d11a619)",
+        sources=(
+            "https://github.com/vladmandic/sdnext/blob/d11a619a643e6dbce0e0bf3cd0a56cfdf0588140/modules/lora/lora_load.py",
+            "https://github.com/vladmandic/sdnext/blob/d11a619a643e6dbce0e0bf3cd0a56cfdf0588140/modules/lora/network.py",
+            "https://github.com/vladmandic/sdnext/blob/d11a619a643e6dbce0e0bf3cd0a56cfdf0588140/modules/lora/native_adapter.py",
+            "https://github.com/vladmandic/sdnext/blob/d11a619a643e6dbce0e0bf3cd0a56cfdf0588140/pipelines/chroma/chroma_lora.py",
+            "https://github.com/vladmandic/sdnext/blob/d11a619a643e6dbce0e0bf3cd0a56cfdf0588140/pipelines/flux/flux2_lora.py",
+            "https://github.com/vladmandic/sdnext/blob/d11a619a643e6dbce0e0bf3cd0a56cfdf0588140/pipelines/z_image/zimage_lora.py",
+        ),
+        read_on="2026-11-27",
+        spellings=(
+            Spelling(("lora_unet_",), "diffusers", ("unet",)),
+            Spelling(("lora_unet_",), "checkpoint", ("unet",)),
+            Spelling(("lora_te_", "lora_te1_", "lora_te2_"), models=("unet",), layers=FLAT_CLIP),
+            Spelling(("lora_unet_", "diffusion_model."), "checkpoint", ("chroma", "flux2", "z-image")),
+            Spelling(("transformer.", "lora_transformer_", "lycoris_"), "diffusers", ("chroma", "flux2", "z-image")),
+            Spelling(("lora_unet_", "diffusion_model."), "diffusers", ("z-image",)),
+        ),
+        knows=("unet", "chroma", "flux2", "z-image"),
+        parts={
+            **_KOHYA,
+            **_keys_of(*ENDINGS),
+            **{"lora_A.weight": "down", "lora_B.weight": "up"},
+            **dict.fromkeys(("magnitude", "lora_magnitude_vector"), "magnitude by output"),
+        },
+        axis="whole shape",
+        on_error="skip",
+        cuts=True,
+        unturned=True,
+        forms=_forms(glora="glora of old", oft="oft of SD.Next"),
     ),
     Program(
         name="lycoris",
@@ -306,8 +342,9 @@ PROGRAMS = (
             "https://github.com/KohakuBlueleaf/LyCORIS/blob/v4.1.3/lycoris/functional/general.py",
         ),
         read_on="2026-11-23",
-        spellings=(Spelling("(?:lora_unet|lora_te[123]?|lycoris)_.+"),),
-        parts=_KOHYA,
+        spellings=(Spelling(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")),),
+        parts={**_KOHYA, **_keys_of(*ENDINGS)},
+        forms=_forms(),
         needs_alpha=True,
         axis="output",
         epsilon=FLOAT32_EPSILON,

@@ -12,7 +12,9 @@ from torch import Tensor
 from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.names import locate
 from dora_diffusion.formats.original import Part as Piece
+from dora_diffusion.inspection.directions import ENDINGS, form_of
 from dora_diffusion.inspection.programs import Program
+from dora_diffusion.inspection.spelling import Names
 
 __all__ = ["FileModule", "Reading", "is_magnitude", "read_as", "split_key"]
 
@@ -24,10 +26,12 @@ _ENDINGS = sorted(
         *("lora.down.weight", "lora.up.weight", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
         *("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
         *("magnitude", "weight_m_wdecomp.weight"),
+        *(ending for form in ENDINGS.values() for ending in form if ending != "weight"),
     ),
     key=len,
     reverse=True,
 )
+_PARTS = ("down", "up", "core", "magnitude", "difference")
 _JOINED = ("_lora.down.weight", "_lora.up.weight")
 
 
@@ -35,7 +39,8 @@ _JOINED = ("_lora.down.weight", "_lora.up.weight")
 class FileModule:
     """What a program took from a file for one module; `pieces` are its layers in diffusers, and their rows in it.
 
-    `untrained` says that the program makes a magnitude of its own, ||W0||, and loses the file's.
+    `untrained` says that the program makes a magnitude of its own, ||W0||, and loses the file's. `others` are the
+    tensors of a form that is not B A, by the endings of their keys.
     """
 
     name: str
@@ -47,10 +52,16 @@ class FileModule:
     magnitude: Tensor | None = None
     difference: Tensor | None = None
     untrained: bool = False
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
-        return self.difference is not None or (self.down is not None and self.up is not None)
+        return self.difference is not None or bool(self.form)
+
+    @property
+    def form(self) -> str:
+        """lora, or what else it is; empty for a difference, and for what is not whole."""
+        return form_of(self.others) or ("lora" if self.down is not None and self.up is not None else "")
 
 
 @dataclass(frozen=True)
@@ -85,16 +96,18 @@ def is_magnitude(ending: str) -> bool:
 
 def read_as(program: Program, tensors: Mapping[str, Tensor], anatomy: Anatomy) -> Reading:
     """What the program reads of a file with these tensors, for a base with this anatomy."""
-    spellings = [(re.compile(s.pattern), s) for s in program.spellings if anatomy.model in s.models]
+    names = Names(anatomy)
     found: dict[str, dict[str, Tensor]] = {}
     untrained: set[str] = set()
     dropped: Counter[str] = Counter()
     for key, tensor in tensors.items():
         module, ending = split_key(key)
         part = program.parts.get(ending)
-        spelling = next((s for pattern, s in spellings if pattern.fullmatch(module)), None)
+        spelling = next((s for s in program.spellings if s.finds(module, names)), None)
         if part is not None and spelling is not None and ending not in spelling.lost:
-            found.setdefault(module, {})[part] = tensor
+            is_row = part == "magnitude by output" and tensor.dim() == 1
+            name = part.removesuffix(" by output")
+            found.setdefault(module, {})[name] = tensor.reshape(-1, 1) if is_row else tensor
             continue
         if program.strict and re.fullmatch(program.strict, module) and ending != "dora_scale":
             return Reading((), {ending: 1}, f"refuses the file: it does not know the key {key!r}")
@@ -106,7 +119,14 @@ def read_as(program: Program, tensors: Mapping[str, Tensor], anatomy: Anatomy) -
         pieces = locate(module, anatomy).parts
         alpha = parts.pop("alpha", None)
         scale = None if alpha is None else float(alpha)
-        made = FileModule(module, pieces, alpha=scale, untrained=module in untrained, **parts)
-        if made.complete:
+        others = {part: parts.pop(part) for part in list(parts) if part not in _PARTS}
+        made = FileModule(module, pieces, alpha=scale, untrained=module in untrained, others=others, **parts)
+        if made.complete and (made.form in ("", "lora") or made.form in program.forms):
             modules.append(made)
+            if made.magnitude is not None and made.form and made.form not in program.decomposes:
+                return Reading((), {}, f"refuses the file: it has no magnitudes of a {made.form} ({module})")
+        else:
+            dropped.update(parts.keys() | others.keys())
+    if dropped and 1 - sum(dropped.values()) / len(tensors) < program.least:
+        return Reading((), dict(dropped), "takes none of a file of which it does not know half of the keys")
     return Reading(tuple(modules), dict(dropped))

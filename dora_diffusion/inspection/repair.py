@@ -6,6 +6,7 @@ written through the program's own rules; the first that gives the true update in
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from dora_diffusion.adapters.injection import Adapter, AdapterConfig, check_strength
 from dora_diffusion.adapters.layers import DoRAUpdate
 from dora_diffusion.errors import AdapterFileError, ConfigError, nearest
+from dora_diffusion.formats.comfyui import turned_in_comfyui
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.files import read_adapter_file
@@ -32,7 +34,7 @@ from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
 from dora_diffusion.models.loading import Base
 from dora_diffusion.outputs import make_folder, scratch_folder
 
-__all__ = ["FORMS", "Form", "Repaired", "Unrepairable", "form_named", "repair"]
+__all__ = ["FORMS", "Form", "Repaired", "Unrepairable", "forms_named", "repair"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Form:
     meaning: str
     layout: Layout
     change: Callable[[AdapterFile, Adapter, Program], AdapterFile | None]
+
+    @property
+    def label(self) -> str:
+        """Its name, with the layout where that is not kohya's or its own."""
+        return f"{self.name} (ComfyUI's keys)" if self.layout == "comfyui" != self.name else self.name
 
 
 @dataclass(frozen=True)
@@ -86,16 +93,16 @@ def repair(
         written = scratch / out.name
         training = description.training if description else None
         file = file_of(adapter, out, training=training, base_name=description.base.name if description else None)
-        for one in FORMS if form is None else (form_named(form),):
+        for one in FORMS if form is None else forms_named(form):
             changed = one.change(file, adapter, program)
             if changed is None:
-                tried.append(f"{one.name} cannot hold this adapter")
+                tried.append(f"{one.label} cannot hold this adapter")
                 continue
             found = _check(one, _marked(one, changed, program), written, base, adapter, program, strength)
             if found is not None and found.right and found.right_at_strength:
                 written.replace(out)
                 return Repaired(out, one, found.worst.error)
-            tried.append(f"{one.name}: {_outcome(found)}")
+            tried.append(f"{one.label}: {_outcome(found)}")
     at = "" if strength == 1 else f" at strength 1 and at {strength:g}"
     raise Unrepairable(
         f"no file of this adapter comes out right in {program.label}{at} (up to {RIGHT:g}). Tried: {'; '.join(tried)}. "
@@ -124,11 +131,11 @@ def _outcome(found: Parity | None) -> str:
     return f"relative error {max(worst.error, worst.error_at_strength):.2g} in {worst.layer}, the worst layer"
 
 
-def form_named(name: str) -> Form:
-    for form in FORMS:
-        if form.name == name:
-            return form
-    names = [form.name for form in FORMS]
+def forms_named(name: str) -> tuple[Form, ...]:
+    """The forms of this name, in each layout that it has. Raises ConfigError."""
+    if found := tuple(form for form in FORMS if form.name == name):
+        return found
+    names = list(dict.fromkeys(form.name for form in FORMS))
     near = nearest(name, names, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no form {name!r} to write; the forms are {', '.join(names)}.{hint}")
@@ -138,7 +145,9 @@ def _as_it_is(file: AdapterFile, adapter: Adapter, program: Program) -> AdapterF
     return file
 
 
-def _compensated(file: AdapterFile, adapter: Adapter, program: Program) -> AdapterFile | None:
+def _compensated(
+    file: AdapterFile, adapter: Adapter, program: Program, turned: Callable[[AdapterFile, str], bool]
+) -> AdapterFile | None:
     """m ||W0|| / ||V|| as the magnitude: dividing it by ||W0||, as ComfyUI does, gives m / ||V||.
 
     Its halves change places where the program turns round B A alone.
@@ -154,9 +163,13 @@ def _compensated(file: AdapterFile, adapter: Adapter, program: Program) -> Adapt
         factor = torch.where(n > 0, (n0 + FLOAT32_EPSILON) / n.clamp_min(1e-300), 0.0)
         name = f"{file_layer(path)}.magnitude"
         magnitude = (tensors[name].double() * factor.cpu()).float()
-        moved = is_swapped(program, (Piece(path, WHOLE),), adapter) and not has_halves_turned(file, file_layer(path))
+        moved = is_swapped(program, (Piece(path, WHOLE),), adapter) and not turned(file, file_layer(path))
         tensors[name] = halves_swapped(magnitude) if moved else magnitude
     return replace(file, tensors=tensors)
+
+
+_in_kohyas = functools.partial(_compensated, turned=has_halves_turned)
+_in_comfyuis = functools.partial(_compensated, turned=turned_in_comfyui)
 
 
 def _difference(file: AdapterFile, adapter: Adapter, program: Program) -> AdapterFile:
@@ -191,8 +204,11 @@ def _full_rank(file: AdapterFile, adapter: Adapter, program: Program) -> Adapter
 FORMS = (
     Form("diffusers", "PEFT's keys", "diffusers", _as_it_is),
     Form("kohya", "kohya's keys", "kohya", _as_it_is),
-    Form("compensated", "magnitudes for dividing by ||W0||, wrong in every other program", "kohya", _compensated),
+    Form("comfyui", "ComfyUI's keys", "comfyui", _as_it_is),
+    Form("compensated", "magnitudes for dividing by ||W0||, wrong in every other program", "kohya", _in_kohyas),
+    Form("compensated", "the same in ComfyUI's keys", "comfyui", _in_comfyuis),
     Form("diff", "the whole difference of every layer", "kohya", _difference),
+    Form("diff", "the same in ComfyUI's keys", "comfyui", _difference),
     Form("full-rank", "a plain LoRA of full rank, larger than the difference", "diffusers", _full_rank),
 )
 

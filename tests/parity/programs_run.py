@@ -150,7 +150,7 @@ def in_lycoris(path: Path, strength: float) -> Deltas:
 def in_comfyui(path: Path, base: Base, strength: float) -> Deltas:
     """weight_decompose of comfy/weight_adapter/base.py at ComfyUI's commit 9c0cf36, and calculate_weight beside it.
 
-    Forge's backend/patcher/lora.py at commit cea9f37 has the same two.
+    Forge's backend/patcher/lora.py at commit cea9f37 has the same two, and Forge Neo's at commit 419825e.
     """
     deltas = {}
     for module, parts in modules_of(path).items():
@@ -247,6 +247,7 @@ RUN = {"diffusers": in_diffusers, "peft": in_peft, "lycoris": in_lycoris}
 TRANSCRIBED = {
     "comfyui": in_comfyui,
     "forge": in_comfyui,
+    "forge-neo": in_comfyui,
     "a1111": in_a1111,
     "invokeai": in_a1111,
     "stable-diffusion.cpp": in_sdcpp,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 from comfyui_families import FAMILIES
@@ -12,13 +11,10 @@ from test_comfyui import COMFYUI, run_comfyui
 
 from dora_diffusion.adapters.injection import adaptable_layers
 from dora_diffusion.formats.anatomy import anatomy_of
-from dora_diffusion.inspection.programs import Program, program_named
+from dora_diffusion.inspection.programs import program_named
+from dora_diffusion.inspection.spelling import Names
 
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PYTHON names no Python that has ComfyUI")
-
-
-def finds(program: Program, model: str, name: str) -> bool:
-    return any(re.fullmatch(s.pattern, name) for s in program.spellings if model in s.models)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -29,7 +25,8 @@ def test_the_rules_find_the_names_that_comfyui_finds(name, tmp_path):
     theirs = set(json.loads((tmp_path / f"{name}.json").read_text()))
     model = family.model()
     anatomy = anatomy_of(model, adaptable_layers(model))
-    ours = {spelling: finds(program_named("comfyui"), anatomy.model, spelling) for spelling in spellings(anatomy)}
+    names, rules = Names(anatomy), program_named("comfyui").spellings
+    ours = {spelling: any(rule.finds(spelling, names) for rule in rules) for spelling in spellings(anatomy)}
     assert any(ours.values())
     assert [s for s, found in ours.items() if found and s not in theirs] == []
     assert [s for s, found in ours.items() if not found and s in theirs] == []

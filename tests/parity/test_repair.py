@@ -70,7 +70,7 @@ def test_a_file_for_comfyui_alone_says_so_and_is_not_taken_for_another(base, pef
     made = repair(peft_file(), base, program_named("comfyui"), tmp_path / "comfyui.safetensors")
     with safe_open(made.path, framework="pt") as file:
         mark = json.loads(file.metadata()["dora_diffusion_made_for"])
-    assert mark["program"] == "ComfyUI" and "9c0cf36" in mark["version"]
+    assert mark["program"] == "ComfyUI" and "783545f" in mark["version"]
     with pytest.raises(AdapterFileError, match=r"was made for one program alone .*ComfyUI"):
         compare_programs(made.path, base)
     with pytest.raises(AdapterFileError, match="was made for one program alone"):
