@@ -29,6 +29,7 @@ ORDER = (
     "adapters/frozen",
     "adapters/kernels",
     "adapters/layers",
+    "adapters/norms",
     "adapters/whole",
     "adapters/loha",
     "adapters/lokr",

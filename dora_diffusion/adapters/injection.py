@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.frozen import FrozenLayer, freeze_view
+from dora_diffusion.adapters.frozen import FrozenLayer, FrozenWeight, freeze_view
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
+from dora_diffusion.adapters.norms import AdaptedNorm, FrozenNorm, freeze_norm
 from dora_diffusion.adapters.roots import Roots
 from dora_diffusion.adapters.variants import LOW_RANK, update_class, update_of
 from dora_diffusion.errors import AdapterStateError, ConfigError, TargetError, nearest
@@ -34,6 +35,7 @@ __all__ = [
     "Kind",
     "NormAxis",
     "adaptable_layers",
+    "changeable_layers",
     "check_strength",
     "inject_adapter",
     "inject_into",
@@ -199,7 +201,7 @@ class Adapter:
         """
         self._require_layers("fuse")
         for layer in self.layers.values():
-            layer.frozen.weight  # noqa: B018 (raises for a packed one, before any layer is written to)
+            layer.check_can_fuse()  # before any layer is written to
         for layer in self.layers.values():
             layer.set_fused(tuple(dict.fromkeys((*layer.fused, self.name))))
         self._fused = True
@@ -229,7 +231,7 @@ class Adapter:
                 "are: merge it too, with merge(OTHER), or eject it first."
             )
         for layer in layers.values():
-            layer.frozen.weight  # noqa: B018 (raises for a packed one, before any layer is written to)
+            layer.check_can_fuse()  # before any layer is written to
         for layer in layers.values():
             layer.set_fused(tuple(layer.updates))
             layer.keep_fused()
@@ -285,7 +287,7 @@ def inject_adapter(
 def inject_into(
     model: nn.Module,
     config: AdapterConfig,
-    views: Mapping[str, FrozenLayer],
+    views: Mapping[str, FrozenWeight],
     *,
     name: str | None = None,
     seed: int | None = None,
@@ -304,18 +306,23 @@ def inject_into(
     for path, frozen in views.items():  # all are made before the first is put in: a layer may refuse
         values = None if tensors is None else tensors[path]
         make = update_class(config.parameters) if values is None else update_of(values)
-        updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator, values)
+        # What a norm is given are differences, which ask for nothing but its weight.
+        updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator, values)  # type: ignore[arg-type]
     roots.freeze(views)
     layers = {}
     for path, frozen in views.items():
         current = roots.get(path)
-        layer = current if isinstance(current, AdaptedLayer) else AdaptedLayer(current, frozen)
+        layer = current if isinstance(current, AdaptedLayer) else _adapted_layer(current, frozen)
         layer.updates[name] = updates[path].train(layer.training)
         if layer is not current:
             roots.replace(path, layer)
         layers[path] = layer
     roots.host(views)
     return Adapter(model, config, name, layers, text_encoders)
+
+
+def _adapted_layer(base: nn.Module, frozen: FrozenWeight) -> AdaptedLayer:
+    return AdaptedNorm(base, frozen) if isinstance(frozen, FrozenNorm) else AdaptedLayer(base, frozen)  # type: ignore[arg-type]
 
 
 def _check_name(name: str | None, names: set[str]) -> str:
@@ -341,7 +348,12 @@ def matching_layers(model: nn.Module, target_modules: Iterable[str]) -> dict[str
 
 def adaptable_layers(model: nn.Module) -> dict[str, FrozenLayer]:
     """Every layer that could be adapted; one that is adapted already shows its base's name, not its own parts."""
-    layers: dict[str, FrozenLayer] = {}
+    return {path: view for path, view in changeable_layers(model).items() if not isinstance(view, FrozenNorm)}
+
+
+def changeable_layers(model: nn.Module) -> dict[str, FrozenLayer | FrozenNorm]:
+    """`adaptable_layers`, and the normalisation layers, which files may change and nothing trains."""
+    layers: dict[str, FrozenLayer | FrozenNorm] = {}
     inside: tuple[str, ...] = ()
     for path, module in _walk(model):
         if inside and path.startswith(inside):
@@ -351,7 +363,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, FrozenLayer]:
         elif isinstance(module, AdaptedLayer):
             layers[path] = module.frozen
             inside = (*inside, path + ".")
-        elif path and (frozen := freeze_view(module)) is not None:
+        elif path and (frozen := freeze_view(module) or freeze_norm(module)) is not None:
             layers[path] = frozen
     return layers
 
