@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.frozen import FrozenLayer
+from dora_diffusion.adapters.frozen import FrozenWeight
 from dora_diffusion.adapters.injection import (
     Adapter,
     AdapterConfig,
     Kind,
     NormAxis,
     adaptable_layers,
+    changeable_layers,
     check_strength,
     inject_into,
 )
@@ -119,7 +120,7 @@ def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> 
 
 
 def _fit_or_report(
-    pipe_or_model: object, views: Mapping[str, FrozenLayer], file: AdapterFile, findings: Findings, partial: bool
+    pipe_or_model: object, views: Mapping[str, FrozenWeight], file: AdapterFile, findings: Findings, partial: bool
 ) -> _Fitted:
     file.check_universal()
     fitted = _fit(file, views)
@@ -188,12 +189,12 @@ def fit_of(pipe_or_model: object, file: AdapterFile) -> Fit:
     )
 
 
-def _look_at(pipe_or_model: object) -> tuple[dict[str, FrozenLayer], Anatomy]:
+def _look_at(pipe_or_model: object) -> tuple[dict[str, FrozenWeight], Anatomy]:
     """The layers that an adapter may change, a text encoder's behind its name, and what names they answer to."""
     model = denoiser_of(pipe_or_model)
-    views = dict(adaptable_layers(model))
+    views = dict(changeable_layers(model))
     for encoder, module in text_encoders_of(pipe_or_model).items():
-        views |= {f"{encoder}.{path}": view for path, view in adaptable_layers(module).items()}
+        views |= {f"{encoder}.{path}": view for path, view in changeable_layers(module).items()}
     return views, anatomy_of(model, views)
 
 
@@ -230,7 +231,7 @@ class _Fitted:
     """A file's layers at their paths in a model with these layers, and what found no place, one line each."""
 
     file: AdapterFile
-    views: Mapping[str, FrozenLayer]
+    views: Mapping[str, FrozenWeight]
     places: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -251,7 +252,7 @@ class _Fitted:
         return {f"{path}.{p}": tensor for path, held in self.tensors.items() for p, tensor in held.items()}
 
 
-def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> _Fitted:
+def _fit(file: AdapterFile, views: Mapping[str, FrozenWeight]) -> _Fitted:
     fitted = _Fitted(file, views)
     flat = {path.replace(".", "_"): path for path in views}
     for layer, held in by_layer(file.tensors).items():
@@ -278,7 +279,7 @@ def _said(layer: str, file: AdapterFile) -> str:
     return layer if written.endswith(layer) else f"{layer} ({written})"
 
 
-def _misfit(held: Mapping[str, Tensor], view: FrozenLayer) -> str:
+def _misfit(held: Mapping[str, Tensor], view: FrozenWeight) -> str:
     """Why a layer's tensors do not fit; empty when they do."""
     wanted = (view.out_features, *view.in_shape)
     if "difference" in held:
@@ -300,7 +301,7 @@ def _same(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     )
 
 
-def _shaped(parameter: str, tensor: Tensor, view: FrozenLayer) -> Tensor:
+def _shaped(parameter: str, tensor: Tensor, view: FrozenWeight) -> Tensor:
     if parameter == "lora_A":
         return tensor.reshape(-1, *view.in_shape)
     if parameter == "lora_B":

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from dora_diffusion.formats.anatomy import MODELS, Anatomy, Model, model_of
+from dora_diffusion.formats.norm_names import NORM_WORDS
 from dora_diffusion.formats.original import WHOLE, Part, is_flux1, is_flux2
 
 __all__ = [
@@ -65,7 +66,9 @@ WORDS: list[str] = re.findall(
     attention w1 w2 w3
     """,
 )
-_TOKEN = re.compile("(" + "|".join(sorted([*COMPOUNDS, *WORDS], key=len, reverse=True)) + r"|\d+(?:-\d+)?)(?:_|$)")
+_TOKEN = re.compile(
+    "(" + "|".join(sorted([*COMPOUNDS, *WORDS, *NORM_WORDS], key=len, reverse=True)) + r"|\d+(?:-\d+)?)(?:_|$)"
+)
 
 
 @dataclass(frozen=True)
