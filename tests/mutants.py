@@ -30,6 +30,7 @@ SIZES = {
     "I8": 1,
     "U8": 1,
     "F8_E4M3": 1,
+    "F8_E5M2": 1,
     "BOOL": 1,
 }
 Entries = dict[str, tuple[str, list[int], bytes]]  # dtype, shape, numbers
@@ -280,9 +281,24 @@ LEAF = re.compile(
     r"lora_up\.weight|lora_mid\.weight|dora_scale|alpha|magnitude|weight_m_wdecomp\.weight|diff|lora\.down\.weight|"
     r"lora\.up\.weight|lora_linear_layer\.down\.weight|lora_linear_layer\.up\.weight)$"
 )
+NAMED = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.(?!weight\b|bias\b)[^.]+(?=\.weight$|$)")  # an adapter's name
+FLAT = re.compile(r"lora_unet_|lora_transformer_|lycoris_")
 DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 UP = ("lora_B.weight", "lora_up.weight", "lora.up.weight", "lora_linear_layer.up.weight")
 BY_OUTPUT = ("lora_magnitude_vector", "lora_magnitude_vector.weight", "magnitude", "weight_m_wdecomp.weight")
+
+
+EIGHT_BIT = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}  # bits of the exponent and of the fraction
+
+
+def eight_bit_floats(codes: np.ndarray, exponent: int, fraction: int) -> np.ndarray:
+    """Sign, exponent and fraction as IEEE 754 has them; e4m3fn has one NaN of each sign and no infinity."""
+    codes = codes.astype("<i8")
+    e, f = (codes >> fraction) & (2**exponent - 1), codes & (2**fraction - 1)
+    bias = 2 ** (exponent - 1) - 1
+    size = np.where(e == 0, f * 2.0 ** (1 - bias - fraction), (1 + f / 2**fraction) * 2.0 ** (e - bias))
+    odd = (e == 2**exponent - 1) & ((f == 2**fraction - 1) if exponent == 4 else True)
+    return np.where(codes & 128, -1.0, 1.0) * np.where(odd, np.nan, size)
 
 
 def read_by_hand(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -295,6 +311,8 @@ def read_by_hand(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raw = data[8 + size + start : 8 + size + end]
         if entry["dtype"] == "BF16":
             numbers = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+        elif entry["dtype"] in EIGHT_BIT:
+            numbers = eight_bit_floats(np.frombuffer(raw, "u1"), *EIGHT_BIT[entry["dtype"]])
         else:
             numbers = np.frombuffer(
                 raw, {"F": "<f", "I": "<i", "U": "<u"}[entry["dtype"][0]] + str(SIZES[entry["dtype"]])
@@ -312,15 +330,17 @@ def reference_deltas(data: bytes, weights: dict[str, np.ndarray]) -> dict[str, n
     tensors, metadata = read_by_hand(data)
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
-        found = LEAF.fullmatch(key)
+        found = LEAF.fullmatch(NAMED.sub(r"\1", key))
         assert found, f"{key!r} is no key of an adapter, and was loaded"
-        held = modules.setdefault(found["module"], {})
+        module = found["module"].replace(".", "_") if FLAT.match(key) else found["module"]
+        held = modules.setdefault(module, {})
         assert found["leaf"] not in held
         held[found["leaf"]] = tensor
     deltas: dict[str, np.ndarray] = {}
     for module, held in modules.items():
         bare = re.sub(
-            r"^(base_model\.model\.)?(unet\.|transformer\.|diffusion_model\.|lora_unet_|lora_transformer_|lycoris_)?",
+            r"^(base_model\.model\.)?((?:unet|transformer|(?:model\.)?diffusion_model|pipe\.dit)\.(?:base_model\.model\.)?|"
+            r"lora_unet_|lora_transformer_|lycoris_)?",
             "",
             module,
         )

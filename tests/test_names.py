@@ -85,9 +85,7 @@ def test_a_transformers_original_names_lead_to_each_layer_once(family):
         assert spelt[0] == spelt[1], name
         layers = [part.layer for part in spelt[0].parts]
         reached += layers if set(layers) <= set(paths) else []
-    # Of SD3's modulation of the text, the rows have another order in the last block, which no name tells.
-    nameless = {path for path in paths if path.endswith(table.nameless)} if table.nameless else set()
-    assert sorted(reached) == sorted(set(paths) - nameless)
+    assert sorted(reached) == sorted(paths)
 
 
 UNETS = {

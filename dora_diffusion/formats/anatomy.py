@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from torch import nn
 
 from dora_diffusion.formats import unet_names
+from dora_diffusion.formats.aliases import fused_name
 from dora_diffusion.formats.original import TRANSFORMERS, WHOLE, Part
 
 __all__ = ["MODELS", "MODEL_LABEL", "Anatomy", "Model", "anatomy_of", "model_of"]
@@ -64,7 +65,17 @@ class Anatomy:
         return self.model in TRANSFORMERS and TRANSFORMERS[self.model].has(path)
 
     def parts(self, path: str) -> tuple[Part, ...]:
-        """The layers that a module of the original checkpoint is; none where it has no such module."""
+        """The layers that a module of the original checkpoint, or a fused one, is; none for a name of no layer here."""
+        if parts := self._original(path):
+            return parts
+        if (fused := fused_name(path)) is None:
+            return ()
+        found = [(Part(layer, WHOLE),) if self.has(layer) else self._original(layer) for layer in fused.layers]
+        if not all(len(parts) == 1 and parts[0].rows == WHOLE for parts in found):
+            return ()
+        return tuple(Part(parts[0].layer, rows) for parts, rows in zip(found, fused.rows))
+
+    def _original(self, path: str) -> tuple[Part, ...]:
         if self.model in TRANSFORMERS:
             parts = TRANSFORMERS[self.model].parts(path)
             return parts if all(map(self.has, (part.layer for part in parts))) else ()

@@ -46,9 +46,11 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
 
 def has_halves_turned(file: AdapterFile, layer: str) -> bool:
     """Whether this layer is written by the checkpoint's name, with its two halves in the checkpoint's order."""
-    model = _model(file)
-    groups = _fused_groups(file, by_layer(file.tensors), model)
-    return _has_original_names(file, any(True for _ in groups)) and model.original(layer) in model.swapped
+    model, layers = _model(file), by_layer(file.tensors)
+    groups = _fused_groups(file, layers, model)
+    theirs = model.original(layer)
+    has_original = theirs is not None and _has_original_names(file, any(True for _ in groups))
+    return has_original and _is_turned(model, theirs, layers[layer])
 
 
 def _model(file: AdapterFile) -> Transformer:
@@ -83,13 +85,19 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
         theirs = model.original(layer) if original else None
         if theirs is None:
             return _transformer_prefix(file) + layer.replace(".", "_"), held
-        if theirs in model.swapped:
+        if _is_turned(model, theirs, held):
             held = {p: torch.cat(t.chunk(2)[::-1]) if p in BY_ROW else t for p, t in held.items()}
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
     if is_xl(file) and layer not in file.flat:
         theirs = unet_original(layer, file.base.layers_per_block or 2, file.base.plain_up_blocks)
     return "lora_unet_" + (theirs or layer).replace(".", "_"), held
+
+
+def _is_turned(model: Transformer, theirs: str, held: Held) -> bool:
+    """Whether the checkpoint's layer has its two halves the other way round."""
+    first, last = held.get("lora_B", held.get("difference")), held.get("lora_A", held.get("difference"))
+    return first is not None and last is not None and model.is_turned(theirs, first.shape[0], last.shape[1])
 
 
 def _encoder_prefix(file: AdapterFile, component: str) -> str:

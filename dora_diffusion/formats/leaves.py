@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["LEAVES", "Leaf", "dialect_of", "foreign", "split_key"]
+__all__ = ["LEAVES", "Leaf", "adapter_names", "dialect_of", "foreign", "split_key", "without_adapter_name"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ LEAVES = {
     "lora_linear_layer.up.weight": Leaf("old diffusers", "lora_B"),
     "alpha": Leaf(None, "alpha"),
 }
-# Old diffusers joined the first of these to the layer with an underscore: "to_q_lora.down.weight".
-_JOINED = re.compile(r"(.+)_lora\.(down|up)\.weight")
+# Old diffusers joined the first of these to the layer with an underscore: "to_q_lora.down.weight". XLabs does it too,
+# and numbers FLUX's two streams: "qkv_lora1.down.weight".
+_JOINED = re.compile(r"(.+?)(?:_lora|(_lora[12]))\.(down|up)\.weight")
+# PEFT's state_dict, which DiffSynth and ModelScope save, has the adapter's name in its keys: "lora_A.default.weight".
+_NAMED = re.compile(r"(.+\.(?:lora_[AB]|lora_magnitude_vector))\.(?!(?:weight|bias)(?:\.|$))([^.]+)(\.weight|\.bias)?")
 # What keys end with (after a dot) that no adapter read here has, and what it is.
 _FOREIGN = {
     r"diff_b": "a change of biases",
@@ -50,8 +53,6 @@ _FOREIGN = {
     r"(?:[ab][12]|bm)\.weight": "LyCORIS GLoRA",
     r"lora_B\.bias": "a trained bias (PEFT's lora_bias)",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",
-    r"lora_[AB]\.\w+\.weight": "a LoRA as DiffSynth names it, with an adapter's name in its keys",
-    r"\w+_lora[12]\.(?:down|up)\.weight": "a FLUX LoRA of XLabs",
     r"set_weight|reshape_weight": "a weight that ComfyUI replaces whole",
     r"emb_params|string_to_param|clip_[lg]|t5": "an embedding (textual inversion)",
 }
@@ -69,10 +70,22 @@ def foreign(key: str) -> tuple[str, str] | None:
 _LONGEST_FIRST = sorted(LEAVES, key=len, reverse=True)
 
 
+def adapter_names(keys: Iterable[str]) -> list[str]:
+    """The names that PEFT has for an adapter, as they stand in these keys."""
+    return sorted({found[2] for key in keys if (found := _NAMED.fullmatch(key))})
+
+
+def without_adapter_name(key: str) -> str:
+    """`to_q.lora_A.default.weight` as `to_q.lora_A.weight`."""
+    found = _NAMED.fullmatch(key)
+    return found[1] + (found[3] or "") if found else key
+
+
 def split_key(key: str) -> tuple[str, Leaf] | None:
     """The module's name in a key and what the key holds of it; None for a key of no dialect known here."""
     if joined := _JOINED.fullmatch(key):
-        return joined[1], LEAVES[f"lora.{joined[2]}.weight"]
+        return joined[1] + (joined[2] or ""), LEAVES[f"lora.{joined[3]}.weight"]
+    key = without_adapter_name(key)
     for leaf in _LONGEST_FIRST:
         if key.endswith("." + leaf) and len(key) > len(leaf) + 1:
             return key[: -len(leaf) - 1], LEAVES[leaf]

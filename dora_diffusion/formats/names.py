@@ -1,7 +1,8 @@
 """What the files call a module, and what diffusers calls it.
 
 Dialects write a module's path with dots behind a prefix ("unet.", "text_encoder."), or flat, with underscores
-("lora_unet_down_blocks_0_..."); some name the blocks as the original checkpoints did ("input_blocks", "double_blocks").
+("lora_unet_down_blocks_0_..."); some name the blocks as the original checkpoints did ("input_blocks", "double_blocks"),
+and ComfyUI the text encoders by what they are ("text_encoders.clip_l.transformer.").
 `locate` leads all of them to one form: the path in diffusers' model, a text encoder's behind "text_encoder.". What a
 name means depends on the model: its own names come first, then the original ones of its family. Where no model is
 there, the names themselves tell the family, as far as they do (`models_of`), and flat ones are taken apart by a
@@ -14,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from dora_diffusion.formats.aliases import plain_name
 from dora_diffusion.formats.anatomy import MODELS, Anatomy, Model, model_of
 from dora_diffusion.formats.norm_names import NORM_WORDS
 from dora_diffusion.formats.original import WHOLE, Part, is_flux1, is_flux2
@@ -26,11 +28,15 @@ __all__ = [
     "dotted",
     "locate",
     "models_of",
+    "one_spelling",
     "unflatten",
 ]
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-DOTTED_PREFIXES = {"unet.": "", "transformer.": "", "diffusion_model.": "", **{f"{t}.": t for t in TEXT_ENCODERS}}
+DOTTED_PREFIXES = {
+    **{prefix: "" for prefix in ("unet.", "transformer.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.")},
+    **{f"{encoder}.": encoder for encoder in TEXT_ENCODERS},
+}
 FLAT_PREFIXES = {
     "lora_unet_": "",
     "lora_transformer_": "",
@@ -40,6 +46,14 @@ FLAT_PREFIXES = {
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
 }
+# ComfyUI's and OneTrainer's name of a text encoder, and which one of a pipeline that is. A T5 has another place in each
+# family; those not named here, language models, are alone in theirs.
+COMFYS_ENCODER = re.compile(r"text_encoders\.(\w+)\.(?:transformer\.)?")
+BY_KIND = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
+T5 = "t5xxl"
+PLACE_OF_T5: dict[Model, str] = {"flux": "text_encoder_2", "chroma": "text_encoder"}
+# What stands before a text encoder's layers in one release of transformers, or in one class, and not in the next.
+HEADS = ("", "text_model.", "model.language_model.", "model.", "language_model.", "transformer.")
 PEFT_FOLDER = "base_model.model."
 # Names with underscores in diffusers' and the original models; every other word stands alone.
 COMPOUNDS: list[str] = re.findall(
@@ -52,7 +66,7 @@ COMPOUNDS: list[str] = re.findall(
     v_proj out_proj text_projection wi_0 wi_1 input_blocks middle_block output_blocks in_layers out_layers emb_layers
     skip_connection time_embed label_emb double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod
     joint_blocks x_block context_block t_embedder y_embedder
-    to_qkv_mlp_proj linear_in linear_out time_guidance_embed single_stream_modulation double_stream_modulation_img
+    to_qkv_mlp_proj to_qkv to_added_qkv to_kv linear1_qkv sformer_blocks linear_in linear_out time_guidance_embed single_stream_modulation double_stream_modulation_img
     double_stream_modulation_txt noise_refiner context_refiner feed_forward cap_embedder all_x_embedder
     all_final_layer distilled_guidance_layer in_proj
     final_layer adaLN_modulation guidance_in img_in txt_in time_in vector_in in_layer out_layer
@@ -90,10 +104,22 @@ class _Name:
 
 def _split(module: str) -> _Name:
     name = module.removeprefix(PEFT_FOLDER)
+    if found := COMFYS_ENCODER.match(name):
+        kind = found[1]
+        return _Name(T5 if kind.startswith("t5") else BY_KIND.get(kind, "text_encoder"), name[found.end() :], False)
     for prefix, component in (DOTTED_PREFIXES | FLAT_PREFIXES).items():
         if name.startswith(prefix):
-            return _Name(component, name.removeprefix(prefix), prefix in FLAT_PREFIXES)
+            rest = name.removeprefix(prefix).removeprefix(PEFT_FOLDER)
+            is_flat = prefix in FLAT_PREFIXES
+            # sd-scripts' third text encoder is the T5, whatever else is there.
+            return _Name(T5 if is_flat and component == "text_encoder_3" else component, rest, is_flat)
     return _Name("", name, False)
+
+
+def one_spelling(module: str) -> str:
+    """A flat name without the dots that diffusers' kohya export leaves in that of a magnitude alone."""
+    is_flat = module.startswith(tuple(FLAT_PREFIXES))
+    return module.replace(".", "_") if is_flat else module
 
 
 def locate(module: str, anatomy: Anatomy) -> Located:
@@ -117,7 +143,7 @@ def _whole(layer: str, flat: bool = False) -> Located:
 def _in_denoiser_here(name: _Name, anatomy: Anatomy) -> Located | None:
     """A layer of the model that is there, by its own name or, after that, by its original one; else None."""
     table, originals = (anatomy.flat, anatomy.flat_originals) if name.flat else ({}, anatomy.originals)
-    own = [table.get(name.rest, "")] if name.flat else [name.rest, *_before_peft(name.rest)]
+    own = [table.get(name.rest, "")] if name.flat else [name.rest, plain_name(name.rest), *_before_peft(name.rest)]
     path = next((path for path in (*own, originals.get(name.rest, "")) if path in anatomy.paths), None)
     return _whole(path) if path else None
 
@@ -126,6 +152,7 @@ def _in_denoiser(name: _Name, anatomy: Anatomy) -> Located:
     path = unflatten(name.rest) if name.flat else name.rest
     if path is None:
         return _whole(name.rest, flat=True)
+    path = plain_name(path)
     path = next(iter(_before_peft(path)), path)
     parts = () if anatomy.has(path) else anatomy.parts(path)
     return Located(parts) if parts else _whole(path)
@@ -141,19 +168,23 @@ def _before_peft(path: str) -> tuple[str, ...]:
 
 
 def _in_encoder(name: _Name, anatomy: Anatomy) -> Located:
-    component = name.component
-    if name.flat and component == "text_encoder_3":  # the T5, which is sd-scripts' third whatever else is there
-        component = {"flux": "text_encoder_2", "chroma": "text_encoder"}.get(anatomy.model, component)
+    component = PLACE_OF_T5.get(anatomy.model, "text_encoder_3") if name.component == T5 else name.component
     path = unflatten(name.rest) if name.flat else name.rest
-    short = name.rest.removeprefix("text_model_")
-    here = [anatomy.flat.get(f"{component}_{rest}", "") for rest in (name.rest, short) if name.flat]
+    here = [anatomy.flat.get(f"{component}_{rest}", "") for rest in _heads_changed(name.rest, "_") if name.flat]
     if path is not None:
-        here += [f"{component}.{path}", f"{component}.{path.removeprefix('text_model.')}"]
+        here += [f"{component}.{rest}" for rest in _heads_changed(path, ".")]
     if found := next((path for path in here if path in anatomy.paths), None):
         return _whole(found)
     if path is None:
         return _whole(f"{component}.{name.rest}", flat=True)
     return _whole(f"{component}.{_with_text_model(path)}")
+
+
+def _heads_changed(path: str, between: str) -> list[str]:
+    """A text encoder's layer under each name that releases of transformers have had for it; the file's own first."""
+    heads = [head.replace(".", between) for head in HEADS]
+    bare = path.removeprefix(next((head for head in heads if head and path.startswith(head)), ""))
+    return [path, *(head + bare for head in heads)]
 
 
 def _with_text_model(path: str) -> str:
@@ -182,7 +213,8 @@ def models_of(
 
 def _is_of(name: _Name, anatomy: Anatomy) -> bool:
     path = unflatten(name.rest) if name.flat else name.rest
-    return path is not None and any(anatomy.has(p) or anatomy.parts(p) for p in (path, *_before_peft(path)))
+    spelt = () if path is None else (path, plain_name(path), *_before_peft(path))
+    return any(anatomy.has(p) or anatomy.parts(p) for p in spelt)
 
 
 # What modelspec and sd-scripts call the families in a file's header.

@@ -17,17 +17,41 @@ from torch import Tensor
 
 from dora_diffusion.formats.norm_names import NORMS, NORMS_OUTSIDE
 
-__all__ = ["FLUX", "TRANSFORMERS", "WHOLE", "Part", "Rows", "Transformer", "is_flux1", "is_flux2"]
+__all__ = [
+    "FLUX",
+    "HALVES",
+    "SWAPPED",
+    "SWAPPED_IF_TWO",
+    "THIRDS",
+    "TRANSFORMERS",
+    "WHOLE",
+    "Part",
+    "Rows",
+    "Transformer",
+    "is_flux1",
+    "is_flux2",
+]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Which of a file's output rows a layer has: from `start` to `stop` of `of` equal shares."""
+    """Which of a file's output rows a layer has: from `start` to `stop` of `of` equal shares.
+
+    `swapped`: the two halves change places, as the final layer's scale and shift do. `swapped_if_two`: only where there
+    are two halves as wide as the inputs, as in the modulation of SD3's last block, which has six such parts elsewhere.
+    """
 
     start: int = 0
     stop: int = 1
     of: int = 1
-    swapped: bool = False  # the two halves change places: the final layer's scale and shift
+    swapped: bool = False
+    swapped_if_two: bool = False
+
+    def settled(self, rows: int, inputs: int) -> Rows:
+        """These rows of a layer with so many rows and inputs."""
+        if not self.swapped_if_two:
+            return self
+        return SWAPPED if rows == 2 * inputs else WHOLE
 
     def fits(self, rows: int) -> bool:
         return rows % (2 if self.swapped else self.of) == 0
@@ -44,6 +68,7 @@ class Rows:
 
 WHOLE = Rows()
 SWAPPED = Rows(swapped=True)
+SWAPPED_IF_TWO = Rows(swapped_if_two=True)
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,7 @@ class Part:
     rows: Rows
 
 
+HALVES = (Rows(0, 1, 2), Rows(1, 2, 2))
 THIRDS = (Rows(0, 1, 3), Rows(1, 2, 3), Rows(2, 3, 3))
 SEVENTHS = (Rows(0, 1, 7), Rows(1, 2, 7), Rows(2, 3, 7), Rows(3, 7, 7))
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -65,14 +91,14 @@ Blocks = tuple[str, str]  # the blocks' name in the original, and in diffusers
 class Transformer:
     """A transformer's original names with diffusers': of fused layers in its blocks, of others there, and outside.
 
-    `nameless` are layers in diffusers' blocks that no original name leads to here.
+    `turned_at_the_end` are names in a block whose two halves, scale and shift, change places in the last one.
     """
 
     fused: Mapping[Blocks, Mapping[str, tuple[tuple[str, ...], tuple[Rows, ...]]]]
     blocks: Mapping[Blocks, Mapping[str, str]]
     outside: Mapping[str, str]
     swapped: Mapping[str, str]  # whose halves, scale and shift, change places
-    nameless: tuple[str, ...] = ()
+    turned_at_the_end: tuple[str, ...] = ()
 
     def with_more(self, blocks: Mapping[Blocks, Mapping[str, str]], outside: Mapping[str, str]) -> Transformer:
         """These names, and more that are not fused."""
@@ -89,7 +115,7 @@ class Transformer:
     @functools.cached_property
     def _inside(self) -> frozenset[tuple[str, str]]:
         """diffusers' blocks, and the layers in one."""
-        found = {(ours, name) for (_, ours), table in self.blocks.items() for name in (*table.values(), *self.nameless)}
+        found = {(ours, name) for (_, ours), table in self.blocks.items() for name in table.values()}
         fused = [(ours, names) for (_, ours), table in self.fused.items() for names, _ in table.values()]
         return frozenset(found | {(ours, name) for ours, names in fused for name in names})
 
@@ -104,11 +130,17 @@ class Transformer:
             if block != theirs:
                 continue
             if inside in table:
-                return (Part(f"{ours}.{number}.{table[inside]}", WHOLE),)
+                rows = SWAPPED_IF_TWO if inside in self.turned_at_the_end else WHOLE
+                return (Part(f"{ours}.{number}.{table[inside]}", rows),)
             if inside in self.fused.get((theirs, ours), {}):
-                names, rows = self.fused[theirs, ours][inside]
-                return tuple(Part(f"{ours}.{number}.{name}", part) for name, part in zip(names, rows))
+                names, shares = self.fused[theirs, ours][inside]
+                return tuple(Part(f"{ours}.{number}.{name}", share) for name, share in zip(names, shares))
         return ()
+
+    def is_turned(self, theirs: str, rows: int, inputs: int) -> bool:
+        """Whether the halves of a module of the original, with so many rows and inputs, change places in diffusers."""
+        parts = self.parts(theirs)
+        return len(parts) == 1 and parts[0].rows.settled(rows, inputs).swapped
 
     def original(self, layer: str) -> str | None:
         """The original name of a layer that is no part of a fused one."""
@@ -211,7 +243,6 @@ FLUX2 = Transformer(
     },
     swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
 )
-# `context_block.adaLN_modulation.1` is left out: its rows have another order in the last block, which no name tells.
 SD3 = Transformer(
     fused={
         ("joint_blocks", "transformer_blocks"): {
@@ -230,6 +261,7 @@ SD3 = Transformer(
             "context_block.mlp.fc1": "ff_context.net.0.proj",
             "context_block.mlp.fc2": "ff_context.net.2",
             "x_block.adaLN_modulation.1": "norm1.linear",
+            "context_block.adaLN_modulation.1": "norm1_context.linear",
         }
     },
     outside={
@@ -242,7 +274,7 @@ SD3 = Transformer(
         "final_layer.linear": "proj_out",
     },
     swapped={"final_layer.adaLN_modulation.1": "norm_out.linear"},
-    nameless=("norm1_context.linear",),
+    turned_at_the_end=("context_block.adaLN_modulation.1",),
 )
 # Qwen-Image's checkpoint has diffusers' names.
 _QWEN_BLOCK = (

@@ -109,7 +109,7 @@ def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findin
     whole: dict[str, str] = {}
     for module, held in modules.items():
         located = names.locate(module, anatomy)
-        rows = [part.rows for part in located.parts]
+        rows = [part.rows.settled(*_outputs_and_inputs(held)) for part in located.parts]
         problem = cannot_fall_apart(held, rows)
         taken = [part.layer for part in located.parts if part.layer in placed.parameters]
         if problem:
@@ -128,6 +128,11 @@ def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findin
     findings.add_foreign(whole)
     _check_evenness(placed, findings)
     return placed
+
+
+def _outputs_and_inputs(held: Mapping[str, Tensor]) -> tuple[int, int]:
+    first, last = (held.get(p, held.get("difference")) for p in ("lora_B", "lora_A"))
+    return (0, 0) if first is None or last is None else (first.shape[0], last.shape[1])
 
 
 def _linear_shapes(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[int, int]]:

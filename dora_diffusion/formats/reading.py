@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
-from dora_diffusion.formats import names
+from dora_diffusion.formats import eight_bit, names
 from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.configs import read_description
 from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.findings import Findings, some
-from dora_diffusion.formats.leaves import Leaf, dialect_of, foreign, split_key
+from dora_diffusion.formats.leaves import Leaf, adapter_names, dialect_of, foreign, split_key
 from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
@@ -27,7 +27,7 @@ from dora_diffusion.formats.storage import read_header, read_safetensors
 
 __all__ = ["check_adapter", "read_adapter_file", "read_with_findings", "some"]
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16", *eight_bit.DTYPES)
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # some programs save alpha as one
 SOUND_RANGE = 1e6  # no weight is near it, and products of two and their squares stay within float32
 
@@ -63,14 +63,16 @@ def read_with_findings(
     found, peft_config = find_file(path)
     _check_dtypes(found)
     tensors, header = read_safetensors(found)
+    tensors, said = _decoded(found, tensors)
+    _check_one_adapter(found, tensors)
     findings = Findings()
     modules, leaves = _by_module(tensors, findings)
     dialect = _dialect(found, leaves, header, modules, findings)
     _check_values(found, tensors)
     sound, notes = _sound(modules, findings)
-    keys = {key: split[0] if (split := split_key(key)) else "" for key in tensors}
+    keys = {key: split[0] if (split := _split(key)) else "" for key in tensors}
     peft_named = any(leaf.dialect == "PEFT" for leaf in leaves)
-    raw = Raw(sound, keys, peft_named, peft_config, alpha, notes)
+    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *notes))
     file = AdapterFile(found, "unet", AdapterConfig(), {}, read_description(found, header), dialect, header, raw=raw)
     return place(file, anatomy, findings), findings
 
@@ -103,9 +105,35 @@ def _check_dtypes(path: Path) -> None:
     ]
     if wrong:
         raise AdapterFileError(
-            f"{path} holds numbers of a kind that is not read here: {some(wrong)}. Adapters are read in float32, "
-            "float16, bfloat16 or float64: save it again in one of these."
+            f"{path} holds numbers of a kind that is not read here: {some(wrong)}. Adapters are read in float64, "
+            "float32, float16, bfloat16 and 8-bit floats (e4m3fn, e5m2): save it again in one of these."
         )
+
+
+def _decoded(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    try:
+        return eight_bit.as_float32(tensors)
+    except ValueError as error:
+        raise AdapterFileError(
+            f"{path} is scaled to 8 bits in a way that is not read here: {error}. Get the file as it was before that, "
+            "in float16 or bfloat16."
+        ) from error
+
+
+def _check_one_adapter(path: Path, keys: Collection[str]) -> None:
+    found = adapter_names(keys)
+    if len(found) > 1:
+        raise AdapterFileError(
+            f"{path} holds {len(found)} adapters in one, by the names in its keys: {some(found)}. It is the state_dict "
+            "of a model with all of them in it. Save each by itself, with PEFT: "
+            f"model.save_pretrained(FOLDER, selected_adapters=[{found[0]!r}])."
+        )
+
+
+def _split(key: str) -> tuple[str, Leaf] | None:
+    """`split_key`, with a module's name spelt the same way in all of its keys."""
+    split = split_key(key)
+    return None if split is None else (names.one_spelling(split[0]), split[1])
 
 
 def _by_module(raw: Mapping[str, Tensor], findings: Findings) -> tuple[dict[str, dict[str, Tensor]], set[Leaf]]:
@@ -113,7 +141,7 @@ def _by_module(raw: Mapping[str, Tensor], findings: Findings) -> tuple[dict[str,
     leaves: set[Leaf] = set()
     others: dict[str, str] = {}  # modules of a method that is not read: what else they have is none of ours
     for key, tensor in raw.items():
-        split = split_key(key)
+        split = _split(key)
         if split is None:
             if other := foreign(key):
                 others.setdefault(*other)
