@@ -173,6 +173,7 @@ def test_the_header_describes_the_adapter(tmp_path, unet, kind):
         "use_rslora": False,
         "target_modules": ("to_q", r".*\.conv1"),
         "norm_axis": "output" if kind == "dora" else "none",
+        "parametrisation": "lora",
         "training": {"steps": 300, "loss": 0.5},
         "conversion": {},
     }
@@ -461,12 +462,12 @@ def test_a_file_without_tensors_says_so(tmp_path):
     refused(tmp_path / "empty.safetensors", "it has no tensors", "Give a LoRA or DoRA file of PEFT, diffusers, kohya")
 
 
-@pytest.mark.parametrize("ending, program", [("lokr_w1", "LyCORIS LoKr"), ("hada_w1_a", "LyCORIS LoHa")])
-def test_a_method_that_is_not_read_is_named(tmp_path, ending, program):
+@pytest.mark.parametrize("ending, missing", [("lokr_w1", "lokr_w2"), ("hada_w1_a", "hada_w1_b"), ("a1.weight", "a2")])
+def test_a_form_of_which_a_part_is_missing_is_refused(tmp_path, ending, missing):
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{layer}.{ending}": torch.zeros(4, 32), f"{layer}.alpha": torch.tensor(4.0)}
     save_file(tensors, tmp_path / "other.safetensors")
-    refused(tmp_path / "other.safetensors", f"{program}, which is not read here", layer, "Give a LoRA or DoRA file of")
+    refused(tmp_path / "other.safetensors", "missing", f"{layer}: {missing}", "damaged or incomplete")
 
 
 def test_a_whole_model_is_no_adapter(tmp_path, unet):

@@ -33,6 +33,8 @@ class FrozenWeight(Protocol):
     def module(self) -> nn.Module: ...
     @property
     def weight(self) -> Tensor: ...
+    @property
+    def has_bias(self) -> bool: ...
     def dense_weight(self) -> Tensor: ...
 
 
@@ -105,6 +107,10 @@ class FrozenLinear:
     def bias(self) -> Tensor | None:
         """What the layer adds to x W0^T; a layer that is not known may keep it anywhere."""
         return self.products.bias() if self.rows is None else getattr(self.module, "bias", None)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """x (B A)^T: [..., in] to [..., out]."""
@@ -229,6 +235,10 @@ class FrozenConv2d:
     @property
     def weight(self) -> Tensor:
         return self.module.weight if self.original is None else self.original
+
+    @property
+    def has_bias(self) -> bool:
+        return self.module.bias is not None
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.module._conv_forward(x, weight, None)

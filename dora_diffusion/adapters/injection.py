@@ -34,6 +34,7 @@ __all__ = [
     "AnyKind",
     "Kind",
     "NormAxis",
+    "Parametrisation",
     "adaptable_layers",
     "changeable_layers",
     "check_strength",
@@ -45,7 +46,17 @@ __all__ = [
 Kind = Literal["dora", "lora"]  # what can be trained
 AnyKind = Literal["dora", "lora", "full"]  # what files hold
 NormAxis = Literal["output", "input"]
+Parametrisation = Literal["lora", "loha", "lokr", "glora", "oft", "boft", "ia3", "difference", "mixed"]  # of W' - W0
 KIND_LABEL: dict[str, str] = {"dora": "DoRA", "lora": "LoRA", "full": "full difference"}  # as people write them
+FORM_LABEL: dict[str, tuple[str, str]] = {  # of the other forms, without and with magnitudes
+    "loha": ("LoHa", "LoHa with magnitudes (DoRA)"),
+    "lokr": ("LoKr", "DoKR (LoKr with magnitudes)"),
+    "glora": ("GLoRA", "GLoRA with magnitudes"),
+    "oft": ("OFT", "OFT with magnitudes"),
+    "boft": ("BOFT", "BOFT with magnitudes"),
+    "ia3": ("IA3", "IA3 with magnitudes"),
+    "mixed": ("several forms", "several forms with magnitudes"),
+}
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD_TARGETS = ("ff.net.0.proj", "ff.net.2")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # the same, as CLIP's text model names them
@@ -62,7 +73,8 @@ class AdapterConfig:
     whole name. The low-rank product is scaled by alpha / rank, with use_rslora by alpha / sqrt(rank) (Kalajdzievski
     2023). The patterns override rank and alpha for single modules by their full name. norm_axis says whether DoRA's
     magnitudes belong to the outputs, as in the authors' code, PEFT and diffusers, or to the inputs, as ComfyUI, Forge,
-    A1111 and InvokeAI compute it. Raises ConfigError.
+    A1111 and InvokeAI compute it. `parametrisation` is the form of W' - W0 without the magnitudes; those that other
+    programs' files have are read, and only "lora" is trained. Raises ConfigError.
     """
 
     kind: AnyKind = "dora"
@@ -74,6 +86,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     norm_axis: NormAxis = "output"
+    parametrisation: Parametrisation = "lora"
 
     def __post_init__(self) -> None:
         targets = self.target_modules
@@ -106,7 +119,10 @@ class AdapterConfig:
     @property
     def kind_label(self) -> str:
         """The kind as people write it."""
-        return KIND_LABEL[self.kind]
+        without, with_magnitudes = FORM_LABEL.get(self.parametrisation, ("", ""))
+        if self.kind == "full" or not without:
+            return KIND_LABEL[self.kind]
+        return with_magnitudes if self.kind == "dora" else without
 
     def rank_of(self, name: str) -> int:
         return self.rank_pattern.get(name, self.rank)

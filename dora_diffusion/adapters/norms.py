@@ -33,6 +33,10 @@ class FrozenNorm:
     def weight(self) -> Tensor:
         return self.module.weight if self.original is None else self.original  # type: ignore[return-value]
 
+    @property
+    def has_bias(self) -> bool:
+        return self.module._parameters.get("bias") is not None
+
     def dense_weight(self) -> Tensor:
         return self.weight.detach().float()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from dora_diffusion.adapters.injection import AdapterConfig, AnyKind
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.description import HEADER_KEY, Description
+from dora_diffusion.formats.forms import form_of, name_of
 from dora_diffusion.formats.scales import PeftConfig, alpha_in_header, overruled
 
 __all__ = ["config_of", "read_description", "says_dora"]
 
+N = TypeVar("N", int, float)
 Parameters = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -43,15 +46,19 @@ def config_of(file: AdapterFile, parameters: Parameters, prefix: str) -> tuple[A
     header, else the rank, as all programs have it. Raises AdapterFileError.
     """
     kinds = {_kind(held) for held in parameters.values()}
+    forms = {name_of(held) for held in parameters.values()} - {"difference"}
     kind: AnyKind = "dora" if "dora" in kinds else "lora" if "lora" in kinds else "full"
-    ranks = {layer: _rank(held) for layer, held in parameters.items()} or {"": 1}
-    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    ranks = {layer: form_of(held).rank_of(held) for layer, held in parameters.items()} or {"": 1}
+    # Norms and biases, which have none to speak of, do not outvote the layers that have.
+    voting = [r for layer, r in ranks.items() if layer and name_of(parameters[layer]) != "difference"]
+    rank = _most_common(voting or list(ranks.values())) or 1
     raw, description = file.raw, file.description
     assert raw is not None
     try:
         peft = PeftConfig(file.header, prefix, raw.peft_config)
         alphas, notes = _alphas(file, raw, parameters, ranks, peft)
-        usual = peft.default if peft.default is not None else _most_common(list(alphas.values())) or float(rank)
+        voted = [a for layer, a in alphas.items() if not voting or name_of(parameters[layer]) != "difference"]
+        usual = peft.default if peft.default is not None else _most_common(voted) or float(rank)
         config = AdapterConfig(
             kind=kind,
             rank=rank,
@@ -61,6 +68,7 @@ def config_of(file: AdapterFile, parameters: Parameters, prefix: str) -> tuple[A
             use_rslora=peft.stabilised,
             rank_pattern={layer: r for layer, r in ranks.items() if r != rank},
             alpha_pattern={layer: a for layer, a in alphas.items() if a != usual},
+            parametrisation="mixed" if len(forms) > 1 else next(iter(forms), "lora"),
         )
     except (ConfigError, ValueError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{file.path} has a damaged header ({error}). Download or save it again.") from error
@@ -77,8 +85,9 @@ def _alphas(
             said[layer] = _shortest(held["alpha"]) * (ranks[layer] ** -0.5 if peft.stabilised else 1)
             others.append((said[layer], peft.alpha_of(layer, ranks[layer])))
         else:
-            said[layer] = None if "unscaled_magnitude" in held else peft.alpha_of(layer, ranks[layer])
-    silent = [layer for layer, alpha in said.items() if alpha is None and "lora_A" in parameters[layer]]
+            said[layer] = None if "unscaled_magnitude" in held else _of_peft(peft, layer, held, ranks[layer])
+    scaled = {layer for layer, held in parameters.items() if form_of(held).is_scaled(held)}
+    silent = [layer for layer, alpha in said.items() if alpha is None and layer in scaled]
     notes = peft.overruled_ranks(ranks)
     if any(own != its for own, its in others if own is not None and its is not None):
         notes.append("layers have another .alpha than PEFT's configuration says: theirs counts")
@@ -109,7 +118,13 @@ def _not_saved(path: Path, peft_named: bool, rank: int) -> float:
     )
 
 
-def _most_common(values: list[float]) -> float | None:
+def _of_peft(peft: PeftConfig, layer: str, held: Mapping[str, Tensor], rank: int) -> float | None:
+    """What PEFT's configuration says of a layer; a form without a scale has none, as if alpha were the rank."""
+    alpha = peft.alpha_of(layer, rank)
+    return alpha if form_of(held).is_scaled(held) else float(rank) * (rank**-0.5 if peft.stabilised else 1)
+
+
+def _most_common(values: list[N]) -> N | None:
     return max(set(values), key=values.count) if values else None
 
 
@@ -119,10 +134,6 @@ def _shortest(alpha: Tensor) -> float:
 
 
 def _kind(held: Mapping[str, Tensor]) -> AnyKind:
-    if "difference" in held:
+    if name_of(held) == "difference":
         return "full"
     return "dora" if any("magnitude" in parameter for parameter in held) else "lora"
-
-
-def _rank(held: Mapping[str, Tensor]) -> int:
-    return held["lora_A"].shape[0] if "lora_A" in held else min(held["difference"].flatten(1).shape)

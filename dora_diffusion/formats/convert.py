@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.injection import AdapterConfig
+from dora_diffusion.adapters.layers import LoRAUpdate
+from dora_diffusion.adapters.whole import BiasUpdate
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats import kohya
 from dora_diffusion.formats.anatomy import MODEL_LABEL, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import identify_base
 from dora_diffusion.formats.findings import some
+from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.loading import attach, by_the_models_names, denoiser_of
 from dora_diffusion.formats.placing import open_names
 from dora_diffusion.formats.reading import read_adapter_file
@@ -145,6 +148,8 @@ def _by_difference(
     file: AdapterFile, base: object, to: Target, rank: int | None
 ) -> tuple[AdapterFile, dict[str, float]]:
     named = _with_base(file, base)
+    if to == "lora":
+        _check_all_low_rank(named)
     rank = rank or file.config.rank
     adapter = attach(base, named)
     tensors: dict[str, Tensor] = {}
@@ -153,13 +158,13 @@ def _by_difference(
         for path, update in adapter.updates().items():
             layer, delta = file_layer(path), update.delta_weight().cpu()
             if to == "diff":
-                tensors[f"{layer}.difference"] = delta
+                tensors |= {f"{layer}.{name}": tensor for name, tensor in whole_difference(update, delta).items()}
             else:
                 A, B, residuals[layer] = best_low_rank(delta, rank)
                 tensors |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
     finally:
         adapter.eject()
-    ranks = {la: _rank(held) for la, held in by_layer(tensors).items()}
+    ranks = {la: form_of(held).rank_of(held) for la, held in by_layer(tensors).items()}
     config = AdapterConfig(
         kind="full" if to == "diff" else "lora",
         rank=max(ranks.values()),
@@ -171,8 +176,36 @@ def _by_difference(
     return replace(named, tensors=tensors, config=config, notes=file.notes), residuals
 
 
-def _rank(held: Mapping[str, Tensor]) -> int:
-    return held["lora_A"].shape[0] if "lora_A" in held else min(held["difference"].flatten(1).shape)
+def whole_difference(update: LoRAUpdate, delta: Tensor) -> dict[str, Tensor]:
+    """The parameters of a whole difference that is the update: of the weight, and of the bias where it changes it.
+    Raises AdapterFileError for a bias that the base's layer does not have."""
+    held = {} if isinstance(update, BiasUpdate) else {"difference": delta}
+    if update.bias_difference is not None:
+        if not update.frozen.has_bias:
+            raise AdapterFileError(
+                "the adapter adds a bias (lora_B.bias) to layers that have none in this base, which no difference "
+                "holds. Write it for PEFT and diffusers: --to diffusers."
+            )
+        held["bias_difference"] = update.bias_difference.detach().cpu()
+    return held
+
+
+def _check_all_low_rank(file: AdapterFile) -> None:
+    """Raises AdapterFileError for changes that no product B A is."""
+    held = by_layer(file.tensors)
+    norms = [
+        layer
+        for layer, its in held.items()
+        if any(its[p].dim() == 1 for p in ("difference", "replacement") if p in its)
+    ]
+    biases = [layer for layer, its in held.items() if "bias_difference" in its]
+    counted = {"normalisation layers": len(norms), "biases": len(biases)}
+    if said := " and ".join(f"{n} {what}" for what, n in counted.items() if n):
+        raise AdapterFileError(
+            f"{file.path} changes {said}, which a LoRA cannot hold, among them {(norms + biases)[0]}. Write it as "
+            "differences, which are exact everywhere (--to diff), or in kohya's layout, which keeps all as it is "
+            "(--to kohya)."
+        )
 
 
 def best_low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from dora_diffusion.adapters.frozen import FrozenLayer
-from dora_diffusion.adapters.injection import adaptable_layers
+from dora_diffusion.adapters.injection import Parametrisation, adaptable_layers
 
 __all__ = ["HEADER_KEY", "MADE_FOR_KEY", "BaseIdentity", "Description", "identify_base"]
 
@@ -60,6 +60,7 @@ class Description(BaseModel):
     use_rslora: bool = False
     target_modules: tuple[str, ...]
     norm_axis: Literal["output", "input", "mixed", "none"] = "output"
+    parametrisation: Parametrisation = "lora"
     base: BaseIdentity = BaseIdentity()
     training: dict[str, str | int | float | None] = Field(default_factory=dict)
     conversion: dict[str, str | int | float | None] = Field(default_factory=dict)

@@ -15,14 +15,28 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
-from dora_diffusion.formats.modules import BY_ROW
+from dora_diffusion.formats.forms import form_of
+from dora_diffusion.formats.modules import cut
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.original import FLUX, TRANSFORMERS, Transformer
+from dora_diffusion.formats.original import FLUX, SWAPPED, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
 
 __all__ = ["has_halves_turned", "is_xl", "to_keys"]
 
-ENDINGS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "difference": "diff"}
+ENDINGS = {
+    "lora_A": "lora_down.weight",
+    "lora_B": "lora_up.weight",
+    "difference": "diff",
+    "bias_difference": "diff_b",
+    "replacement": "set_weight",
+    "unscaled_magnitude": "magnitude",
+    "constraint": "alpha",
+    "output_factor": "weight",
+    "input_factor": "weight",
+    **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
+}
+# Beside other updates, where LyCORIS looks for them; ComfyUI and Forge read both spellings.
+NORM_ENDINGS = {"difference": "w_norm", "bias_difference": "b_norm"}
 ENCODER_PREFIX = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 Held = dict[str, Tensor]
 
@@ -36,11 +50,11 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
     original = _has_original_names(file, bool(groups))
     in_groups = {layer for _, members in groups.values() for layer in members}
     for name, (held, members) in groups.items():
-        keys |= dict(_module(f"lora_unet_{name.replace('.', '_')}", held, file.scale_of(members[0])))
+        keys |= dict(_module(f"lora_unet_{name.replace('.', '_')}", held, file, members[0]))
     for layer, held in layers.items():
         if layer not in in_groups:
             name, held = _named(file, layer, held, model, original)
-            keys |= dict(_module(name, held, file.scale_of(layer)))
+            keys |= dict(_module(name, held, file, layer))
     return keys, _notes(file, keys)
 
 
@@ -50,7 +64,7 @@ def has_halves_turned(file: AdapterFile, layer: str) -> bool:
     groups = _fused_groups(file, layers, model)
     theirs = model.original(layer)
     has_original = theirs is not None and _has_original_names(file, any(True for _ in groups))
-    return has_original and _is_turned(model, theirs, layers[layer])
+    return has_original and _is_turned(model, theirs or "", layers[layer])
 
 
 def _model(file: AdapterFile) -> Transformer:
@@ -62,18 +76,28 @@ def _has_original_names(file: AdapterFile, has_groups: bool) -> bool:
     return file.prefix == "transformer" and (has_groups or "sd3" in file.models)
 
 
-def _module(name: str, held: Held, scale: float) -> Iterator[tuple[str, Tensor]]:
+def _module(name: str, held: Held, file: AdapterFile, layer: str) -> Iterator[tuple[str, Tensor]]:
+    """A module's keys, with the scale of this layer of the file."""
+    form = form_of(held)
+    is_norm = "difference" in held and held["difference"].dim() == 1 and file.config.kind != "full"
+    endings = ENDINGS | (NORM_ENDINGS if is_norm else {})
     for parameter, tensor in held.items():
-        if parameter in ENDINGS:
-            yield f"{name}.{ENDINGS[parameter]}", tensor
-        elif parameter == "unscaled_magnitude":
-            yield f"{name}.magnitude", tensor
+        if parameter in ("magnitude", "input_magnitude"):
+            yield f"{name}.dora_scale", _dora_scale(parameter, tensor, held)
         else:
-            ones = (1,) * (held["lora_A"].dim() - 2)
-            shape = (-1, 1, *ones) if parameter == "magnitude" else (1, -1, *ones)
-            yield f"{name}.dora_scale", tensor.reshape(shape)
-    if "lora_A" in held:
-        yield f"{name}.alpha", torch.tensor(scale * held["lora_A"].shape[0])
+            yield f"{name}.{endings.get(parameter, parameter)}", tensor
+    if form.name == "ia3":
+        yield f"{name}.on_input", torch.tensor(int("input_factor" in held))
+    elif form.is_scaled(held):
+        yield f"{name}.alpha", torch.tensor(file.scale_of(layer) * form.rank_of(held))
+    elif form.name == "lokr":  # LyCORIS reads none without an alpha, whatever it is
+        yield f"{name}.alpha", torch.tensor(float(file.config.rank_of(layer)))
+
+
+def _dora_scale(parameter: str, m: Tensor, held: Held) -> Tensor:
+    """With the weight's number of axes: LoRA's A tells it, of other forms the magnitude has it."""
+    ones = (1,) * (held["lora_A"].dim() - 2 if "lora_A" in held else max(m.dim() - 2, 0))
+    return m.reshape((-1, 1, *ones) if parameter == "magnitude" else (1, -1, *ones))
 
 
 def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, original: bool) -> tuple[str, Held]:
@@ -82,11 +106,15 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
     if component in TEXT_ENCODERS:
         return _encoder_prefix(file, component) + path.replace(".", "_"), held
     if file.prefix == "transformer":
+        if layer.startswith("joint_blocks."):  # the original name already, of rows whose order only a model tells
+            return "lora_unet_" + layer.replace(".", "_"), held
         theirs = model.original(layer) if original else None
+        if theirs in model.turned_at_the_end and not form_of(held).sizes(held).columns:
+            theirs = None
         if theirs is None:
             return _transformer_prefix(file) + layer.replace(".", "_"), held
         if _is_turned(model, theirs, held):
-            held = {p: torch.cat(t.chunk(2)[::-1]) if p in BY_ROW else t for p, t in held.items()}
+            [held] = cut(held, [SWAPPED])
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
     if is_xl(file) and layer not in file.flat:
@@ -96,8 +124,8 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
 
 def _is_turned(model: Transformer, theirs: str, held: Held) -> bool:
     """Whether the checkpoint's layer has its two halves the other way round."""
-    first, last = held.get("lora_B", held.get("difference")), held.get("lora_A", held.get("difference"))
-    return first is not None and last is not None and model.is_turned(theirs, first.shape[0], last.shape[1])
+    sizes = form_of(held).sizes(held)
+    return model.is_turned(theirs, sizes.outputs, sizes.columns)
 
 
 def _encoder_prefix(file: AdapterFile, component: str) -> str:
@@ -143,10 +171,12 @@ def _fuse(file: AdapterFile, layers: Mapping[str, Held], members: list[str]) -> 
     parts = [layers[member] for member in members]
     first = parts[0]
     alike = all(part.keys() == first.keys() for part in parts) and len({file.scale_of(m) for m in members}) == 1
-    if not alike or not first.keys() <= {"lora_A", "lora_B", "magnitude", "difference"}:
+    if not alike or not first.keys() <= {"lora_A", "lora_B", "magnitude", "difference", "bias_difference"}:
         return None
     if "lora_A" not in first:
-        return {p: torch.cat([part[p] for part in parts]) for p in first} if _always_fused(file) else None
+        # ComfyUI reads a part's weight, and not its bias.
+        has_to_be = _always_fused(file) or "bias_difference" in first
+        return {p: torch.cat([part[p] for part in parts]) for p in first} if has_to_be else None
     if all(torch.equal(part["lora_A"], first["lora_A"]) for part in parts):
         return {
             "lora_A": first["lora_A"],
@@ -169,8 +199,8 @@ def _side_by_side(parts: list[Held]) -> Held | None:
         return None
     fused = {"lora_A": torch.cat([part["lora_A"] for part in parts])}
     fused["lora_B"] = torch.block_diag(*(part["lora_B"] for part in parts))
-    if "magnitude" in parts[0]:
-        fused["magnitude"] = torch.cat([part["magnitude"] for part in parts])
+    for whole in parts[0].keys() - fused.keys():
+        fused[whole] = torch.cat([part[whole] for part in parts])
     return fused
 
 

@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["LEAVES", "Leaf", "adapter_names", "dialect_of", "foreign", "split_key", "without_adapter_name"]
+__all__ = [
+    "LEAVES",
+    "Leaf",
+    "adapter_names",
+    "dialect_of",
+    "foreign",
+    "split_key",
+    "split_keys",
+    "without_adapter_name",
+]
 
 
 @dataclass(frozen=True)
@@ -28,32 +37,44 @@ LEAVES = {
     "dora_scale": Leaf("kohya", "dora_scale"),
     "magnitude": Leaf("ai-toolkit", "unscaled_magnitude"),
     "weight_m_wdecomp.weight": Leaf("NVlabs", "magnitude"),
+    # Whole differences: of any weight and bias (ComfyUI, LyCORIS), and of a norm's (LyCORIS's train_norm).
     "diff": Leaf("diff", "difference"),
+    "diff_b": Leaf("diff", "bias_difference"),
+    "w_norm": Leaf("LyCORIS", "difference"),
+    "b_norm": Leaf("LyCORIS", "bias_difference"),
+    "set_weight": Leaf("diff", "replacement"),  # ComfyUI's: what stands in the weight's place
+    "reshape_weight": Leaf(None, "reshape"),  # ComfyUI's: the shape that it pads the weight to, with zeros
+    "lora_B.bias": Leaf("PEFT", "lora_bias"),  # PEFT's lora_bias=True, and BFL's control adapters
     "lora.down.weight": Leaf("old diffusers", "lora_A"),
     "lora.up.weight": Leaf("old diffusers", "lora_B"),
     "lora_linear_layer.down.weight": Leaf("old diffusers", "lora_A"),
     "lora_linear_layer.up.weight": Leaf("old diffusers", "lora_B"),
     "alpha": Leaf(None, "alpha"),
+    # LyCORIS's other forms, which PEFT names alike behind its own prefix.
+    **{f"hada_{name}": Leaf("LyCORIS", f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{name}": Leaf("LyCORIS", f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f"{name}.weight": Leaf("LyCORIS", name) for name in ("a1", "a2", "b1", "b2")},
+    "oft_blocks": Leaf("LyCORIS", "oft_blocks"),
+    "rescale": Leaf("LyCORIS", "rescale"),
+    "on_input": Leaf("LyCORIS", "on_input"),
+    "scalar": Leaf("LyCORIS", "scalar"),
 }
 # Old diffusers joined the first of these to the layer with an underscore: "to_q_lora.down.weight". XLabs does it too,
 # and numbers FLUX's two streams: "qkv_lora1.down.weight".
 _JOINED = re.compile(r"(.+?)(?:_lora|(_lora[12]))\.(down|up)\.weight")
 # PEFT's state_dict, which DiffSynth and ModelScope save, has the adapter's name in its keys: "lora_A.default.weight".
 _NAMED = re.compile(r"(.+\.(?:lora_[AB]|lora_magnitude_vector))\.(?!(?:weight|bias)(?:\.|$))([^.]+)(\.weight|\.bias)?")
+# FLUX's and Chroma's checkpoints call a norm's weight `scale`. BFL's control adapters have it whole under that name,
+# those of diffusers' scripts under diffusers' own; ComfyUI's endings may follow.
+_SCALE = re.compile(r"(.+[._](?:query_norm|key_norm|norms\.\d+))\.scale(?:\.(?P<as>diff|set_weight))?")
+_NORM = re.compile(r"(.+\.norm_(?:added_)?[qk])\.weight")
 # What keys end with (after a dot) that no adapter read here has, and what it is.
 _FOREIGN = {
-    r"diff_b": "a change of biases",
-    r"w_norm|[qk]_norm\.scale|(?:query|key)_norm\.scale": "a change of normalisation weights",
-    r"b_norm": "a change of normalisation biases",
-    r"hada_[wt][12](?:_[ab])?": "LyCORIS LoHa",
-    r"lokr_[wt][12](?:_[ab])?": "LyCORIS LoKr",
-    r"oft_blocks|oft_diag|rescale": "LyCORIS OFT",
+    r"lokr_t1": "a LoKr with a core in its first factor, which no program writes",
+    r"oft_diag": "kohya's OFT",
     r"oft_R(?:\.\w+)?\.weight|oft_R": "PEFT's OFT",
-    r"on_input": "LyCORIS IA3",
-    r"(?:[ab][12]|bm)\.weight": "LyCORIS GLoRA",
-    r"lora_B\.bias": "a trained bias (PEFT's lora_bias)",
+    r"bm\.weight": "LyCORIS GLoRA with a core",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",
-    r"set_weight|reshape_weight": "a weight that ComfyUI replaces whole",
     r"emb_params|string_to_param|clip_[lg]|t5": "an embedding (textual inversion)",
 }
 _FOREIGN_KEYS = [(re.compile(rf"(?:(.*)\.)?(?:{ending})"), kind) for ending, kind in _FOREIGN.items()]
@@ -68,6 +89,16 @@ def foreign(key: str) -> tuple[str, str] | None:
 
 
 _LONGEST_FIRST = sorted(LEAVES, key=len, reverse=True)
+IA3_FACTOR = Leaf("LyCORIS", "factor")  # "weight", which means this only beside an "on_input"
+
+
+def split_keys(keys: Iterable[str]) -> dict[str, tuple[str, Leaf] | None]:
+    """`split_key` of all keys of a file, which tell each other what they are."""
+    found = {key: split_key(key) for key in keys}
+    for split in list(found.values()):
+        if split and split[1].holds == "on_input" and f"{split[0]}.weight" in found:
+            found[f"{split[0]}.weight"] = (split[0], IA3_FACTOR)
+    return found
 
 
 def adapter_names(keys: Iterable[str]) -> list[str]:
@@ -85,6 +116,8 @@ def split_key(key: str) -> tuple[str, Leaf] | None:
     """The module's name in a key and what the key holds of it; None for a key of no dialect known here."""
     if joined := _JOINED.fullmatch(key):
         return joined[1] + (joined[2] or ""), LEAVES[f"lora.{joined[3]}.weight"]
+    if scale := _SCALE.fullmatch(key) or _NORM.fullmatch(key):
+        return scale[1], LEAVES[scale.groupdict().get("as") or "set_weight"]
     key = without_adapter_name(key)
     for leaf in _LONGEST_FIRST:
         if key.endswith("." + leaf) and len(key) > len(leaf) + 1:
@@ -94,7 +127,9 @@ def split_key(key: str) -> tuple[str, Leaf] | None:
 
 def dialect_of(leaves: Iterable[Leaf], header: Iterable[str], prefixed: bool) -> str:
     """The dialect's name, by whose endings the keys have. Raises ValueError naming two that do not go together."""
-    named = {(leaf.dialect, "lora_" in leaf.holds) for leaf in leaves if leaf.dialect}
+    leaves = list(leaves)
+    has_forms = any(leaf.dialect == "LyCORIS" for leaf in leaves)  # which stand beside any dialect's LoRA
+    named = {(leaf.dialect, "lora_" in leaf.holds) for leaf in leaves if leaf.dialect and leaf.dialect != "LyCORIS"}
     low_rank = sorted({name for name, is_low_rank in named if is_low_rank})
     magnitudes = sorted({name for name, is_low_rank in named if not is_low_rank and name != "diff"})
     for found in (low_rank, magnitudes):
@@ -102,7 +137,7 @@ def dialect_of(leaves: Iterable[Leaf], header: Iterable[str], prefixed: bool) ->
             raise ValueError(f"{found[0]} and {found[1]}")
     if magnitudes and magnitudes[0] in ("ai-toolkit", "NVlabs"):
         return magnitudes[0]
-    name = low_rank[0] if low_rank else "diff"
+    name = low_rank[0] if low_rank else "LyCORIS" if has_forms else "diff"
     if name == "kohya" and any(key.startswith("ot_") for key in header):
         return "OneTrainer"
     return "diffusers" if name == "PEFT" and prefixed else name

@@ -27,6 +27,7 @@ from dora_diffusion.formats.anatomy import Anatomy, anatomy_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import BaseIdentity, identify_base
 from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.forms import BY_CHANNEL, form_of, with_axes
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.placing import place_again
 from dora_diffusion.formats.reading import read_with_findings
@@ -110,7 +111,12 @@ def check_fits(pipe_or_model: object, file: AdapterFile) -> None:
 def by_the_models_names(pipe_or_model: object, file: AdapterFile) -> AdapterFile:
     """The file with its layers by their paths in this model. Raises AdapterMismatchError where not all of it fits."""
     fitted = _fitted(pipe_or_model, file)
-    return replace(fitted.file, tensors=fitted.by_name(), config=fitted.config(), flat=frozenset(), raw=None)
+    tensors = {
+        f"{path}.{p}": tensor
+        for path, held in fitted.tensors.items()
+        for p, tensor in with_axes(held, fitted.views[path].in_shape).items()
+    }
+    return replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
 
 
 def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> _Fitted:
@@ -144,6 +150,11 @@ def attach_trainable(
     A LoRA goes on as a DoRA (`kind`, `norm_axis`) with the magnitudes of W0 + s B A, so that the model is the same.
     Raises AdapterMismatchError when it does not fit whole.
     """
+    if file.config.kind == "full" or file.config.parametrisation != "lora":
+        raise AdapterMismatchError(
+            f"cannot go on from {file.path}: it is {file.config.kind_label}, and LoRA and DoRA are trained here. "
+            "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
+        )
     fitted = _fitted(pipe_or_model, file)
     config, becomes_dora = fitted.config(), file.config.kind != kind
     adapter = inject_into(
@@ -189,10 +200,10 @@ def fit_of(pipe_or_model: object, file: AdapterFile) -> Fit:
     )
 
 
-def _look_at(pipe_or_model: object) -> tuple[dict[str, FrozenWeight], Anatomy]:
+def _look_at(pipe_or_model: object) -> tuple[Mapping[str, FrozenWeight], Anatomy]:
     """The layers that an adapter may change, a text encoder's behind its name, and what names they answer to."""
     model = denoiser_of(pipe_or_model)
-    views = dict(changeable_layers(model))
+    views: dict[str, FrozenWeight] = dict(changeable_layers(model))
     for encoder, module in text_encoders_of(pipe_or_model).items():
         views |= {f"{encoder}.{path}": view for path, view in changeable_layers(module).items()}
     return views, anatomy_of(model, views)
@@ -266,7 +277,7 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenWeight]) -> _Fitted:
             )
         elif path in fitted.tensors:
             fitted.problems.append(f"{_said(layer, file)}: {path} has an update of this file already")
-        elif problem := _misfit(held, views[path]):
+        elif problem := _misfit(held, views[path], file.dialect in ADDING_BIASES):
             fitted.problems.append(f"{_said(layer, file)}: {problem}")
         else:
             fitted.places[layer] = path
@@ -279,11 +290,22 @@ def _said(layer: str, file: AdapterFile) -> str:
     return layer if written.endswith(layer) else f"{layer} ({written})"
 
 
-def _misfit(held: Mapping[str, Tensor], view: FrozenWeight) -> str:
+def _misfit(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -> str:
     """Why a layer's tensors do not fit; empty when they do."""
     wanted = (view.out_features, *view.in_shape)
-    if "difference" in held:
-        shape = tuple(held["difference"].shape)
+    if problem := _misfitting_bias(held, view, adds_biases):
+        return problem
+    if held.keys() == {"bias_difference"}:
+        return ""
+    m = held.get("input_magnitude")
+    if m is not None and m.numel() != view.in_shape[0]:
+        return f"a magnitude of {m.numel()} inputs, this layer has {view.in_shape[0]}"
+    if not view.in_shape and not held.keys() & {"difference", "replacement"}:
+        return f"a {form_of(held).label} for a normalisation layer, which has no rows and columns"
+    if not held.keys() & {"difference", "replacement", "lora_A"}:
+        return form_of(held).sizes(held).cannot_be(view.out_features, view.in_shape)
+    for whole in held.keys() & {"difference", "replacement"}:
+        shape = tuple(held[whole].shape)
         return "" if _same(shape, wanted) else f"a difference of {list(shape)} for a weight of {list(wanted)}"
     A, B = held["lora_A"], held["lora_B"]
     if not _same((B.shape[0], *A.shape[1:]), wanted):
@@ -292,6 +314,22 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenWeight) -> str:
             f"this layer has {view.out_features} x {list(view.in_shape)}"
         )
     return ""
+
+
+# In these a layer without a bias is given one (PEFT's lora_bias); other programs leave out a difference of what is not
+# there, so that a file that has one is for another base.
+ADDING_BIASES = ("PEFT", "diffusers")
+
+
+def _misfitting_bias(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -> str:
+    b = held.get("bias_difference")
+    if b is None:
+        return ""
+    if b.numel() != view.out_features:
+        return f"a difference of {b.numel()} biases, this layer has {view.out_features} outputs"
+    if view.has_bias or (adds_biases and "lora_A" in held):
+        return ""
+    return "a difference of the bias, and this layer has none"
 
 
 def _same(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -306,7 +344,10 @@ def _shaped(parameter: str, tensor: Tensor, view: FrozenWeight) -> Tensor:
         return tensor.reshape(-1, *view.in_shape)
     if parameter == "lora_B":
         return tensor.reshape(view.out_features, -1, *view.up_shape)
-    return tensor.reshape(view.out_features, *view.in_shape) if parameter == "difference" else tensor
+    if parameter in BY_CHANNEL:
+        return tensor.flatten()
+    is_whole = parameter in ("difference", "replacement")
+    return tensor.reshape(view.out_features, *view.in_shape) if is_whole else tensor
 
 
 def _report(fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bool) -> None:

@@ -3,66 +3,106 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dora_diffusion.formats.forms import (
+    BIASES,
+    MAGNITUDES,
+    Form,
+    Held,
+    bias_problems,
+    form_of,
+    forms_in,
+    magnitude_problem,
+)
 from dora_diffusion.formats.original import Rows
 
 __all__ = ["BY_ROW", "cannot_fall_apart", "check_module", "cut", "foreign_kind", "has_no_parts", "one_form"]
 
-MAGNITUDES = ("magnitude", "unscaled_magnitude", "dora_scale")
-BY_ROW = ("lora_B", "magnitude", "unscaled_magnitude", "difference")  # what has a row for each output
+BY_ROW = (
+    "lora_B",
+    "magnitude",
+    "unscaled_magnitude",
+    "difference",
+    "replacement",
+    *BIASES,
+)  # what has a row for each output
 
 
-def check_module(held: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+def check_module(held: Held) -> tuple[list[str], list[str]]:
     """What is missing of a module, and what is misshapen, each in words."""
-    if "difference" in held:
-        beside = [p for p in held if p not in ("difference", "alpha")]
-        D = held["difference"]
-        wrong = [f"difference of shape {list(D.shape)}"] if D.dim() not in (2, 4) or not D.numel() else []
-        return [], wrong + [f"{p} beside a whole difference" for p in beside] + _alpha_problems(held)
-    missing = [p for p in ("lora_A", "lora_B") if p not in held]
+    held = _by_their_parameters(held)
+    found = forms_in(held)
+    if not found:
+        return ["lora_A", "lora_B"], []
+    if len(found) > 1:
+        return [], _of_two_forms(found, held)
+    [form] = found
+    missing, beside = form.missing_and_beside(held)
+    if "scalar" in held and form.name not in SCALED_FIRST:
+        beside.append("scalar")
+    if not form.takes_magnitude:
+        beside += [p for p in MAGNITUDES if p in held]
     if missing:
         return missing, []
-    A, B = held["lora_A"], held["lora_B"]
-    if not _pair_up(A, B, held.get("lora_mid")):
-        mid = f", lora_mid {list(held['lora_mid'].shape)}" if "lora_mid" in held else ""
-        return [], [f"no rank in common: lora_A {list(A.shape)}, lora_B {list(B.shape)}{mid}"]
-    wrong = [
-        f"{p} of shape {list(held[p].shape)} for {_sizes(A, B)}" for p in MAGNITUDES if p in held and not _fits(p, held)
-    ]
-    if sum(p in held for p in MAGNITUDES) > 1:
-        wrong.append("two magnitudes")
-    return [], wrong + _alpha_problems(held)
+    if beside:
+        return [], [f"{p} beside {_said(form)}" for p in beside]
+    if problem := form.problem(held):
+        return [], [problem]
+    wrong = _magnitude_problems(form, held) + _of_one_number(held) + bias_problems(held, form) + _shape_problems(held)
+    return [], wrong + (_alpha_problems(held) if form.is_scaled(held) else [])
 
 
-def foreign_kind(held: Mapping[str, Tensor]) -> str:
+def _said(form: Form) -> str:
+    return "a whole difference" if form.name == "difference" else form.label
+
+
+def _of_two_forms(found: Sequence[Form], held: Held) -> list[str]:
+    """A whole difference beside something else is said of that, as it has always been."""
+    if any(form.name == "difference" for form in found):
+        return [f"{p} beside a whole difference" for p in held if p not in ("difference", "alpha")]
+    return [f"two forms of update, {' and '.join(dict.fromkeys(form.label for form in found))}, of one layer"]
+
+
+def _by_their_parameters(held: Held) -> dict[str, Tensor]:
+    """What means one thing beside another by the name of what it is: IA3's factor, OFT's constraint."""
+    tensors = dict(held)
+    if "factor" in tensors and "on_input" in tensors:
+        on_input = tensors["on_input"]
+        if on_input.numel() == 1 and on_input.item() in (0, 1):
+            del tensors["on_input"]
+            tensors["input_factor" if on_input.item() else "output_factor"] = tensors.pop("factor")
+    if "oft_blocks" in tensors:
+        # Older files have no alpha: it is the constraint, and 0 is none.
+        tensors["constraint"] = tensors.pop("alpha", torch.zeros(()))
+    return tensors
+
+
+def foreign_kind(held: Held) -> str:
     """What a module is that is sound and not read here; empty for one that is read, or broken."""
-    dims = {held[p].dim() for p in ("lora_A", "lora_B", "difference") if p in held}
-    if dims == {1} and "difference" in held:
-        return "a change of normalisation weights or biases"
+    dims = {held[p].dim() for p in ("lora_A", "lora_B", "difference", "replacement") if p in held}
     if dims and dims <= {3, 5}:
         return "an update of convolutions along one axis or three, as models for sound and video have them"
     return ""
 
 
-def _pair_up(A: Tensor, B: Tensor, mid: Tensor | None) -> bool:
-    """Whether A is [r, in, ...] and B [out, r, ...] for one r of at least 1; between them a core [r, r, ...]."""
-    if A.dim() != B.dim() or A.dim() not in (2, 4) or min(*A.shape, *B.shape) < 1 or set(B.shape[2:]) - {1}:
-        return False
-    if mid is None:
-        return A.shape[0] == B.shape[1]
-    core = mid.dim() == 4 and A.dim() == 4 and set(A.shape[2:]) == {1} and min(mid.shape) > 0
-    return core and mid.shape[:2] == (B.shape[1], A.shape[0])
+def _magnitude_problems(form: Form, held: Held) -> list[str]:
+    if form.name == "lora":
+        A, B = held["lora_A"], held["lora_B"]
+        sizes = f"{B.shape[0]} outputs and {A.shape[1]} inputs"
+        wrong = [
+            f"{p} of shape {list(held[p].shape)} for {sizes}" for p in MAGNITUDES if p in held and not _fits(p, held)
+        ]
+    else:
+        problem = magnitude_problem(held, form.sizes(held))
+        wrong = [problem] if problem else []
+    return wrong + (["two magnitudes"] if sum(p in held for p in MAGNITUDES) > 1 else [])
 
 
-def _sizes(A: Tensor, B: Tensor) -> str:
-    return f"{B.shape[0]} outputs and {A.shape[1]} inputs"
-
-
-def _fits(parameter: str, held: Mapping[str, Tensor]) -> bool:
+def _fits(parameter: str, held: Held) -> bool:
     m, out = held[parameter], held["lora_B"].shape[0]
     ones = (1,) * (held["lora_A"].dim() - 2)
     if parameter == "dora_scale":
@@ -70,7 +110,7 @@ def _fits(parameter: str, held: Mapping[str, Tensor]) -> bool:
     return tuple(m.shape) in ((out,), (out, 1), (1, out, *ones), (out, 1, *ones))
 
 
-def _alpha_problems(held: Mapping[str, Tensor]) -> list[str]:
+def _alpha_problems(held: Held) -> list[str]:
     alpha = held.get("alpha")
     if alpha is None:
         return []
@@ -80,46 +120,93 @@ def _alpha_problems(held: Mapping[str, Tensor]) -> list[str]:
     return [] if math.isfinite(value) and value > 0 else [f"alpha is {value:g}; it must be above 0"]
 
 
-def one_form(held: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _shape_problems(held: Held) -> list[str]:
+    """ComfyUI pads a weight to this shape before it adds the update, which has that shape itself."""
+    if "reshape" not in held:
+        return []
+    shape, own = held["reshape"].tolist(), list(form_of(held).sizes(held).shape)
+    return [] if shape == own else [f"reshape_weight says {shape}, the update is for {own}"]
+
+
+def _of_one_number(held: Held) -> list[str]:
+    scalar = held.get("scalar")
+    wrong = scalar is not None and (scalar.numel() != 1 or not math.isfinite(float(scalar)))
+    return [f"scalar of shape {list(scalar.shape)}"] if wrong and scalar is not None else []
+
+
+# LyCORIS's old files keep a trained factor of the whole update beside it; newer ones multiply it into these.
+SCALED_FIRST = {"lora": ("lora_B",), "loha": ("hada_w1_a",), "lokr": ("lokr_w1", "lokr_w1_a"), "glora": ("a2", "b2")}
+
+
+def one_form(held: Held) -> tuple[dict[str, Tensor], list[str]]:
     """A checked module's tensors by the names of our parameters, and what is worth saying of it."""
-    tensors, notes = dict(held), []
+    tensors, notes = _by_their_parameters(held), []
+    form = form_of(tensors)
+    if "scalar" in tensors:
+        scalar = tensors.pop("scalar").float().reshape(())
+        for name in SCALED_FIRST[form.name]:
+            if name in tensors:
+                tensors[name] = tensors[name].float() * scalar
+        notes.append("scalar, a factor of the whole update, is multiplied into its first tensor, as LyCORIS does now")
     if "lora_mid" in tensors:
         down = tensors["lora_A"].flatten(1).float()  # [r, in]
         tensors["lora_A"] = torch.einsum("mn...,nj->mj...", tensors.pop("lora_mid").float(), down)
         notes.append("lora_mid (a Tucker core) is multiplied into lora_A: the same update, without the core")
+    if "reshape" in tensors:
+        shape = [int(n) for n in tensors.pop("reshape").tolist()]
+        notes.append(
+            f"a weight is padded with zeros to {shape} (reshape_weight): the base has to have it in that shape"
+        )
+    if "constraint" in tensors:
+        tensors["constraint"] = tensors["constraint"].reshape(())
+    if form.name == "lora" and tensors["lora_B"].dim() < tensors["lora_A"].dim():
+        tensors["lora_B"] = tensors["lora_B"][:, :, None, None]
     if "dora_scale" in tensors:
-        m, out = tensors.pop("dora_scale"), tensors["lora_B"].shape[0]
-        by_output = m.shape[0] == out and m.numel() == out
-        if by_output and m.dim() == 1 and tensors["lora_A"].shape[1] == out:
-            notes.append("a dora_scale with one axis on a square layer: read as the norm by output, as PEFT writes it")
-        tensors["magnitude" if by_output else "input_magnitude"] = m.flatten()
-    for parameter in ("magnitude", "unscaled_magnitude"):
-        if parameter in tensors:
-            tensors[parameter] = tensors[parameter].flatten()
+        notes += _named_by_axis(tensors, form)
+    if form.name == "lora":
+        for parameter in ("magnitude", "unscaled_magnitude", "input_magnitude"):
+            if parameter in tensors:
+                tensors[parameter] = tensors[parameter].flatten()
+    if not form.is_scaled(tensors) and "alpha" in tensors and float(tensors["alpha"]) != form.rank_of(tensors):
+        del tensors["alpha"]
     return tensors, notes
 
 
-def cannot_fall_apart(tensors: Mapping[str, Tensor], rows: Sequence[Rows]) -> str:
+def _named_by_axis(tensors: dict[str, Tensor], form: Form) -> list[str]:
+    """A dora_scale by the axis that its shape tells. Other forms than LoRA keep its ones, which tell a convolution."""
+    m, sizes = tensors.pop("dora_scale"), form.sizes(tensors)
+    by_output = m.shape[0] == sizes.outputs and m.numel() == sizes.outputs
+    tensors["magnitude" if by_output else "input_magnitude"] = m
+    square = tensors["lora_A"].shape[1] if form.name == "lora" else sizes.columns
+    if by_output and m.dim() == 1 and square == sizes.outputs:
+        return ["a dora_scale with one axis on a square layer: read as the norm by output, as PEFT writes it"]
+    return []
+
+
+def cannot_fall_apart(tensors: Held, rows: Sequence[Rows]) -> str:
     """Why a fused layer's update has no such rows; empty when it has."""
-    height = tensors["lora_B" if "lora_B" in tensors else "difference"].shape[0]
+    height = form_of(tensors).sizes(tensors).outputs
     if not all(part.fits(height) for part in rows):
         return f"{height} rows do not fall into {rows[0].of} equal shares"
     return ""
 
 
-def has_no_parts(tensors: Mapping[str, Tensor], rows: Sequence[Rows]) -> str:
+def has_no_parts(tensors: Held, rows: Sequence[Rows]) -> str:
     """What a sound update of a fused layer is that is not the sum of its parts; empty for one that is."""
     if len(rows) > 1 and "input_magnitude" in tensors:
         return (
             "a DoRA whose norm by input runs over all rows of a fused layer, which diffusers has in parts, so that "
             "there is no exact way to cut it (a norm by output can be cut)"
         )
+    if (len(rows) > 1 or any(part.swapped for part in rows)) and not form_of(tensors).by_row:
+        return f"{form_of(tensors).label} of a layer whose rows diffusers has in parts or in another order"
     return ""
 
 
-def cut(tensors: Mapping[str, Tensor], rows: Sequence[Rows]) -> list[dict[str, Tensor]]:
+def cut(tensors: Held, rows: Sequence[Rows]) -> list[dict[str, Tensor]]:
     """The parts of a fused layer's update, each with its rows; of one that was put together of several, their ranks."""
-    parts = [{p: part.cut(t) if p in BY_ROW else t for p, t in tensors.items()} for part in rows]
+    by_row = {*BY_ROW, *form_of(tensors).by_row}
+    parts = [{p: part.cut(t) if p in by_row else t for p, t in tensors.items()} for part in rows]
     if len(parts) < 2 or not tensors.keys() >= {"lora_A", "alpha"}:
         return parts
     used = [part["lora_B"].flatten(1).ne(0).any(dim=0) for part in parts]  # [rank] of each

@@ -12,10 +12,15 @@ from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, Model
 from dora_diffusion.formats.configs import config_of, says_dora
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.forms import form_of, name_of
 from dora_diffusion.formats.modules import cannot_fall_apart, cut, has_no_parts
+from dora_diffusion.formats.original import SWAPPED, WHOLE, Part, Rows
 from dora_diffusion.formats.unet_names import is_original
 
 __all__ = ["open_names", "place", "place_again"]
+
+
+DECOMPOSED = ("lora", "loha", "lokr")  # the forms that trainers give magnitudes to, in all layers or in none
 
 
 @dataclass
@@ -50,6 +55,8 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
     if config.kind == "lora" and (said := says_dora(file, prefix)):
         findings.missing.append(f"every magnitude: {said}, and no layer has one, so that it is a LoRA of other weights")
     for layer, held in placed.parameters.items():
+        if "lora_bias" in held:  # PEFT's and BFL's is scaled with B A
+            held["bias_difference"] = config.scale_of(layer) * held.pop("lora_bias").float()
         if "unscaled_magnitude" in held and config.scale_of(layer) == 1:  # ai-toolkit's norm is DoRA's, then
             held["magnitude"] = held.pop("unscaled_magnitude")
     tensors = {f"{la}.{p}": t for la, held in placed.parameters.items() for p, t in held.items() if p != "alpha"}
@@ -109,7 +116,10 @@ def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findin
     whole: dict[str, str] = {}
     for module, held in modules.items():
         located = names.locate(module, anatomy)
-        rows = [part.rows.settled(*_outputs_and_inputs(held)) for part in located.parts]
+        settled = [_settled(part, held, anatomy) for part in located.parts]
+        if None in settled:
+            located = names.Located((Part(names.dotted(module), WHOLE),), flat=True)
+        rows = [part or WHOLE for part in settled]
         problem = cannot_fall_apart(held, rows)
         taken = [part.layer for part in located.parts if part.layer in placed.parameters]
         if problem:
@@ -130,18 +140,27 @@ def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findin
     return placed
 
 
-def _outputs_and_inputs(held: Mapping[str, Tensor]) -> tuple[int, int]:
-    first, last = (held.get(p, held.get("difference")) for p in ("lora_B", "lora_A"))
-    return (0, 0) if first is None or last is None else (first.shape[0], last.shape[1])
+def _settled(part: Part, held: Mapping[str, Tensor], anatomy: Anatomy) -> Rows | None:
+    """The rows of a part whose order depends on the layer's shape, or where the update does not tell that, on the model.
+
+    SD3's last block has no feed-forward layer for the text. None where there is no model.
+    """
+    sizes = form_of(held).sizes(held)
+    if sizes.columns or not part.rows.swapped_if_two:
+        return part.rows.settled(sizes.outputs, sizes.columns)
+    if not anatomy.paths:
+        return None
+    block = part.layer.rpartition(".norm1_context")[0]
+    return WHOLE if f"{block}.ff_context.net.2" in anatomy.paths else SWAPPED
 
 
 def _linear_shapes(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of the modules that are linear and whole."""
     shapes = {}
     for module, held in modules.items():
-        first, last = (held.get(p, held.get("difference")) for p in ("lora_B", "lora_A"))
-        if first is not None and last is not None and first.dim() == last.dim() == 2:
-            shapes[module] = (first.shape[0], last.shape[1])
+        sizes = form_of(held).sizes(held)
+        if sizes.outputs and sizes.columns and not sizes.kernel:
+            shapes[module] = (sizes.outputs, sizes.columns)
     return shapes
 
 
@@ -149,7 +168,7 @@ def _check_evenness(placed: _Placed, findings: Findings) -> None:
     """A DoRA has a magnitude in every layer of a model; a layer without one has lost it."""
     for component in {_component(layer) for layer in placed.parameters}:
         layers = [layer for layer in placed.parameters if _component(layer) == component]
-        low_rank = [layer for layer in layers if "lora_A" in placed.parameters[layer]]
+        low_rank = [layer for layer in layers if name_of(placed.parameters[layer]) in DECOMPOSED]
         without = [layer for layer in low_rank if not any("magnitude" in p for p in placed.parameters[layer])]
         if without and len(without) < len(low_rank):
             findings.missing += [f"{placed.written[layer]}: its magnitude" for layer in without]

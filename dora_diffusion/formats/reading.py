@@ -19,7 +19,8 @@ from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.configs import read_description
 from dora_diffusion.formats.content import AdapterFile, Raw
 from dora_diffusion.formats.findings import Findings, some
-from dora_diffusion.formats.leaves import Leaf, adapter_names, dialect_of, foreign, split_key
+from dora_diffusion.formats.forms import forms_in
+from dora_diffusion.formats.leaves import Leaf, adapter_names, dialect_of, foreign, split_keys
 from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
@@ -28,7 +29,8 @@ from dora_diffusion.formats.storage import read_header, read_safetensors
 __all__ = ["check_adapter", "read_adapter_file", "read_with_findings", "some"]
 
 FLOATS = ("F64", "F32", "F16", "BF16", *eight_bit.DTYPES)
-WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # some programs save alpha as one
+WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # some programs save alpha as one
+MAY_BE_WHOLE = (".alpha", ".on_input", ".reshape_weight")
 SOUND_RANGE = 1e6  # no weight is near it, and products of two and their squares stay within float32
 
 
@@ -70,7 +72,7 @@ def read_with_findings(
     dialect = _dialect(found, leaves, header, modules, findings)
     _check_values(found, tensors)
     sound, notes = _sound(modules, findings)
-    keys = {key: split[0] if (split := _split(key)) else "" for key in tensors}
+    keys = {key: split[0] if split else "" for key, split in _split(tensors).items()}
     peft_named = any(leaf.dialect == "PEFT" for leaf in leaves)
     raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *notes))
     file = AdapterFile(found, "unet", AdapterConfig(), {}, read_description(found, header), dialect, header, raw=raw)
@@ -101,7 +103,7 @@ def _check_dtypes(path: Path) -> None:
     wrong = [
         f"{name} ({dtype})"
         for name, (dtype, _) in read_header(path).tensors.items()
-        if dtype not in FLOATS and not (dtype in WHOLE_NUMBERS and name.endswith(".alpha"))
+        if dtype not in FLOATS and not (dtype in WHOLE_NUMBERS and name.endswith(MAY_BE_WHOLE))
     ]
     if wrong:
         raise AdapterFileError(
@@ -130,18 +132,16 @@ def _check_one_adapter(path: Path, keys: Collection[str]) -> None:
         )
 
 
-def _split(key: str) -> tuple[str, Leaf] | None:
-    """`split_key`, with a module's name spelt the same way in all of its keys."""
-    split = split_key(key)
-    return None if split is None else (names.one_spelling(split[0]), split[1])
+def _split(keys: Collection[str]) -> dict[str, tuple[str, Leaf] | None]:
+    """`split_keys`, with a module's name spelt the same way in all of its keys."""
+    return {key: split and (names.one_spelling(split[0]), split[1]) for key, split in split_keys(keys).items()}
 
 
 def _by_module(raw: Mapping[str, Tensor], findings: Findings) -> tuple[dict[str, dict[str, Tensor]], set[Leaf]]:
     modules: dict[str, dict[str, Tensor]] = {}
     leaves: set[Leaf] = set()
     others: dict[str, str] = {}  # modules of a method that is not read: what else they have is none of ours
-    for key, tensor in raw.items():
-        split = _split(key)
+    for key, split in _split(raw).items():
         if split is None:
             if other := foreign(key):
                 others.setdefault(*other)
@@ -153,9 +153,9 @@ def _by_module(raw: Mapping[str, Tensor], findings: Findings) -> tuple[dict[str,
         held = modules.setdefault(module, {})
         if leaf.holds in held:
             findings.unexpected.append(f"{key}: {module} has its {leaf.holds} twice")
-        held[leaf.holds] = tensor
+        held[leaf.holds] = raw[key]
     for module in others.keys() & modules.keys():
-        if not modules[module].keys() & {"lora_A", "lora_B", "difference"}:
+        if not forms_in(modules[module]):
             del modules[module]
     findings.add_foreign(others)
     return modules, leaves
@@ -168,8 +168,8 @@ def _dialect(
         held = some(findings.all()) or "it has no tensors"
         raise AdapterFileError(
             f"{path} is no adapter that this version reads: {held}. "
-            "Give a LoRA or DoRA file of PEFT, diffusers, kohya, LyCORIS, OneTrainer, ai-toolkit or NVlabs, or "
-            "differences."
+            "Give a LoRA or DoRA file of PEFT, diffusers, kohya, LyCORIS, OneTrainer, ai-toolkit or NVlabs, another "
+            "form of LyCORIS (LoHa, LoKr, GLoRA, OFT, BOFT, IA3), or differences."
         )
     try:
         return dialect_of(
@@ -184,7 +184,10 @@ def _dialect(
 
 def _check_values(path: Path, raw: Mapping[str, Tensor]) -> None:
     # A NaN is not within any range; min and max pass it on.
-    broken = [k for k, t in raw.items() if t.numel() and not (t.abs().max().item() <= SOUND_RANGE)]
+    # The alpha of two whole factors says nothing: ai-toolkit writes 1e10 there.
+    whole = {f"{k.removesuffix('.lokr_w1')}.alpha" for k in raw if f"{k.removesuffix('.lokr_w1')}.lokr_w2" in raw}
+    counted = {k: t if t.is_floating_point() else t.double() for k, t in raw.items() if k not in whole and t.numel()}
+    broken = [k for k, t in counted.items() if not (t.abs().max().item() <= SOUND_RANGE)]
     if broken:
         raise AdapterFileError(
             f"{path} holds values that are not finite or beyond 1e6, in {some(broken)}. Its training went wrong: "

@@ -16,6 +16,7 @@ from dora_diffusion.formats import diffusers, kohya
 from dora_diffusion.formats.anatomy import model_of
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.description import HEADER_KEY, BaseIdentity, Description, identify_base
+from dora_diffusion.formats.forms import with_axes
 from dora_diffusion.formats.modelspec import modelspec
 from dora_diffusion.formats.scales import ALPHA_KEYS, RANK_KEYS
 from dora_diffusion.formats.storage import write_safetensors
@@ -35,13 +36,14 @@ def save_adapter(
 ) -> Path:
     """Write the adapter in PEFT/diffusers layout, which stock `pipe.load_lora_weights(path)` reads too.
 
-    One whose norm runs by input, which PEFT has no name for, is written in kohya's layout. The header carries the
+    What that layout has no name for, a norm by input and forms like LoKr, is written in kohya's. The header carries the
     configuration, the base's identity and `training`, a summary of the run. The file appears under its name only when
     it is whole. Raises OutputError, and AdapterFileError for an adapter that the layout cannot hold (a whole
     difference).
     """
     file = file_of(adapter, Path(path), training=training, base_name=base_name)
-    return write_adapter_file(file, Path(path), "kohya" if file.norm_axis == "input" else "diffusers")[0]
+    held_by_peft = file.norm_axis != "input" and file.config.parametrisation == "lora"
+    return write_adapter_file(file, Path(path), "diffusers" if held_by_peft else "kohya")[0]
 
 
 def file_of(
@@ -51,7 +53,13 @@ def file_of(
     if not adapter.layers:
         adapter._require_layers("save")
     base = identify_base(adapter.model)
-    tensors = {file_layer(name): p.detach().to("cpu", torch.float32) for name, p in adapter.named_parameters().items()}
+    tensors = {
+        f"{file_layer(path)}.{name}": tensor
+        for path, update in adapter.updates().items()
+        for name, tensor in with_axes(
+            {name: p.detach().to("cpu", torch.float32) for name, p in update.named_parameters()}, update.frozen.in_shape
+        ).items()
+    }
     config = adapter.config
     config = replace(
         config,
@@ -82,6 +90,7 @@ def describe(file: AdapterFile, base: BaseIdentity, training: Summary | None = N
         use_rslora=config.use_rslora,
         target_modules=config.target_modules,
         norm_axis=file.norm_axis,  # type: ignore[arg-type]
+        parametrisation=config.parametrisation,
         base=base,
         training=dict(training or {}),
     )
@@ -99,6 +108,7 @@ def write_adapter_file(
         update={
             "norm_axis": file.norm_axis,
             "kind": file.config.kind,
+            "parametrisation": file.config.parametrisation,
             "rank": file.config.rank,
             "alpha": file.config.alpha,
             "use_rslora": file.config.use_rslora,
