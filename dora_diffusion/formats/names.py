@@ -189,7 +189,7 @@ def _heads_changed(path: str, between: str) -> list[str]:
 
 def _with_text_model(path: str) -> str:
     """transformers 5 has a CLIPTextModel without `text_model`; files name it all the same."""
-    return f"text_model.{path}" if path.startswith("encoder.layers.") else path
+    return f"text_model.{path}" if path.startswith(("encoder.layers.", "final_layer_norm")) else path
 
 
 def models_of(

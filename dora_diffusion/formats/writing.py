@@ -75,9 +75,8 @@ def file_of(
 def file_layer(name: str) -> str:
     """transformers 5 has a CLIPTextModel without `text_model`; files name it all the same."""
     encoder, _, path = name.partition(".")
-    return (
-        f"{encoder}.text_model.{path}" if encoder.startswith("text_encoder") and path.startswith("encoder.") else name
-    )
+    is_bare = path.startswith(("encoder.", "final_layer_norm"))
+    return f"{encoder}.text_model.{path}" if encoder.startswith("text_encoder") and is_bare else name
 
 
 def describe(file: AdapterFile, base: BaseIdentity, training: Summary | None = None) -> Description:
