@@ -62,7 +62,7 @@ SCALE, ALPHA = "lora_unet_to_q.dora_scale", "lora_unet_to_q.alpha"
 
 
 def test_the_seeds_are_sound(tmp_path, model):
-    for i in range(7):
+    for i in range(len(seeds(model))):
         adapter = load_adapter(model, file_of(tmp_path, {}, kind=i))
         assert len(adapter.layers) >= 2
         adapter.eject()
@@ -90,9 +90,9 @@ SHAPES = {
         "unexpected:\n  lora_unet_to_q.lora_sideways",
     ),
     "a layer of nobody's": ({DOWN.replace("to_q", "to_k"): torch.ones(4, 6)}, "lora_unet_to_k: lora_B"),
-    "biases": (
-        {"lora_unet_to_q.diff_b": torch.ones(6)},
-        "not read:\n  a change of biases, which is not read here: lora_unet_to_q",
+    "a bias of another size": (
+        {"lora_unet_to_q.diff_b": torch.ones(5)},
+        "lora_unet_to_q: bias_difference of shape [5] for 6 outputs",
     ),
     "a difference beside a LoRA": ({"lora_unet_to_q.diff": torch.ones(6, 6)}, "lora_A beside a whole difference"),
 }
@@ -248,12 +248,12 @@ def test_what_peft_says_otherwise_than_the_tensors_is_said(tmp_path):
     assert not read_adapter_file(tmp_path / "a.safetensors").notes
 
 
-def test_a_sound_dora_that_cannot_be_cut_is_not_called_damaged(tmp_path):
-    """As OneTrainer writes FLUX.1 with the norm by input."""
+def test_a_sound_boft_that_cannot_be_cut_is_not_called_damaged(tmp_path):
+    """As LyCORIS trains FLUX.1 in sd-scripts: rows of q, k and v change places."""
     name = "lora_unet_double_blocks_0_img_attn_qkv"
-    tensors = {f"{name}.lora_down.weight": torch.ones(2, 32), f"{name}.lora_up.weight": torch.ones(96, 2)}
-    save_file({**tensors, f"{name}.dora_scale": torch.ones(1, 32)}, tmp_path / "a.safetensors")
-    with pytest.raises(AdapterFileError, match="a DoRA whose norm by input runs over all rows") as raised:
+    tensors = {f"{name}.oft_blocks": torch.zeros(5, 16, 6, 6), f"{name}.alpha": torch.tensor(0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match="a BOFT of a fused layer, which turns rows of one part") as raised:
         load_adapter(bases.flux_transformer(), tmp_path / "a.safetensors")
     assert "damaged" not in str(raised.value) and "The file is sound" in str(raised.value)
 
@@ -351,7 +351,10 @@ class Mill:
         else:
             self.outcomes["loaded"] += 1
             expected = reference_deltas(data, self.weights)
-            found = {layer: update.delta_weight().double().numpy() for layer, update in adapter.updates().items()}
+            updates = adapter.updates()
+            found = {layer: update.delta_weight().double().numpy() for layer, update in updates.items()}
+            biases = {layer: update.bias_difference for layer, update in updates.items()}
+            found |= {f"{la}.bias": b.detach().double().numpy() for la, b in biases.items() if b is not None}
             adapter.eject()
             assert found.keys() == expected.keys()
             for layer, delta in expected.items():

@@ -5,7 +5,9 @@ float64 on the original checkpoint, which diffusers itself then converts; or by 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import bases
 import lycoris_files
@@ -23,7 +25,10 @@ from dora_diffusion.adapters.injection import changeable_layers
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, AdapterStateError
 from dora_diffusion.formats.anatomy import anatomy_of
 from dora_diffusion.formats.convert import convert_adapter
-from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.formats.files import load_adapter, read_adapter_file, save_adapter
+from dora_diffusion.formats.loading import attach_trainable
+from dora_diffusion.inspection.look import look_at
+from dora_diffusion.models.loading import load_base
 
 RUNS: dict[str, Callable[[], Run]] = {
     "unet": lambda: of_model(bases.unet()),
@@ -368,7 +373,7 @@ def test_a_control_adapter_for_more_channels_says_that_the_base_has_fewer(tmp_pa
         save_file(spelling(keys), tmp_path / "a.safetensors")
         with pytest.raises(AdapterMismatchError, match=r"x_embedder.*32 x \[8\].*this layer has 32 x \[4\]") as refused:
             load_adapter(model, tmp_path / "a.safetensors")
-        assert "control" in str(refused.value)
+        assert "needs a base whose layer is as wide" in str(refused.value)
     wide = bases.flux_transformer(in_channels=8)
     load_adapter(wide, tmp_path / "a.safetensors")
 
@@ -521,3 +526,68 @@ def test_a_files_description_is_of_its_low_rank_layers(tmp_path):
     assert (file.config.kind, file.config.rank) == ("lora", 2)
     made = convert_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", base=bases.unet()).path
     assert {key.rpartition(".")[2] for key in load_file(made)} == {"weight", "alpha", "diff_b", "w_norm", "b_norm"}
+
+
+@pytest.fixture(scope="module")
+def extracted_sd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small Stable Diffusion's folder and ComfyUI's extraction for its UNet."""
+    folder = tmp_path_factory.mktemp("extracted")
+    pipe = bases.stable_diffusion()
+    pipe.save_pretrained(folder / "sd")
+    save_file(extracted(checkpoint_of("unet", pipe.unet)), folder / "a.safetensors")
+    return folder / "sd", folder / "a.safetensors"
+
+
+def test_inspect_shows_norms_and_biases_and_keeps_them_out_of_what_it_says_of_matrices(extracted_sd):
+    base, path = load_base(str(extracted_sd[0]), device="cpu"), extracted_sd[1]
+    [(summary, analysis)] = look_at([path], base)
+    keys = load_file(path)
+    biases = sum(key.endswith(".diff_b") for key in keys)
+    norms = sum(key.endswith(".diff") for key in keys)
+    assert f"it changes {norms} normalisation layers and {biases} biases too" in summary.notes
+    assert set(summary.ranks) == {2}
+    vectors = {layer.layer: layer for layer in analysis.layers if layer.is_vector}
+    assert len(vectors) == norms + biases and len(analysis.matrices) == sum("lora_up" in key for key in keys)
+    unet = base.pipe.unet
+    for name, end, key in (
+        ("conv_norm_out", "weight", "diffusion_model.out.0.diff"),
+        ("conv_norm_out.bias", "bias", "diffusion_model.out.0.diff_b"),
+        ("conv_out.bias", "bias", "diffusion_model.out.2.diff_b"),
+    ):
+        own = unet.get_submodule(name.removesuffix(".bias")).get_parameter(end).double()
+        wanted = float(keys[key].double().norm() / own.norm()) if own.any() else math.inf
+        assert vectors[name].relative_size == pytest.approx(wanted, rel=1e-5)
+
+
+def test_every_command_does_with_such_a_file_what_it_says(extracted_sd, tmp_path, run):
+    folder, path = map(str, extracted_sd)
+    assert "it changes" in run("inspect", path).flat
+    assert run("inspect", path, "--base", folder, "--json").status == 0
+    refused = run("parity", path, "--base", folder)
+    assert refused.status == 1 and "biases or normalisation layers" in refused.flat
+    assert run("convert", path, "--to", "diff", "--base", folder, "--out", str(tmp_path / "d.safetensors")).status == 0
+    refused = run("convert", path, "--to", "lora", "--base", folder, "--out", str(tmp_path / "l.safetensors"))
+    assert refused.status == 1 and "--to diff" in refused.flat
+    assert run("merge", path, "--base", folder, "--out", str(tmp_path / "merged")).status == 0
+    merged = load_base(str(tmp_path / "merged"), device="cpu").pipe.unet
+    unet = load_base(folder, device="cpu").pipe.unet
+    load_adapter(unet, path)
+    assert relative_error(output_of(merged), output_of(unet)) < 2e-5
+
+
+def test_an_adapter_that_changes_norms_is_saved_and_read_again(tmp_path):
+    save_file(mutated(), tmp_path / "a.safetensors")
+    model = bases.unet()
+    adapter = load_adapter(model, tmp_path / "a.safetensors")
+    expected = output_of(model)
+    saved = save_adapter(adapter, tmp_path / "b.safetensors")
+    adapter.eject()
+    load_adapter(model, saved)
+    assert relative_error(output_of(model), expected) < 1e-6
+
+
+def test_training_does_not_go_on_from_such_a_file(tmp_path):
+    save_file(mutated(), tmp_path / "a.safetensors")
+    file = read_adapter_file(tmp_path / "a.safetensors")
+    with pytest.raises(AdapterMismatchError, match="changes 1 normalisation layer and 2 biases too"):
+        attach_trainable(bases.unet(), file, "lora")

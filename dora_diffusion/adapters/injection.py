@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.fellows import introduce
 from dora_diffusion.adapters.frozen import FrozenLayer, FrozenWeight, freeze_view
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
 from dora_diffusion.adapters.norms import AdaptedNorm, FrozenNorm, freeze_norm
@@ -309,11 +310,13 @@ def inject_into(
     seed: int | None = None,
     text_encoders: Mapping[str, nn.Module] | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    fellows: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Adapter:
     """`inject_adapter` at exactly these layers, whatever config.target_modules says.
 
     `text_encoders` by their names in the pipeline. `tensors` by layer are the values of the updates' parameters, which
-    say what form each update has; without them it is the config's, as training starts.
+    say what form each update has; without them it is the config's, as training starts. `fellows` are the parts of a
+    fused layer, by each of them, whose updates have one norm.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     roots = Roots(model, text_encoders or {})
@@ -324,6 +327,7 @@ def inject_into(
         make = update_class(config.parameters) if values is None else update_of(values)
         # What a norm is given are differences, which ask for nothing but its weight.
         updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, generator, values)  # type: ignore[arg-type]
+    introduce(updates, fellows or {})
     roots.freeze(views)
     layers = {}
     for path, frozen in views.items():

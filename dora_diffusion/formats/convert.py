@@ -123,6 +123,7 @@ def _with_base(file: AdapterFile, base: object) -> AdapterFile:
     )
     identity = identify_base(denoiser_of(base))
     named = replace(here, tensors=tensors, config=config, written={}, models=(model_of(identity.model_class),))
+    named = replace(named, fellows={renamed[la]: tuple(renamed[f] for f in fs) for la, fs in here.fellows.items()})
     identity = identity.model_copy(update={"name": file.base.name}) if file.base.name != "unknown" else identity
     training = file.description.training if file.description else None
     return replace(named, description=describe(named, identity, training))
@@ -192,19 +193,10 @@ def whole_difference(update: LoRAUpdate, delta: Tensor) -> dict[str, Tensor]:
 
 def _check_all_low_rank(file: AdapterFile) -> None:
     """Raises AdapterFileError for changes that no product B A is."""
-    held = by_layer(file.tensors)
-    norms = [
-        layer
-        for layer, its in held.items()
-        if any(its[p].dim() == 1 for p in ("difference", "replacement") if p in its)
-    ]
-    biases = [layer for layer, its in held.items() if "bias_difference" in its]
-    counted = {"normalisation layers": len(norms), "biases": len(biases)}
-    if said := " and ".join(f"{n} {what}" for what, n in counted.items() if n):
+    if file.beside:
         raise AdapterFileError(
-            f"{file.path} changes {said}, which a LoRA cannot hold, among them {(norms + biases)[0]}. Write it as "
-            "differences, which are exact everywhere (--to diff), or in kohya's layout, which keeps all as it is "
-            "(--to kohya)."
+            f"{file.path} changes {file.beside}, which a LoRA cannot hold. Write it as differences, which are exact "
+            "everywhere (--to diff), or in kohya's layout, which keeps all as it is (--to kohya)."
         )
 
 

@@ -19,7 +19,7 @@ from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.names import TEXT_ENCODERS
 
-__all__ = ["METADATA_KEY", "peft_config", "scales", "to_keys"]
+__all__ = ["METADATA_KEY", "can_hold", "peft_config", "scales", "to_keys"]
 
 METADATA_KEY = "lora_adapter_metadata"
 ENDINGS = {
@@ -31,6 +31,7 @@ ENDINGS = {
 CANNOT_HOLD = {
     "input_magnitude": "a norm by input, which PEFT does not compute",
     "unscaled_magnitude": "ai-toolkit's norm without alpha / rank, which PEFT does not compute",
+    "shared_magnitude": "a norm by input over the rows of a fused layer, which PEFT does not compute",
     "difference": "a whole difference, which PEFT does not have",
     "replacement": "a whole weight in the place of the base's, which PEFT does not have",
     "bias_difference": "a change of the bias without B A, or beside a magnitude, which PEFT does not have",
@@ -61,6 +62,14 @@ def to_keys(file: AdapterFile) -> dict[str, Tensor]:
             ending = ENDINGS[parameter] + ".weight" * (in_encoder and parameter == "magnitude")
             tensors[f"{layer}.{ending}" if in_encoder else f"{file.prefix}.{layer}.{ending}"] = tensor
     return tensors
+
+
+def can_hold(file: AdapterFile) -> bool:
+    """Whether every update of the file is one that PEFT has."""
+    layers = by_layer(file.tensors).values()
+    return all(
+        held.keys() <= ENDINGS.keys() and ("bias_difference" not in held or _holds_bias(held)) for held in layers
+    )
 
 
 def _holds_bias(held: Mapping[str, Tensor]) -> bool:

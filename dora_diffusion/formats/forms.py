@@ -32,14 +32,9 @@ __all__ = [
 ]
 
 BIASES = ("bias_difference", "lora_bias")  # which any form may have beside it, and LoRA alone
-MAGNITUDES = ("magnitude", "unscaled_magnitude", "input_magnitude", "dora_scale")
-BY_CHANNEL = (
-    *MAGNITUDES,
-    *BIASES,
-    "rescale",
-    "output_factor",
-    "input_factor",
-)  # a number for each output, or each input
+MAGNITUDES = ("magnitude", "unscaled_magnitude", "input_magnitude", "shared_magnitude", "dora_scale")
+# A number for each output, or for each input.
+BY_CHANNEL = (*MAGNITUDES, *BIASES, "rescale", "output_factor", "input_factor")
 Held = Mapping[str, Tensor]
 
 
@@ -469,6 +464,7 @@ def with_axes(held: Held, in_shape: tuple[int, ...]) -> dict[str, Tensor]:
     if "lora_A" in tensors:
         return tensors
     by_output, by_input = (-1, 1, *ones), (1, -1, *ones)
-    shapes = {"magnitude": by_output, "rescale": by_output, "input_magnitude": by_input}
+    shapes = {"magnitude": by_output, "rescale": by_output}
+    shapes |= dict.fromkeys(("input_magnitude", "shared_magnitude"), by_input)
     shapes |= dict.fromkeys(("output_factor", "input_factor"), by_input if ones else (-1,))
     return {name: t.reshape(shapes[name]) if name in shapes else t for name, t in tensors.items()}

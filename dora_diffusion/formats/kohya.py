@@ -14,9 +14,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.variants import LOW_RANK
+from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.cutting import cut, together
 from dora_diffusion.formats.forms import form_of
-from dora_diffusion.formats.modules import cut
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.original import FLUX, SWAPPED, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
@@ -81,6 +83,12 @@ def _module(name: str, held: Held, file: AdapterFile, layer: str) -> Iterator[tu
     form = form_of(held)
     is_norm = "difference" in held and held["difference"].dim() == 1 and file.config.kind != "full"
     endings = ENDINGS | (NORM_ENDINGS if is_norm else {})
+    if alone := [p for p in ("rows", "shared_magnitude") if p in held]:
+        what = "a norm over the rows" if alone[-1] == "shared_magnitude" else "rows of a LoKr"
+        raise AdapterFileError(
+            f"{file.path}: {layer} has {what} of a fused layer whose other parts are not with it, so that it cannot be "
+            "written by itself. Write it as a difference, which is exact everywhere (--to diff, with the base)."
+        )
     for parameter, tensor in held.items():
         if parameter in ("magnitude", "input_magnitude"):
             yield f"{name}.dora_scale", _dora_scale(parameter, tensor, held)
@@ -170,19 +178,15 @@ def _fuse(file: AdapterFile, layers: Mapping[str, Held], members: list[str]) -> 
         return None
     parts = [layers[member] for member in members]
     first = parts[0]
-    alike = all(part.keys() == first.keys() for part in parts) and len({file.scale_of(m) for m in members}) == 1
-    if not alike or not first.keys() <= {"lora_A", "lora_B", "magnitude", "difference", "bias_difference"}:
+    if len({file.scale_of(member) for member in members}) > 1:
         return None
-    if "lora_A" not in first:
-        # ComfyUI reads a part's weight, and not its bias.
-        has_to_be = _always_fused(file) or "bias_difference" in first
-        return {p: torch.cat([part[p] for part in parts]) for p in first} if has_to_be else None
-    if all(torch.equal(part["lora_A"], first["lora_A"]) for part in parts):
-        return {
-            "lora_A": first["lora_A"],
-            **{p: torch.cat([part[p] for part in parts]) for p in first if p != "lora_A"},
-        }
-    return _side_by_side(parts) if _always_fused(file) else None
+    if (whole := together(parts)) is not None:
+        # Differences that came apart are as well written so, and so are trained ones; but ComfyUI reads a part's
+        # weight, and not its bias.
+        stays_apart = "difference" in first and "bias_difference" not in first and not _always_fused(file)
+        return None if stays_apart else whole
+    is_low_rank = first.keys() <= {*LOW_RANK, "magnitude", "bias_difference"}
+    return _side_by_side(parts) if _always_fused(file) and is_low_rank else None
 
 
 def _always_fused(file: AdapterFile) -> bool:
@@ -195,7 +199,10 @@ def _side_by_side(parts: list[Held]) -> Held | None:
 
     None for a part that is zero, whose columns nothing would tell from the others'.
     """
-    if not all(part["lora_B"].dim() == 2 and part["lora_B"].ne(0).any(dim=0).all() for part in parts):
+    if not all(
+        part.keys() == parts[0].keys() and part["lora_B"].dim() == 2 and part["lora_B"].ne(0).any(dim=0).all()
+        for part in parts
+    ):
         return None
     fused = {"lora_A": torch.cat([part["lora_A"] for part in parts])}
     fused["lora_B"] = torch.block_diag(*(part["lora_B"] for part in parts))

@@ -116,7 +116,8 @@ def by_the_models_names(pipe_or_model: object, file: AdapterFile) -> AdapterFile
         for path, held in fitted.tensors.items()
         for p, tensor in with_axes(held, fitted.views[path].in_shape).items()
     }
-    return replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
+    made = replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
+    return replace(made, fellows=fitted.fellows())
 
 
 def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> _Fitted:
@@ -150,10 +151,15 @@ def attach_trainable(
     A LoRA goes on as a DoRA (`kind`, `norm_axis`) with the magnitudes of W0 + s B A, so that the model is the same.
     Raises AdapterMismatchError when it does not fit whole.
     """
-    if file.config.kind == "full" or file.config.parametrisation != "lora":
+    if file.config.kind == "full" or file.config.parametrisation != "lora" or file.fellows:
         raise AdapterMismatchError(
             f"cannot go on from {file.path}: it is {file.config.kind_label}, and LoRA and DoRA are trained here. "
             "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
+        )
+    if file.beside:
+        raise AdapterMismatchError(
+            f"cannot go on from {file.path}: it changes {file.beside} too, which are not trained here. Merge it into "
+            "the base and train on that: dora-diffusion merge FILE --base BASE --out FOLDER."
         )
     fitted = _fitted(pipe_or_model, file)
     config, becomes_dora = fitted.config(), file.config.kind != kind
@@ -232,6 +238,7 @@ def _attach(pipe_or_model: object, fitted: _Fitted, strength: float, name: str |
         name=name,
         text_encoders=text_encoders_of(pipe_or_model),
         tensors=fitted.tensors,
+        fellows=fitted.fellows(),
     )
     adapter.strength = strength
     return adapter
@@ -258,6 +265,11 @@ class _Fitted:
             alpha_pattern={places[layer]: a for layer, a in said.alpha_pattern.items() if layer in places},
         )
 
+    def fellows(self) -> dict[str, tuple[str, ...]]:
+        """The parts of fused layers that share a norm, by the model's paths."""
+        places = self.places
+        return {places[la]: tuple(places[each] for each in f) for la, f in self.file.fellows.items() if la in places}
+
     def by_name(self) -> dict[str, Tensor]:
         """The tensors by the names of an adapter's parameters."""
         return {f"{path}.{p}": tensor for path, held in self.tensors.items() for p, tensor in held.items()}
@@ -282,6 +294,10 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenWeight]) -> _Fitted:
         else:
             fitted.places[layer] = path
             fitted.tensors[path] = {p: _shaped(p, tensor, views[path]) for p, tensor in held.items()}
+    for layer in [la for la, fellows in file.fellows.items() if not fitted.places.keys() >= set(fellows)]:
+        if layer in fitted.places:
+            del fitted.tensors[fitted.places.pop(layer)]
+            fitted.problems.append(f"{_said(layer, file)}: not all parts of the layer that its norm runs over are here")
     return fitted
 
 
@@ -297,21 +313,27 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -
         return problem
     if held.keys() == {"bias_difference"}:
         return ""
-    m = held.get("input_magnitude")
+    m = held.get("input_magnitude", held.get("shared_magnitude"))
     if m is not None and m.numel() != view.in_shape[0]:
         return f"a magnitude of {m.numel()} inputs, this layer has {view.in_shape[0]}"
     if not view.in_shape and not held.keys() & {"difference", "replacement"}:
         return f"a {form_of(held).label} for a normalisation layer, which has no rows and columns"
     if not held.keys() & {"difference", "replacement", "lora_A"}:
-        return form_of(held).sizes(held).cannot_be(view.out_features, view.in_shape)
+        sizes = form_of(held).sizes(held)
+        if "rows" in held:
+            sizes = replace(sizes, outputs=int(held["rows"].diff(dim=1).sum()))
+        return sizes.cannot_be(view.out_features, view.in_shape)
     for whole in held.keys() & {"difference", "replacement"}:
         shape = tuple(held[whole].shape)
         return "" if _same(shape, wanted) else f"a difference of {list(shape)} for a weight of {list(wanted)}"
     A, B = held["lora_A"], held["lora_B"]
     if not _same((B.shape[0], *A.shape[1:]), wanted):
+        # FLUX's control adapters widen the first layer for the control picture beside the latents.
+        is_wider = B.shape[0] == view.out_features and A.shape[1] > view.in_shape[0]
+        hint = "; an adapter for control or filling needs a base whose layer is as wide" if is_wider else ""
         return (
             f"adapter for {B.shape[0]} x {list(A.shape[1:])}, "
-            f"this layer has {view.out_features} x {list(view.in_shape)}"
+            f"this layer has {view.out_features} x {list(view.in_shape)}{hint}"
         )
     return ""
 

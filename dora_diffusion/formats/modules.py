@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.forms import (
-    BIASES,
     MAGNITUDES,
     Form,
     Held,
@@ -18,18 +17,8 @@ from dora_diffusion.formats.forms import (
     forms_in,
     magnitude_problem,
 )
-from dora_diffusion.formats.original import Rows
 
-__all__ = ["BY_ROW", "cannot_fall_apart", "check_module", "cut", "foreign_kind", "has_no_parts", "one_form"]
-
-BY_ROW = (
-    "lora_B",
-    "magnitude",
-    "unscaled_magnitude",
-    "difference",
-    "replacement",
-    *BIASES,
-)  # what has a row for each output
+__all__ = ["check_module", "foreign_kind", "one_form"]
 
 
 def check_module(held: Held) -> tuple[list[str], list[str]]:
@@ -53,7 +42,7 @@ def check_module(held: Held) -> tuple[list[str], list[str]]:
     if problem := form.problem(held):
         return [], [problem]
     wrong = _magnitude_problems(form, held) + _of_one_number(held) + bias_problems(held, form) + _shape_problems(held)
-    return [], wrong + (_alpha_problems(held) if form.is_scaled(held) else [])
+    return [], wrong + _alpha_problems(held, form)
 
 
 def _said(form: Form) -> str:
@@ -110,13 +99,16 @@ def _fits(parameter: str, held: Held) -> bool:
     return tuple(m.shape) in ((out,), (out, 1), (1, out, *ones), (out, 1, *ones))
 
 
-def _alpha_problems(held: Held) -> list[str]:
+def _alpha_problems(held: Held, form: Form) -> list[str]:
+    """One without a scale may have any number as its alpha, which counts for nothing."""
     alpha = held.get("alpha")
     if alpha is None:
         return []
     if alpha.numel() != 1:
         return [f"alpha of shape {list(alpha.shape)}"]
     value = float(alpha)
+    if not form.is_scaled(held):
+        return []
     return [] if math.isfinite(value) and value > 0 else [f"alpha is {value:g}; it must be above 0"]
 
 
@@ -181,38 +173,3 @@ def _named_by_axis(tensors: dict[str, Tensor], form: Form) -> list[str]:
     if by_output and m.dim() == 1 and square == sizes.outputs:
         return ["a dora_scale with one axis on a square layer: read as the norm by output, as PEFT writes it"]
     return []
-
-
-def cannot_fall_apart(tensors: Held, rows: Sequence[Rows]) -> str:
-    """Why a fused layer's update has no such rows; empty when it has."""
-    height = form_of(tensors).sizes(tensors).outputs
-    if not all(part.fits(height) for part in rows):
-        return f"{height} rows do not fall into {rows[0].of} equal shares"
-    return ""
-
-
-def has_no_parts(tensors: Held, rows: Sequence[Rows]) -> str:
-    """What a sound update of a fused layer is that is not the sum of its parts; empty for one that is."""
-    if len(rows) > 1 and "input_magnitude" in tensors:
-        return (
-            "a DoRA whose norm by input runs over all rows of a fused layer, which diffusers has in parts, so that "
-            "there is no exact way to cut it (a norm by output can be cut)"
-        )
-    if (len(rows) > 1 or any(part.swapped for part in rows)) and not form_of(tensors).by_row:
-        return f"{form_of(tensors).label} of a layer whose rows diffusers has in parts or in another order"
-    return ""
-
-
-def cut(tensors: Held, rows: Sequence[Rows]) -> list[dict[str, Tensor]]:
-    """The parts of a fused layer's update, each with its rows; of one that was put together of several, their ranks."""
-    by_row = {*BY_ROW, *form_of(tensors).by_row}
-    parts = [{p: part.cut(t) if p in by_row else t for p, t in tensors.items()} for part in rows]
-    if len(parts) < 2 or not tensors.keys() >= {"lora_A", "alpha"}:
-        return parts
-    used = [part["lora_B"].flatten(1).ne(0).any(dim=0) for part in parts]  # [rank] of each
-    if not torch.stack(used).sum(dim=0).eq(1).all() or not all(columns.any() for columns in used):
-        return parts
-    for part, columns in zip(parts, used):
-        part["lora_A"], part["lora_B"] = part["lora_A"][columns], part["lora_B"][:, columns]
-        part["alpha"] = part["alpha"].double() * (columns.sum() / columns.numel())  # s stays
-    return parts

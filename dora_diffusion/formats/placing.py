@@ -11,9 +11,9 @@ from dora_diffusion.formats import names
 from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, Model
 from dora_diffusion.formats.configs import config_of, says_dora
 from dora_diffusion.formats.content import AdapterFile
+from dora_diffusion.formats.cutting import cannot_fall_apart, cut, has_no_parts
 from dora_diffusion.formats.findings import Findings, some
 from dora_diffusion.formats.forms import form_of, name_of
-from dora_diffusion.formats.modules import cannot_fall_apart, cut, has_no_parts
 from dora_diffusion.formats.original import SWAPPED, WHOLE, Part, Rows
 from dora_diffusion.formats.unet_names import is_original
 
@@ -30,6 +30,7 @@ class _Placed:
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
     flat: set[str] = field(default_factory=set)
+    fellows: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def place_again(file: AdapterFile, anatomy: Anatomy) -> tuple[AdapterFile, Findings]:
@@ -68,6 +69,7 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
         tensors=tensors,
         written=placed.written,
         flat=frozenset(placed.flat),
+        fellows={la: fellows for la, fellows in placed.fellows.items() if la in placed.parameters},
         notes=tuple(dict.fromkeys((*raw.notes, *notes))),
         left_out=tuple(key for key, module in raw.keys.items() if module not in kept),
         models=models,
@@ -135,13 +137,15 @@ def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findin
                 placed.parameters[part.layer] = tensors
                 placed.written[part.layer] = module
                 placed.flat |= {part.layer} if located.flat else set()
+                if "shared_magnitude" in tensors:
+                    placed.fellows[part.layer] = tuple(each.layer for each in located.parts)
     findings.add_foreign(whole)
     _check_evenness(placed, findings)
     return placed
 
 
 def _settled(part: Part, held: Mapping[str, Tensor], anatomy: Anatomy) -> Rows | None:
-    """The rows of a part whose order depends on the layer's shape, or where the update does not tell that, on the model.
+    """The rows of a part whose order the layer's shape tells, or where the update does not tell that, the model.
 
     SD3's last block has no feed-forward layer for the text. None where there is no model.
     """

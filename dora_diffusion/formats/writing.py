@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.fellows import SharedNormDoRAUpdate
 from dora_diffusion.adapters.injection import Adapter
 from dora_diffusion.formats import diffusers, kohya
 from dora_diffusion.formats.anatomy import model_of
@@ -36,13 +37,14 @@ def save_adapter(
 ) -> Path:
     """Write the adapter in PEFT/diffusers layout, which stock `pipe.load_lora_weights(path)` reads too.
 
-    What that layout has no name for, a norm by input and forms like LoKr, is written in kohya's. The header carries the
-    configuration, the base's identity and `training`, a summary of the run. The file appears under its name only when
-    it is whole. Raises OutputError, and AdapterFileError for an adapter that the layout cannot hold (a whole
-    difference).
+    What that layout has no name for, a norm by input, forms like LoKr and changes of normalisation layers, is written in
+    kohya's. The header carries the configuration, the base's identity and `training`, a summary of the run. The file
+    appears under its name only when it is whole. Raises OutputError, and AdapterFileError for an adapter that the layout
+    cannot hold (a whole difference).
     """
     file = file_of(adapter, Path(path), training=training, base_name=base_name)
     held_by_peft = file.norm_axis != "input" and file.config.parametrisation == "lora"
+    held_by_peft &= file.config.kind == "full" or diffusers.can_hold(file)
     return write_adapter_file(file, Path(path), "diffusers" if held_by_peft else "kohya")[0]
 
 
@@ -68,8 +70,17 @@ def file_of(
     )
     prefix = "transformer" if "Transformer" in type(adapter.model).__name__ else "unet"
     file = AdapterFile(path, prefix, config, tensors, None, models=(model_of(base.model_class),))
+    file = replace(file, fellows=_fellows(adapter))
     base = base.model_copy(update={"name": base_name}) if base_name else base
     return replace(file, description=describe(file, base, training))
+
+
+def _fellows(adapter: Adapter) -> dict[str, tuple[str, ...]]:
+    """The parts of fused layers whose updates share a norm."""
+    updates = adapter.updates()
+    names = {id(update): file_layer(path) for path, update in updates.items()}
+    shared = [update for update in updates.values() if isinstance(update, SharedNormDoRAUpdate)]
+    return {names[id(update)]: tuple(names[id(fellow)] for fellow in update.fellows) for update in shared}
 
 
 def file_layer(name: str) -> str:

@@ -61,7 +61,12 @@ def read_starts(config: TrainConfig) -> dict[Kind, AdapterFile]:
 def _cannot_be_trained(file: AdapterFile, kind: Kind) -> str:
     if file.config.kind == "full":
         return "holds whole differences, which are not trained here."
-    if file.norm_axis == "mixed" or any(name.endswith("unscaled_magnitude") for name in file.tensors):
+    if file.config.parametrisation != "lora":
+        return f"is {file.config.kind_label}, which is not gone on from here: convert it with --to lora first."
+    if file.beside:
+        return f"changes {file.beside}, which are not trained here."
+    strange = ("unscaled_magnitude", "shared_magnitude")
+    if file.norm_axis == "mixed" or any(name.endswith(strange) for name in file.tensors):
         return "has magnitudes of a kind that is not trained here."
     if file.config.kind == "dora" and kind == "lora":
         return "is a DoRA, and a LoRA is to be trained: set kind to dora."
