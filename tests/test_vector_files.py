@@ -5,6 +5,7 @@ float64 on the original checkpoint, which diffusers itself then converts; or by 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from diffusers.loaders import single_file_utils
 from oracles import output_of, relative_error
 from safetensors.torch import load_file, save_file
 from test_norm_names import TRANSFORMER_MODELS, original_checkpoint
-from test_vectors import Run, of_model, of_pipeline, sd35
+from test_vectors import RUNS as ALL_RUNS
+from test_vectors import Run, by_hand, differences, of_model, of_pipeline, sd35
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.injection import changeable_layers
@@ -157,6 +159,39 @@ def test_a_difference_is_written_that_adds_the_same_to_every_parameter(tmp_path,
         assert "--to diff" in str(refused.value)
 
 
+@pytest.mark.parametrize("family", [name for name in ALL_RUNS if name not in ("t5", "clip")])
+def test_by_diffusers_names_everything_may_be_changed_of_every_family(tmp_path, family):
+    """Dotted and flat names, and what is written of them, beside the parameters changed by hand."""
+    run = ALL_RUNS[family]()
+    held = differences(run.model)
+    expected = run.output(by_hand(run.model, [(1.0, held)]))
+    before = run.output()
+    ends = {"difference": "diff", "bias_difference": "diff_b"}
+    for prefix, flat in (
+        ("unet." if family == "unet" else "transformer.", False),
+        ("lora_unet_", True),
+        ("lycoris_", True),
+    ):
+        keys = {
+            f"{prefix}{path.replace('.', '_') if flat else path}.{ends[name]}": tensor
+            for path, tensors in held.items()
+            for name, tensor in tensors.items()
+        }
+        save_file(keys, tmp_path / "a.safetensors")
+        adapter = load_adapter(run.model, tmp_path / "a.safetensors")
+        assert relative_error(run.output(), expected) < 2e-5
+        adapter.eject()
+        assert torch.equal(run.output(), before)
+    for target in ("diff", "kohya"):
+        made = convert_adapter(tmp_path / "a.safetensors", tmp_path / f"{target}.safetensors", target, base=run.model)
+        adapter = load_adapter(run.model, made.path)
+        assert relative_error(run.output(), expected) < 2e-5
+        adapter.eject()
+        # Not every layer's weight is changed here, so that parts of a fused one stay by themselves.
+        lost = any("of parts of what is one layer" in note for note in made.notes)
+        assert lost == (family in ("sd3", "flux", "chroma"))
+
+
 lycoris_files.ALGORITHMS |= {
     "locon, norms": {"algo": "locon", "train_norm": True},
     "lokr dora, norms": {"algo": "lokr", "factor": 4, "dora_wd": True, "train_norm": True},
@@ -228,7 +263,16 @@ def test_a_file_of_peft_with_lora_bias_gives_what_peft_gives(tmp_path, make, rsl
     expected = output_of(theirs)
     theirs.save_lora_adapter(tmp_path, weight_name="a.safetensors")
     assert any(key.endswith("lora_B.bias") for key in load_file(tmp_path / "a.safetensors"))
+    keys = load_file(tmp_path / "a.safetensors")  # as PEFT's own state_dict has them, with the adapter's name
+    named = {
+        k.replace("lora_B.bias", "lora_B.default.bias").replace("weight", "default.weight"): t for k, t in keys.items()
+    }
+    header = {"lora_adapter_metadata": json.dumps({"lora_alpha": 6.0, "use_rslora": rslora})}
+    save_file({f"base_model.model.{key}": t for key, t in named.items()}, tmp_path / "n.safetensors", header)
     model = make()
+    adapter = load_adapter(model, tmp_path / "n.safetensors")
+    assert relative_error(output_of(model) - base, expected - base) < 1e-5
+    adapter.eject()
     adapter = load_adapter(model, tmp_path / "a.safetensors")
     assert relative_error(output_of(model) - base, expected - base) < 1e-5
     without = [path for path, layer in adapter.layers.items() if layer.base.bias is None]
@@ -568,7 +612,8 @@ def test_every_command_does_with_such_a_file_what_it_says(extracted_sd, tmp_path
     assert run("convert", path, "--to", "diff", "--base", folder, "--out", str(tmp_path / "d.safetensors")).status == 0
     refused = run("convert", path, "--to", "lora", "--base", folder, "--out", str(tmp_path / "l.safetensors"))
     assert refused.status == 1 and "--to diff" in refused.flat
-    assert run("merge", path, "--base", folder, "--out", str(tmp_path / "merged")).status == 0
+    merge = ("merge", path, "--base", folder, "--dtype", "float32", "--out", str(tmp_path / "merged"))
+    assert run(*merge).status == 0
     merged = load_base(str(tmp_path / "merged"), device="cpu").pipe.unet
     unet = load_base(folder, device="cpu").pipe.unet
     load_adapter(unet, path)
@@ -591,3 +636,19 @@ def test_training_does_not_go_on_from_such_a_file(tmp_path):
     file = read_adapter_file(tmp_path / "a.safetensors")
     with pytest.raises(AdapterMismatchError, match="changes 1 normalisation layer and 2 biases too"):
         attach_trainable(bases.unet(), file, "lora")
+
+
+def test_t5s_norms_keep_their_names(tmp_path):
+    """A T5 of FLUX by ComfyUI's and by sd-scripts' names, and written again."""
+    pipe = bases.flux()
+    d = torch.randn(pipe.text_encoder_2.encoder.final_layer_norm.weight.shape)
+    names = ("encoder.block.0.layer.0.layer_norm", "encoder.final_layer_norm")
+    comfy = {f"text_encoders.t5xxl.transformer.{name}.diff": d.clone() for name in names}
+    flat = {f"lora_te3_{name.replace('.', '_')}.w_norm": d.clone() for name in names}
+    for keys in (comfy, flat):
+        save_file(keys, tmp_path / "a.safetensors")
+        adapter = load_adapter(pipe, tmp_path / "a.safetensors")
+        assert set(adapter.layers) == {f"text_encoder_2.{name}" for name in names}
+        adapter.eject()
+        made = convert_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", base=pipe).path
+        assert load_file(made).keys() == {key.replace("w_norm", "diff") for key in flat}

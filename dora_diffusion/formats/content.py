@@ -79,7 +79,7 @@ class AdapterFile:
 
     @property
     def beside(self) -> str:
-        """What the file changes that is no matrix, in words: how many normalisation layers and biases; empty for none."""
+        """How many normalisation layers and biases the file changes, in words; empty for none."""
         norms = sum(n.endswith((".difference", ".replacement")) and t.dim() == 1 for n, t in self.tensors.items())
         biases = sum(name.endswith(".bias_difference") for name in self.tensors)
         counted = {"normalisation layer": norms, "bias": biases}

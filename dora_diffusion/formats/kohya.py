@@ -9,6 +9,7 @@ ranks. The layers of FLUX.1 have diffusers' names behind `lora_transformer_`, th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -185,7 +186,7 @@ def _fuse(file: AdapterFile, layers: Mapping[str, Held], members: list[str]) -> 
         # weight, and not its bias.
         stays_apart = "difference" in first and "bias_difference" not in first and not _always_fused(file)
         return None if stays_apart else whole
-    is_low_rank = first.keys() <= {*LOW_RANK, "magnitude", "bias_difference"}
+    is_low_rank = "lora_A" in first and first.keys() <= {*LOW_RANK, "magnitude", "bias_difference"}
     return _side_by_side(parts) if _always_fused(file) and is_low_rank else None
 
 
@@ -211,6 +212,12 @@ def _side_by_side(parts: list[Held]) -> Held | None:
     return fused
 
 
+def _is_part(key: str, parts: set[str]) -> bool:
+    """Whether the key is of a part of a fused layer; `parts` have "N" for a block's number."""
+    name = re.sub(r"_\d+_", "_N_", key.removesuffix(".diff_b"), count=1)
+    return any(name.endswith("_" + part.replace(".", "_")) for part in parts)
+
+
 def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
     notes = []
     apart = [key for key in keys if "sd3" in file.models and key.startswith("lora_transformer_")]
@@ -218,6 +225,14 @@ def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
         notes.append(
             f"{len({key.partition('.')[0] for key in apart})} layers of Stable Diffusion 3 have no name of the "
             "original checkpoint of their own, and keep diffusers' (lora_transformer_): ComfyUI reads them, Forge not"
+        )
+    fused = [(ours, names) for (_, ours), table in _model(file).fused.items() for names, _ in table.values()]
+    parts = {f"{ours}.N.{name}" for ours, names in fused for name in names}
+    lost = [key for key in keys if key.endswith(".diff_b") and _is_part(key, parts)]
+    if lost:
+        notes.append(
+            f"{len(lost)} biases are of parts of what is one layer in the original checkpoint ({lost[0]}): ComfyUI reads "
+            "the weights of such parts, and not their biases (--to diff puts them together where all parts are there)"
         )
     if is_xl(file) and file.base.layers_per_block is None and any("put_blocks_" in key for key in keys):
         notes.append(

@@ -124,8 +124,8 @@ def compare_programs(
     with attached(base, path) as adapter:
         if adapter.config.parametrisation != "lora":
             raise AdapterFileError(
-                f"{found} is {adapter.config.kind_label}: what other programs make of it is not known here. What `convert "
-                "--to diff` writes of it is exact in all that read differences, and `parity` says which do."
+                f"{found} is {adapter.config.kind_label}: what other programs make of it is not known here. What "
+                "`convert --to diff` writes of it is exact in all that read differences, and `parity` says which do."
             )
         check_matrices(found, adapter)
         return evaluate(programs, found, base, adapter, strength)
@@ -135,8 +135,8 @@ def check_matrices(path: Path, adapter: Adapter) -> None:
     """Raises AdapterFileError for changes of biases and norms: what other programs make of these is not known here."""
     if any(u.bias_difference is not None or not u.frozen.in_shape for u in adapter.updates().values()):
         raise AdapterFileError(
-            f"{path} changes biases or normalisation layers too: what other programs make of these is not known here, so "
-            "that nothing can be said of the file as a whole. Merged into the base it is right in every program: "
+            f"{path} changes biases or normalisation layers too: what other programs make of these is not known here, "
+            "so that nothing can be said of the file as a whole. Merged into the base it is right in every program: "
             "dora-diffusion merge FILE --base BASE --out FOLDER."
         )
 
