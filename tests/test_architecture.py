@@ -36,6 +36,7 @@ ORDER = (
     "adapters/lokr",
     "adapters/glora",
     "adapters/orthogonal",
+    "adapters/input_rotation",
     "adapters/ia3",
     "adapters/variants",
     "adapters/hosting",

@@ -15,6 +15,7 @@ from torch import Tensor
 from dora_diffusion.adapters.fellows import SharedNormDoRAUpdate
 from dora_diffusion.adapters.glora import GLoRAUpdate
 from dora_diffusion.adapters.ia3 import IA3InputUpdate, IA3OutputUpdate
+from dora_diffusion.adapters.input_rotation import InputRotationUpdate
 from dora_diffusion.adapters.layers import DoRAUpdate, InputAxisDoRAUpdate, LoRAUpdate
 from dora_diffusion.adapters.loha import LoHaUpdate
 from dora_diffusion.adapters.lokr import LoKrPartUpdate, LoKrUpdate
@@ -66,6 +67,8 @@ _FORMS: dict[frozenset[str], type[LoRAUpdate]] = {
     **{frozenset({*w1, *w2}): LoKrUpdate for w1 in LOKR_W1 for w2 in LOKR_W2},
     **{frozenset({*w1, *w2, "rows"}): LoKrPartUpdate for w1 in LOKR_W1 for w2 in LOKR_W2},
     frozenset({"a1", "a2", "b1", "b2"}): GLoRAUpdate,
+    frozenset({"oft_R"}): InputRotationUpdate,
+    frozenset({"oft_R", "oft_scaled"}): InputRotationUpdate,
     frozenset({"output_factor"}): IA3OutputUpdate,
     frozenset({"input_factor"}): IA3InputUpdate,
 }

@@ -23,7 +23,7 @@ Part = dict[str, Tensor]
 
 def cannot_fall_apart(tensors: Held, rows: Sequence[Rows]) -> str:
     """Why a fused layer's update has no such rows; empty when it has."""
-    height = form_of(tensors).sizes(tensors).outputs
+    height = form_of(tensors).sizes(tensors).outputs  # 0 where the form is of the inputs
     if height and not all(part.fits(height) for part in rows):
         return f"{height} rows do not fall into {rows[0].of} equal shares"
     return ""
@@ -34,6 +34,8 @@ def has_no_parts(tensors: Held, rows: Sequence[Rows]) -> str:
     if len(rows) < 2 and not any(part.swapped for part in rows):
         return ""
     name = name_of(tensors)
+    if "oft_R" in tensors:
+        return ""
     if name == "boft":
         return "a BOFT of a fused layer, which turns rows of one part into rows of another"
     if name == "oft" and any(_blocks_of(tensors, part) is None for part in rows):
@@ -55,7 +57,8 @@ def cut(tensors: Held, rows: Sequence[Rows]) -> list[Part]:
 def _cut_one(tensors: Held, rows: Rows) -> Part:
     if rows.of == 1 and not rows.swapped:
         return dict(tensors)
-    part = _CUTTERS.get(form_of(tensors).name, _by_row)(tensors, rows)
+    cutter = _by_row if "oft_R" in tensors else _CUTTERS.get(form_of(tensors).name, _by_row)
+    part = cutter(tensors, rows)
     return part | {p: rows.cut(tensors[p]) for p in BESIDE_BY_ROW if p in tensors}
 
 

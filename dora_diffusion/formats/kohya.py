@@ -34,6 +34,7 @@ ENDINGS = {
     "replacement": "set_weight",
     "unscaled_magnitude": "magnitude",
     "constraint": "alpha",
+    "oft_R": "oft_R.weight",
     "output_factor": "weight",
     "input_factor": "weight",
     **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
@@ -91,10 +92,14 @@ def _module(name: str, held: Held, file: AdapterFile, layer: str) -> Iterator[tu
             "written by itself. Write it as a difference, which is exact everywhere (--to diff, with the base)."
         )
     for parameter, tensor in held.items():
+        if parameter == "oft_scaled":
+            continue
         if parameter in ("magnitude", "input_magnitude"):
             yield f"{name}.dora_scale", _dora_scale(parameter, tensor, held)
         else:
             yield f"{name}.{endings.get(parameter, parameter)}", tensor
+    if "oft_scaled" in held:
+        yield f"{name}.oft_R.scaled_oft", torch.tensor(True)
     if form.name == "ia3":
         yield f"{name}.on_input", torch.tensor(int("input_factor" in held))
     elif form.is_scaled(held):

@@ -67,12 +67,28 @@ def _by_their_parameters(held: Held) -> dict[str, Tensor]:
     if "oft_blocks" in tensors:
         # Older files have no alpha: it is the constraint, and 0 is none.
         tensors["constraint"] = tensors.pop("alpha", torch.zeros(()))
+    if _is_old_glora(tensors):
+        for first, second in (("a1", "a2"), ("b1", "b2")):
+            tensors[first], tensors[second] = tensors[second], tensors[first]
     return tensors
 
 
-def foreign_kind(held: Held) -> str:
+def _is_old_glora(held: Held) -> bool:
+    """LyCORIS's first GLoRA called a1 what it calls a2 now, and b1 what it calls b2."""
+    if not held.keys() >= {"a1", "a2", "b1", "b2"} or any(held[p].dim() < 2 for p in ("a1", "a2", "b1", "b2")):
+        return False
+    rows, columns = ([held[p].shape[axis] for p in ("a1", "a2", "b1", "b2")] for axis in (0, 1))
+    is_new = columns[0] == rows[1] == columns[2] == rows[3]
+    is_old = rows[0] == columns[1] == rows[2] == columns[3]
+    # On a square layer both fit, and the rank is the smaller of the two.
+    return is_old and (not is_new or rows[0] < columns[0])
+
+
+def foreign_kind(held: Held, peft_named: bool) -> str:
     """What a module is that is sound and not read here; empty for one that is read, or broken."""
     dims = {held[p].dim() for p in ("lora_A", "lora_B", "difference", "replacement") if p in held}
+    if "oft_R" in held and peft_named:
+        return "PEFT's OFT"
     if dims and dims <= {3, 5}:
         return "an update of convolutions along one axis or three, as models for sound and video have them"
     return ""
@@ -149,6 +165,10 @@ def one_form(held: Held) -> tuple[dict[str, Tensor], list[str]]:
         notes.append(
             f"a weight is padded with zeros to {shape} (reshape_weight): the base has to have it in that shape"
         )
+    if form.name == "loha" and "hada_t1" not in tensors:
+        tensors |= {p: t.flatten(1) for p, t in tensors.items() if p.startswith("hada_")}
+    if form.name == "glora" and _is_old_glora(held):
+        notes.append("a1 and a2, b1 and b2 have changed places: LyCORIS's first GLoRA called them the other way round")
     if "constraint" in tensors:
         tensors["constraint"] = tensors["constraint"].reshape(())
     if form.name == "lora" and tensors["lora_B"].dim() < tensors["lora_A"].dim():

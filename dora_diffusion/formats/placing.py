@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dora_diffusion.formats import names
 from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, Model
-from dora_diffusion.formats.configs import config_of, says_dora
+from dora_diffusion.formats.configs import config_of, fold_scale_of_whole, says_dora
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.cutting import cannot_fall_apart, cut, has_no_parts
 from dora_diffusion.formats.findings import Findings, some
@@ -52,6 +52,7 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
     here = anatomy or Anatomy(models[0], file.base.layers_per_block)
     placed = _place(raw.modules, here, findings)
     prefix = names.denoiser_prefix(raw.modules, placed.parameters, models[0])
+    folded = fold_scale_of_whole(file, placed.parameters, prefix)
     config, notes = config_of(file, placed.parameters, prefix)
     if config.kind == "lora" and (said := says_dora(file, prefix)):
         findings.missing.append(f"every magnitude: {said}, and no layer has one, so that it is a LoRA of other weights")
@@ -70,7 +71,7 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
         written=placed.written,
         flat=frozenset(placed.flat),
         fellows={la: fellows for la, fellows in placed.fellows.items() if la in placed.parameters},
-        notes=tuple(dict.fromkeys((*raw.notes, *notes))),
+        notes=tuple(dict.fromkeys((*raw.notes, *folded, *notes))),
         left_out=tuple(key for key, module in raw.keys.items() if module not in kept),
         models=models,
         raw=replace(raw, placed=tensors),

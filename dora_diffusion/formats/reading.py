@@ -30,7 +30,7 @@ __all__ = ["check_adapter", "read_adapter_file", "read_with_findings", "some"]
 
 FLOATS = ("F64", "F32", "F16", "BF16", *eight_bit.DTYPES)
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # some programs save alpha as one
-MAY_BE_WHOLE = (".alpha", ".on_input", ".reshape_weight")
+MAY_BE_WHOLE = (".alpha", ".on_input", ".scaled_oft", ".reshape_weight")
 SOUND_RANGE = 1e6  # no weight is near it, and products of two and their squares stay within float32
 
 
@@ -85,7 +85,7 @@ def _sound(
     """The modules whose tensors go together, in one form, and what is worth saying of them."""
     findings.total = len(modules)
     sound, said = {}, []
-    others = {module: kind for module, held in modules.items() if (kind := foreign_kind(held))}
+    others = {m: kind for m, held in modules.items() if (kind := foreign_kind(held, m.startswith(names.PEFT_FOLDER)))}
     findings.add_foreign(others)
     for module, held in modules.items():
         if module in others:
