@@ -57,7 +57,9 @@ def check_prompt(pipe: DiffusionPipeline, prompt: str) -> None:
         if tokenizer is None:
             continue
         limit = min(tokenizer.model_max_length, most - _template_tokens(pipe, tokenizer))
-        ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+        # A word that came with an adapter may stand for several vectors, a token each.
+        text = pipe.maybe_convert_prompt(prompt, tokenizer) if hasattr(pipe, "maybe_convert_prompt") else prompt
+        ids = tokenizer(text, truncation=False, verbose=False).input_ids
         if len(ids) <= limit:
             return
         lost = tokenizer.decode(ids[limit - 1 : -1]).strip()

@@ -350,7 +350,8 @@ def test_xlabs_numbers_the_image_one_and_the_text_two(tmp_path, make_model):
     assert "double_blocks.0.processor.qkv_lora1.down.weight" in made.tensors
     path = made.save(tmp_path / "a.safetensors")
     assert_means(load_quietly(model, path), made.deltas)
-    assert "flux" in read_adapter_file(path).models
+    file = read_adapter_file(path)
+    assert "flux" in file.models and file.dialect == "XLabs"
 
 
 def test_xlabs_file_means_what_diffusers_makes_of_it(tmp_path):
@@ -363,6 +364,32 @@ def test_xlabs_file_means_what_diffusers_makes_of_it(tmp_path):
     for layer, update in load_quietly(pipe, path).updates().items():
         change = stock.transformer.get_submodule(layer).weight - update.frozen.dense_weight()
         assert relative_error(change, update.delta_weight()) < 1e-4, layer
+
+
+def control_adapter(model: nn.Module) -> Made:
+    """As BFL names its control adapters, which have one layer more inputs than FLUX.1 has."""
+    left = ("guidance_in", "final_layer")  # the small model's last layer is as wide as its first
+    groups = {name: paths for name, paths in FLUX.items() if not name.startswith(left)}
+    return add(Made(), model, groups, str, files.peft, s=1.0)
+
+
+def test_bfls_control_adapter_in_a_base_that_takes_a_second_picture(tmp_path):
+    model = bases.flux_transformer(in_channels=8)
+    made = control_adapter(model)
+    assert_means(load_quietly(model, made.save(tmp_path / "a.safetensors")), made.deltas)
+
+
+def test_bfls_control_adapter_says_what_a_plain_base_lacks(tmp_path):
+    made = control_adapter(bases.flux_transformer(in_channels=8))
+    path = made.save(tmp_path / "a.safetensors")
+    plain = bases.flux_transformer()
+    with pytest.raises(
+        AdapterMismatchError, match=r"x_embedder \(img_in\): .*has 8 inputs there, not 4.*FluxControlPipeline"
+    ):
+        load_adapter(plain, path)
+    with pytest.warns(UserWarning, match="loaded in part"):
+        adapter = load_adapter(plain, path, partial=True)
+    assert adapter.layers.keys() == made.deltas.keys() - {"x_embedder"}
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -430,7 +457,7 @@ def test_onetrainers_dotted_names_of_every_layer(tmp_path, make_model, leaves, d
 
 
 def test_the_advanced_scripts_kohya_file_keeps_its_magnitudes(tmp_path):
-    """`convert_state_dict_to_kohya` counts two dots from the end, which a magnitude's key without "weight" lacks one of."""
+    """`convert_state_dict_to_kohya` keeps the last two dots of a key, and a magnitude's ends in one word."""
     model = bases.unet()
     model.add_adapter(
         LoraConfig(r=4, lora_alpha=4, target_modules=["to_k", "to_out.0"], use_dora=True, init_lora_weights=False)

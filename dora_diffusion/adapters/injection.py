@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ __all__ = [
     "Kind",
     "NormAxis",
     "Parametrisation",
+    "accompany",
     "adaptable_layers",
     "changeable_layers",
     "check_strength",
@@ -137,6 +138,20 @@ class AdapterConfig:
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+def accompany(adapter: Adapter, companion: Companion) -> None:
+    """Let something that is no layer come and go with an adapter, at its strength."""
+    adapter._companions.append(companion)
+    companion.follow(adapter.strength)
+
+
+class Companion(Protocol):
+    """What is in a pipeline with an adapter and is no layer of it."""
+
+    def follow(self, strength: float) -> None: ...
+
+    def leave(self) -> None: ...
+
+
 class Adapter:
     """One adapter in one model, or in a pipeline's denoiser and text encoders; all layers share one name and strength.
 
@@ -159,6 +174,7 @@ class Adapter:
         self._roots = Roots(model, text_encoders or {})
         self._strength = 1.0
         self._fused = False
+        self._companions: list[Companion] = []
 
     def __repr__(self) -> str:
         state = "ejected" if not self.layers else f"strength {self.strength:g}" + (", fused" * self._fused)
@@ -204,6 +220,8 @@ class Adapter:
         self._strength = check_strength(value)
         for update in self.updates().values():
             update.strength = self._strength
+        for companion in self._companions:
+            companion.follow(self._strength)
         if self._fused:
             self.fuse()
 
@@ -265,7 +283,9 @@ class Adapter:
             del layer.updates[self.name]
             if not layer.updates:
                 self._roots.replace(path, layer.base)
-        self.layers = {}
+        for companion in self._companions:
+            companion.leave()
+        self.layers, self._companions = {}, []
         self._roots.thaw()
 
     def _require_layers(self, action: str) -> None:

@@ -25,6 +25,7 @@ from dora_diffusion.screen import printable
 StrengthOption = Annotated[list[float] | None, typer.Option(help="One for each adapter; 1 by default.")]
 NegativePromptOption = Annotated[str, typer.Option(help="What to keep out.")]
 StepsOption = Annotated[int, typer.Option(help="Denoising steps.")]
+PartialOption = Annotated[bool, typer.Option("--partial", help="Load what fits of a file, and say what is left out.")]
 GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale. Default: the base's.")]
 
 
@@ -42,6 +43,7 @@ def generate(
     steps: StepsOption = 25,
     guidance: GuidanceOption = None,
     size: SizeOption = "",
+    partial: PartialOption = False,
     quantise: QuantiseOption = None,
 ) -> None:
     """Draw pictures, with adapters or without."""
@@ -64,7 +66,7 @@ def generate(
     say_cautions(quantise.value if quantise else None)
     loaded = load_base(base, packing=quantise.value if quantise else None)
     for path, value in zip(adapter or [], strengths, strict=True):
-        console.say(str(load_adapter(loaded.pipe, path, strength=value)))
+        console.say(str(load_adapter(loaded.pipe, path, strength=value, partial=partial)))
     for request in requests:
         image = draw(loaded, request)
         metadata = {"prompt": prompt, "seed": str(request.seed), "base": loaded.label}
@@ -86,6 +88,7 @@ def compare(
     steps: StepsOption = 25,
     guidance: GuidanceOption = None,
     size: SizeOption = "",
+    partial: PartialOption = False,
     quantise: QuantiseOption = None,
 ) -> None:
     """Draw the base and each adapter side by side, on the same prompts and seeds."""
@@ -104,12 +107,13 @@ def compare(
     request = CompareRequest(
         prompts=tuple(prompt),
         seeds=whole_numbers(seeds),
-        adapters=columns_of([*adapters, *(more or [])], strength),
+        adapters=columns_of([*adapters, *(more or [])], strength, partial),
         negative_prompt=negative_prompt,
         num_inference_steps=steps,
         guidance_scale=guidance,
         width=width,
         height=height,
+        partial=partial,
     )
     for text, seed in request.rows:
         request.picture(text, seed)  # says what cannot be drawn before anything is loaded

@@ -16,6 +16,7 @@ from dora_diffusion.screen import printable, shell_line
 
 # Weights are compared and written in float32, which a base on a GPU would not be in.
 EXACT: Literal["cpu"] = "cpu"
+PartialOption = Annotated[bool, typer.Option("--partial", help="Take what fits of a file, and say what is left out.")]
 
 
 @command("inspect")
@@ -27,6 +28,7 @@ def inspect_files(
         str | None, typer.Option("--base", help="What they were trained from; turns the analysis on.")
     ] = None,
     plot: Annotated[Path | None, path_option("--plot", help="A PNG with every layer's change; needs --base.")] = None,
+    partial: PartialOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, for programs.")] = False,
 ) -> None:
     """Look inside adapter files: what they are and, with a base, what they changed in it."""
@@ -43,7 +45,7 @@ def inspect_files(
         check_source(path)
     if plot is not None:
         check_output(plot, files)
-    looks = look.look_at(files, load_base(base, device=EXACT) if base is not None else None)
+    looks = look.look_at(files, load_base(base, device=EXACT) if base is not None else None, partial)
     analyses = [analysis for _, analysis in looks if analysis is not None]
     if plot is not None:
         save_png(draw_analyses(look.comparable(analyses)), plot)
@@ -131,6 +133,7 @@ def convert(
     dtype: Annotated[Precision | None, typer.Option(help="Default: as in the file.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the LoRA that --to lora writes. Default: the adapter's.")] = None,
     alpha: Annotated[float | None, typer.Option(help="For files of programs that do not save it.")] = None,
+    partial: PartialOption = False,
 ) -> None:
     """Write an adapter in another dialect: for diffusers, for ComfyUI, Forge, A1111 and LyCORIS, or for everything."""
     from dora_diffusion.formats.convert import check_options, convert_adapter
@@ -150,6 +153,7 @@ def convert(
         dtype=dtype.value if dtype else None,
         rank=rank,
         alpha=alpha,
+        partial=partial,
     )
     for line in made.report():
         console.say(line)

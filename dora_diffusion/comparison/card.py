@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.comparison.cache import file_digest
-from dora_diffusion.formats.files import AdapterFile, read_adapter_file
+from dora_diffusion.formats.files import AdapterFile, read_what_fits
 
 __all__ = ["AdapterCard", "card_of"]
 
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """`kind` is what the tensors say, whatever the header claims; `parameters` counts the trained numbers."""
+    """`kind` is what the tensors say, whatever the header claims; `parameters` counts the trained numbers, `left_out`
+    the keys that are not read."""
 
     kind: str
     rank: int
@@ -27,11 +28,12 @@ class AdapterCard:
     base_class: str
     base_fingerprint: str
     steps: int | None
+    left_out: int = 0
 
 
 def card_of(path: Path) -> AdapterCard:
-    """Raises AdapterFileError."""
-    file = read_adapter_file(path)
+    """Of what can be read of the file. Raises AdapterFileError where that is nothing."""
+    file = read_what_fits(path)
     described = file.description
     steps = described.training.get("steps") if described else None
     return AdapterCard(
@@ -47,6 +49,7 @@ def card_of(path: Path) -> AdapterCard:
         base_class=file.base.model_class,
         base_fingerprint=file.base.fingerprint if described else "",
         steps=int(steps) if isinstance(steps, int | float) else None,
+        left_out=len(file.left_out),
     )
 
 

@@ -16,7 +16,7 @@ from dora_diffusion.comparison.metrics import mean_difference
 from dora_diffusion.comparison.request import BASE, Cell, Column, CompareRequest, one_for_each, written_number
 from dora_diffusion.errors import AdapterMismatchError
 from dora_diffusion.formats.description import identify_base
-from dora_diffusion.formats.files import AdapterFile, attach, fit_of, read_adapter_file
+from dora_diffusion.formats.files import AdapterFile, attach, fit_of, read_what_fits
 from dora_diffusion.generation import OnStep, check_prompt, generate
 from dora_diffusion.lettering.labels import named_apart
 from dora_diffusion.models.loading import Base
@@ -24,10 +24,12 @@ from dora_diffusion.models.loading import Base
 __all__ = ["BASE", "Cell", "Column", "CompareRequest", "columns_of", "compare", "mean_difference"]
 
 
-def columns_of(paths: Sequence[Path], strengths: Sequence[float] | None = None) -> tuple[Column, ...]:
+def columns_of(
+    paths: Sequence[Path], strengths: Sequence[float] | None = None, partial: bool = False
+) -> tuple[Column, ...]:
     """A column for each adapter file, labelled by its kind, and by its name where the kind says too little."""
     strengths = one_for_each(paths, strengths)
-    kinds = [read_adapter_file(path).config.kind_label for path in paths]
+    kinds = [read_what_fits(path, partial=partial).config.kind_label for path in paths]
     labels = [
         kind if kinds.count(kind) == 1 else f"{kind} {name}"
         for kind, name in zip(kinds, named_apart(paths, folders_at_least=1), strict=True)
@@ -64,11 +66,13 @@ def compare(
     """
     for prompt in request.prompts:
         check_prompt(base.pipe, prompt)
-    files = [read_adapter_file(column.path) if column.path else None for column in request.columns]
+    files = [
+        read_what_fits(column.path, partial=request.partial) if column.path else None for column in request.columns
+    ]
     with ExitStack() as undo:
         ready: list[_Ready] = []
         for i, (column, file) in enumerate(zip(request.columns, files, strict=True)):
-            ready.append(_attach(base, column, file, f"column_{i}", tolerant))
+            ready.append(_attach(base, column, file, f"column_{i}", tolerant, request.partial))
             if (adapter := ready[-1].adapter) is not None:
                 undo.callback(adapter.eject)
         identity = (owner, base.name, base.packing, identify_base(base.denoiser).fingerprint, str(base.pipe.device))
@@ -98,17 +102,20 @@ def compare(
                 )
 
 
-def _attach(base: Base, column: Column, file: AdapterFile | None, name: str, tolerant: bool) -> _Ready:
+def _attach(base: Base, column: Column, file: AdapterFile | None, name: str, tolerant: bool, partial: bool) -> _Ready:
     if file is None:
         return _Ready(column, None, None)
     fit = fit_of(base, file)
     try:
-        adapter = attach(base, file, strength=0.0, name=name)
+        adapter = attach(base, file, strength=0.0, name=name, partial=partial)
     except AdapterMismatchError:
         if not tolerant:
             raise
         note = f"{fit.matched} of {fit.total} keys matched: made for another base, so this is the base's picture"
         return _Ready(column, file, None, note, fits=False)
+    if fit.unmatched or fit.left_out:
+        note = f"loaded in part: {fit.matched} of {fit.total} layers, {fit.left_out} keys of the file left out"
+        return _Ready(column, file, adapter, note)
     if fit.same_weights:
         return _Ready(column, file, adapter)
     note = f"trained on {file.base.name} with other weights ({file.base.fingerprint}, here {fit.fingerprint})"
@@ -129,7 +136,7 @@ def _draw(
 
 def _mark(each: _Ready) -> tuple[str, float]:
     """What decides a picture beside the request: the adapter's bytes and its strength."""
-    return (file_digest(each.column.path), each.column.strength) if each.column.path else ("", 0.0)
+    return (f"{file_digest(each.column.path)} {each.note}", each.column.strength) if each.column.path else ("", 0.0)
 
 
 def _caption(column: Column, file: AdapterFile | None, seed: int) -> str:

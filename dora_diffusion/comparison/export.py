@@ -47,6 +47,7 @@ class Record(BaseModel):
     guidance_scale: float | None = None
     width: int | None = None
     height: int | None = None
+    partial: bool = False
 
 
 def record_of(request: CompareRequest, base_name: str, packing: Packing | None = None) -> Record:
@@ -68,6 +69,7 @@ def record_of(request: CompareRequest, base_name: str, packing: Packing | None =
         guidance_scale=request.guidance_scale,
         width=request.width,
         height=request.height,
+        partial=request.partial,
     )
 
 
@@ -118,6 +120,8 @@ def command_of(
         words += ["--size", size]
     if request.negative_prompt:
         words += ["--negative-prompt", request.negative_prompt]
+    if request.partial:
+        words.append("--partial")
     if base_name != "emoji":
         words += ["--base", base_name]
     if packing is not None:

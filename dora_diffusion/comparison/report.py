@@ -12,7 +12,7 @@ from PIL import Image
 
 from dora_diffusion.comparison.curves import Curve, draw_curves
 from dora_diffusion.comparison.request import Cell, CompareRequest
-from dora_diffusion.formats.files import AdapterFile, read_adapter_file
+from dora_diffusion.formats.files import AdapterFile, read_what_fits
 
 __all__ = ["write_report"]
 
@@ -46,7 +46,7 @@ def write_report(
 ) -> str:
     """The page's HTML: it refers to no other file and no other host."""
     paths = dict.fromkeys(column.path for column in request.adapters if column.path)  # a sweep has each often
-    files = [read_adapter_file(path) for path in paths]
+    files = [read_what_fits(path, partial=request.partial) for path in paths]
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p class=lead>Base <b>{escape(base_name)}</b> · {request.num_inference_steps} steps · the same prompts, "
@@ -121,6 +121,10 @@ def _data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _left_out(file: AdapterFile) -> str:
+    return f" <small>({len(file.left_out)} keys left out)</small>" if file.left_out else ""
+
+
 def _adapters(files: Sequence[AdapterFile]) -> str:
     rows = []
     for file in files:
@@ -130,7 +134,7 @@ def _adapters(files: Sequence[AdapterFile]) -> str:
         parameters = sum(tensor.numel() for tensor in file.tensors.values())
         rows.append(
             f"<tr><td>{escape(path.name)}<td>{config.kind_label}<td>{config.rank}<td>{config.alpha:g}"
-            f"<td>{len(file.layers)}<td>{parameters:,}<td>{path.stat().st_size / 1024:,.0f} KiB"
+            f"<td>{len(file.layers)}{_left_out(file)}<td>{parameters:,}<td>{path.stat().st_size / 1024:,.0f} KiB"
             f"<td>{training.get('steps', '')}<td><code>{digest[:12]}</code>"
         )
     head = "<tr><th>File<th>Kind<th>Rank<th>Alpha<th>Layers<th>Parameters<th>Size<th>Steps<th>SHA-256"

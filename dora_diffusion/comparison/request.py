@@ -59,6 +59,7 @@ class CompareRequest:
     guidance_scale: float | None = None
     width: int | None = None
     height: int | None = None
+    partial: bool = False  # load what fits of each file, and say so, where it does not fit whole
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.seeds:

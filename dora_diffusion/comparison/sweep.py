@@ -30,6 +30,7 @@ def sweep_request(
     negative_prompt: str = "",
     width: int | None = None,
     height: int | None = None,
+    partial: bool = False,
 ) -> CompareRequest:
     """The base's column, then each adapter at each strength. Raises ConfigError and AdapterFileError."""
     if not strengths or not adapters:
@@ -38,7 +39,9 @@ def sweep_request(
     if size > MOST_PICTURES:
         raise ConfigError(f"{size} pictures are more than the {MOST_PICTURES} of one sweep. Give fewer of something.")
     columns = tuple(
-        Column(named.label, named.path, strength) for named in columns_of(adapters) for strength in strengths
+        Column(named.label, named.path, strength)
+        for named in columns_of(adapters, partial=partial)
+        for strength in strengths
     )
     return CompareRequest(
         prompts=tuple(prompts),
@@ -49,4 +52,5 @@ def sweep_request(
         negative_prompt=negative_prompt,
         width=width,
         height=height,
+        partial=partial,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from torch import nn
 
 from dora_diffusion.formats import unet_names
 from dora_diffusion.formats.aliases import fused_name
-from dora_diffusion.formats.original import TRANSFORMERS, WHOLE, Part
+from dora_diffusion.formats.original import SWAPPED, TRANSFORMERS, WHOLE, Part
 
 __all__ = ["MODELS", "MODEL_LABEL", "Anatomy", "Model", "anatomy_of", "model_of"]
 
@@ -75,10 +75,21 @@ class Anatomy:
             return ()
         return tuple(Part(parts[0].layer, rows) for parts, rows in zip(found, fused.rows))
 
+    def _settled(self, part: Part) -> Part:
+        """With the rows as they are in the last block or before it, where a model tells."""
+        if not (part.rows.swapped_if_two and self.paths):
+            return part
+        blocks, _, rest = part.layer.partition(".")
+        number = int(rest.partition(".")[0])
+        goes_on = any(path.startswith(f"{blocks}.{number + 1}.") for path in self.paths)
+        return replace(part, rows=WHOLE if goes_on else SWAPPED)
+
     def _original(self, path: str) -> tuple[Part, ...]:
         if self.model in TRANSFORMERS:
             parts = TRANSFORMERS[self.model].parts(path)
-            return parts if all(map(self.has, (part.layer for part in parts))) else ()
+            if not all(map(self.has, (part.layer for part in parts))):
+                return ()
+            return tuple(map(self._settled, parts))
         if self.model != "unet":
             return ()
         layer = self.originals.get(path) if self.paths else unet_names.unet_path(path, self.layers_per_block or 2)

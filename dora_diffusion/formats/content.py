@@ -12,6 +12,7 @@ from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import Model
 from dora_diffusion.formats.description import MADE_FOR_KEY, BaseIdentity, Description
+from dora_diffusion.formats.words import Word
 
 __all__ = ["AdapterFile", "Raw", "by_layer"]
 
@@ -43,8 +44,9 @@ class AdapterFile:
     a text encoder's behind "text_encoder.". Other forms have the parameters of their updates (adapters/variants.py).
     `written` has the modules' names in the file, `flat` the layers whose name only a model can take apart, `fellows` of
     a part of a fused layer all its parts, itself among them, where they share a norm (`shared_magnitude`), `notes` what
-    is worth saying of the file, `left_out` the keys not read (partial=True), `models` the families of denoisers that
-    its names leave open, and `raw` what a model leads to its own layers.
+    is worth saying of the file, `left_out` the keys not read (partial=True), `words` the embeddings beside the layers,
+    `beside` what other keys of no layer are, `models` the families of denoisers that its names leave open, and `raw`
+    what a model leads to its own layers.
     """
 
     path: Path
@@ -59,6 +61,8 @@ class AdapterFile:
     fellows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    words: tuple[Word, ...] = ()
+    beside: tuple[str, ...] = ()
     models: tuple[Model, ...] = ("other",)
     raw: Raw | None = None
 
@@ -78,7 +82,7 @@ class AdapterFile:
         return "mixed" if output and inputs else "output" if output else "input" if inputs else "none"
 
     @property
-    def beside(self) -> str:
+    def vectors(self) -> str:
         """How many normalisation layers and biases the file changes, in words; empty for none."""
         norms = sum(n.endswith((".difference", ".replacement")) and t.dim() == 1 for n, t in self.tensors.items())
         biases = sum(name.endswith(".bias_difference") for name in self.tensors)

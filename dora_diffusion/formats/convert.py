@@ -60,6 +60,8 @@ class Conversion:
         if self.rounding is not None:
             yield f"rounding changes a tensor by {self.rounding:.2e} of its size at most ({self.rounded_worst})"
         yield from (f"note: {note}" for note in self.notes)
+        if self.file.left_out:
+            yield f"{len(self.file.left_out)} keys of the file are left out"
         yield f"{self.path}: {self.file.config.kind_label}, {len(self.file.layers)} layers, read as {self.file.dialect}"
 
 
@@ -72,20 +74,22 @@ def convert_adapter(
     dtype: str | None = None,
     rank: int | None = None,
     alpha: float | None = None,
+    partial: bool = False,
 ) -> Conversion:
-    """Write the adapter in another dialect. `base` is a pipeline or model, which `diff` and `lora` need.
+    """Write the adapter in another dialect. `base` is a pipeline or model, which `diff` and `lora` need; `partial`
+    leaves out what cannot be read or does not fit the base, and says so.
 
     Raises AdapterFileError for what the dialect cannot hold, ConfigError for options that cannot be used, OutputError.
     """
     check_options(to, dtype, rank, alpha, base is not None)
-    file = read_adapter_file(source, alpha=alpha)
+    file = read_adapter_file(source, alpha=alpha, partial=partial)
     file.check_universal()
     residuals: dict[str, float] = {}
     layout: Layout = "diffusers" if to == "diffusers" else "kohya"
     if to in ("diff", "lora"):
-        file, residuals = _by_difference(file, base, to, rank)
+        file, residuals = _by_difference(file, base, to, rank, partial)
     elif base is not None:
-        file = _with_base(file, base)
+        file = _with_base(file, base, partial)
     else:
         _check_told(file, layout)
     file, rounding, worst = _rounded(file, dtype)
@@ -110,9 +114,9 @@ def check_options(to: str, dtype: str | None, rank: int | None, alpha: float | N
         raise ConfigError(f"--to {to} computes W' - W0 of each layer, so it needs the base: give --base.")
 
 
-def _with_base(file: AdapterFile, base: object) -> AdapterFile:
+def _with_base(file: AdapterFile, base: object, partial: bool) -> AdapterFile:
     """The file with its layers by the base's own paths, and the base described."""
-    here = by_the_models_names(base, file)
+    here = by_the_models_names(base, file, partial)
     renamed = {layer: file_layer(layer) for layer in here.layers}
     tensors = {f"{renamed[la]}.{p}": t for la, held in by_layer(here.tensors).items() for p, t in held.items()}
     config = replace(
@@ -146,9 +150,9 @@ def _check_told(file: AdapterFile, layout: Layout) -> None:
 
 @torch.no_grad()
 def _by_difference(
-    file: AdapterFile, base: object, to: Target, rank: int | None
+    file: AdapterFile, base: object, to: Target, rank: int | None, partial: bool
 ) -> tuple[AdapterFile, dict[str, float]]:
-    named = _with_base(file, base)
+    named = _with_base(file, base, partial)
     if to == "lora":
         _check_all_low_rank(named)
     rank = rank or file.config.rank
@@ -193,9 +197,9 @@ def whole_difference(update: LoRAUpdate, delta: Tensor) -> dict[str, Tensor]:
 
 def _check_all_low_rank(file: AdapterFile) -> None:
     """Raises AdapterFileError for changes that no product B A is."""
-    if file.beside:
+    if file.vectors:
         raise AdapterFileError(
-            f"{file.path} changes {file.beside}, which a LoRA cannot hold. Write it as differences, which are exact "
+            f"{file.path} changes {file.vectors}, which a LoRA cannot hold. Write it as differences, which are exact "
             "everywhere (--to diff), or in kohya's layout, which keeps all as it is (--to kohya)."
         )
 

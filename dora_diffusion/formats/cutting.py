@@ -31,6 +31,12 @@ def cannot_fall_apart(tensors: Held, rows: Sequence[Rows]) -> str:
 
 def has_no_parts(tensors: Held, rows: Sequence[Rows]) -> str:
     """What a sound update of a fused layer is that is not the sum of its parts; empty for one that is."""
+    of_inputs = {"oft_R", "input_factor"} & tensors.keys()
+    if any(part.swapped_if_two for part in rows) and not of_inputs:
+        return (
+            f"{form_of(tensors).label} of a layer whose halves change places in the last block, without its sizes, so "
+            "that only a base says which block that is"
+        )
     if len(rows) < 2 and not any(part.swapped for part in rows):
         return ""
     name = name_of(tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.loading import Fit, attach, attach_trainable, check_fits, denoiser_of, fit_of, load_adapter
-from dora_diffusion.formats.reading import check_adapter, read_adapter_file
+from dora_diffusion.formats.reading import check_adapter, read_adapter_file, read_what_fits
 from dora_diffusion.formats.writing import save_adapter
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "fit_of",
     "load_adapter",
     "read_adapter_file",
+    "read_what_fits",
     "save_adapter",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dora_diffusion.formats.kinds import advice
+
 __all__ = ["Findings", "some"]
 
 MENTIONED = 20  # keys of one sort named in a message; the rest is counted
@@ -31,7 +33,8 @@ class Findings:
         for kind in dict.fromkeys(kinds.values()):
             first, *others = [module for module, its in kinds.items() if its == kind]
             more = f" and {len(others)} more modules" if others else ""
-            self.foreign.append(f"{kind}, which is not read here: {first}{more}")
+            way = f" ({advice(kind)})" if advice(kind) else ""
+            self.foreign.append(f"{kind}, which is not read here{way}: {first}{more}")
 
     def all(self) -> list[str]:
         return [*self.foreign, *self.missing, *self.unexpected, *self.misshapen]
@@ -44,11 +47,12 @@ class Findings:
     def way_out(self) -> str:
         if self.missing or self.misshapen:
             return (
-                "It is damaged or incomplete: download or save it again, or load what is sound of it with partial=True."
+                "It is damaged or incomplete: download or save it again, or load what is sound of it with "
+                "partial=True (--partial)."
             )
         if self.foreign and not self.unexpected:
-            return "The file is sound. Load the rest of it with partial=True, if that is what you want."
-        return "Load the rest of it with partial=True, if that is what you want."
+            return "The file is sound. Load the rest of it with partial=True (--partial), if that is what you want."
+        return "Load the rest of it with partial=True (--partial), if that is what you want."
 
 
 def some(keys: list[str], between: str = ", ") -> str:

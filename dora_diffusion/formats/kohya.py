@@ -67,8 +67,9 @@ def has_halves_turned(file: AdapterFile, layer: str) -> bool:
     model, layers = _model(file), by_layer(file.tensors)
     groups = _fused_groups(file, layers, model)
     theirs = model.original(layer)
-    has_original = theirs is not None and _has_original_names(file, any(True for _ in groups))
-    return has_original and _is_turned(model, theirs or "", layers[layer])
+    if theirs is None or not _has_original_names(file, any(True for _ in groups)):
+        return False
+    return _is_turned(model, theirs, layers[layer])
 
 
 def _model(file: AdapterFile) -> Transformer:
@@ -120,12 +121,8 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
     if component in TEXT_ENCODERS:
         return _encoder_prefix(file, component) + path.replace(".", "_"), held
     if file.prefix == "transformer":
-        if layer.startswith("joint_blocks."):  # the original name already, of rows whose order only a model tells
-            return "lora_unet_" + layer.replace(".", "_"), held
         theirs = model.original(layer) if original else None
-        if theirs in model.turned_at_the_end and not form_of(held).sizes(held).columns:
-            theirs = None
-        if theirs is None:
+        if theirs is None or _is_open(model, theirs, held):
             return _transformer_prefix(file) + layer.replace(".", "_"), held
         if _is_turned(model, theirs, held):
             [held] = cut(held, [SWAPPED])
@@ -134,6 +131,12 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
     if is_xl(file) and layer not in file.flat:
         theirs = unet_original(layer, file.base.layers_per_block or 2, file.base.plain_up_blocks)
     return "lora_unet_" + (theirs or layer).replace(".", "_"), held
+
+
+def _is_open(model: Transformer, theirs: str, held: Held) -> bool:
+    """Whether nothing says in which order the checkpoint's layer has its halves."""
+    sizes = form_of(held).sizes(held)
+    return any(part.rows.settled(sizes.outputs, sizes.columns).swapped_if_two for part in model.parts(theirs))
 
 
 def _is_turned(model: Transformer, theirs: str, held: Held) -> bool:
@@ -236,8 +239,14 @@ def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
     lost = [key for key in keys if key.endswith(".diff_b") and _is_part(key, parts)]
     if lost:
         notes.append(
-            f"{len(lost)} biases are of parts of what is one layer in the original checkpoint ({lost[0]}): ComfyUI reads "
-            "the weights of such parts, and not their biases (--to diff puts them together where all parts are there)"
+            f"{len(lost)} biases are of parts of one layer of the original checkpoint ({lost[0]}): ComfyUI reads the "
+            "weights of such parts, and not their biases (--to diff puts them together where all parts are there)"
+        )
+    in_encoders = {key.partition(".")[0] for key in keys if key.startswith("lora_te") and "layer_norm" in key}
+    if any(re.match(r"lora_te[12]?_text_model", name) for name in in_encoders):
+        notes.append(
+            f"{len(in_encoders)} normalisation layers are of text encoders: ComfyUI looks for CLIP's projections alone "
+            "under such names (lora_te), A1111 and LyCORIS for all layers"
         )
     if is_xl(file) and file.base.layers_per_block is None and any("put_blocks_" in key for key in keys):
         notes.append(

@@ -64,8 +64,11 @@ LEAVES = {
 # Old diffusers joined the first of these to the layer with an underscore: "to_q_lora.down.weight". XLabs does it too,
 # and numbers FLUX's two streams: "qkv_lora1.down.weight".
 _JOINED = re.compile(r"(.+?)(?:_lora|(_lora[12]))\.(down|up)\.weight")
+_XLABS = re.compile(r"(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.processor\.")
 # PEFT's state_dict, which DiffSynth and ModelScope save, has the adapter's name in its keys: "lora_A.default.weight".
-_NAMED = re.compile(r"(.+\.(?:lora_[AB]|lora_magnitude_vector))\.(?!(?:weight|bias)(?:\.|$))([^.]+)(\.weight|\.bias)?")
+_NAMED = re.compile(
+    r"(.+\.(?:lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_\w+))\.(?!(?:weight|bias)(?:\.|$))([^.]+)(\.weight|\.bias)?"
+)
 # FLUX's and Chroma's checkpoints call a norm's weight `scale`. BFL's control adapters have it whole under that name,
 # those of diffusers' scripts under diffusers' own; ComfyUI's endings may follow.
 _SCALE = re.compile(r"(.+[._](?:query_norm|key_norm|norms\.\d+))\.scale(?:\.(?P<as>diff|set_weight))?")
@@ -75,6 +78,13 @@ _FOREIGN = {
     r"lokr_t1": "a LoKr with a core in its first factor, which no program writes",
     r"oft_diag": "kohya's OFT",
     r"oft_R\.\w+\.weight|oft_R": "PEFT's OFT",
+    r"boft_[RS](?:\.\w+)?": "PEFT's BOFT",
+    r"ia3_l(?:\.\w+)?": "PEFT's IA3",
+    r"vera_lambda_[bd](?:\.\w+)?|vera_[AB](?:\.\w+)?": "PEFT's VeRA",
+    r"lora_E(?:\.\w+)?|ranknum(?:\.\w+)?": "PEFT's AdaLoRA",
+    r"fourierft_spectrum(?:\.\w+)?": "PEFT's FourierFT",
+    r"hra_u(?:\.\w+)?": "PEFT's HRA",
+    r"lora_down|lora_up": "a LoRA as nunchaku keeps it",
     r"bm\.weight": "LyCORIS GLoRA with a core",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",
     r"emb_params|string_to_param|clip_[lg]|t5": "an embedding (textual inversion)",
@@ -117,7 +127,8 @@ def without_adapter_name(key: str) -> str:
 def split_key(key: str) -> tuple[str, Leaf] | None:
     """The module's name in a key and what the key holds of it; None for a key of no dialect known here."""
     if joined := _JOINED.fullmatch(key):
-        return joined[1] + (joined[2] or ""), LEAVES[f"lora.{joined[3]}.weight"]
+        theirs = LEAVES[f"lora.{joined[3]}.weight"]
+        return joined[1] + (joined[2] or ""), Leaf("XLabs", theirs.holds) if _XLABS.match(key) else theirs
     if scale := _SCALE.fullmatch(key) or _NORM.fullmatch(key):
         return scale[1], LEAVES[scale.groupdict().get("as") or "set_weight"]
     key = without_adapter_name(key)

@@ -16,6 +16,7 @@ from dora_diffusion.adapters.injection import (
     AdapterConfig,
     Kind,
     NormAxis,
+    accompany,
     adaptable_layers,
     changeable_layers,
     check_strength,
@@ -23,14 +24,16 @@ from dora_diffusion.adapters.injection import (
 )
 from dora_diffusion.adapters.layers import DoRAUpdate
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, nearest
-from dora_diffusion.formats.anatomy import Anatomy, anatomy_of
+from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, anatomy_of, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import BaseIdentity, identify_base
 from dora_diffusion.formats.findings import Findings, some
 from dora_diffusion.formats.forms import BY_CHANNEL, form_of, with_axes
+from dora_diffusion.formats.kinds import FIRST_LAYERS, model_of_names, wider_base
 from dora_diffusion.formats.names import TEXT_ENCODERS
-from dora_diffusion.formats.placing import place_again
+from dora_diffusion.formats.placing import bare_names, families_of, place_again
 from dora_diffusion.formats.reading import read_with_findings
+from dora_diffusion.formats.words import vocabulary_of
 
 __all__ = [
     "Fit",
@@ -108,9 +111,10 @@ def check_fits(pipe_or_model: object, file: AdapterFile) -> None:
     _fitted(pipe_or_model, file)
 
 
-def by_the_models_names(pipe_or_model: object, file: AdapterFile) -> AdapterFile:
-    """The file with its layers by their paths in this model. Raises AdapterMismatchError where not all of it fits."""
-    fitted = _fitted(pipe_or_model, file)
+def by_the_models_names(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> AdapterFile:
+    """The file with its layers by their paths in this model. Raises AdapterMismatchError where not all of it fits, or
+    with `partial` none of it."""
+    fitted = _fitted(pipe_or_model, file, partial)
     tensors = {
         f"{path}.{p}": tensor
         for path, held in fitted.tensors.items()
@@ -156,9 +160,9 @@ def attach_trainable(
             f"cannot go on from {file.path}: it is {file.config.kind_label}, and LoRA and DoRA are trained here. "
             "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
         )
-    if file.beside:
+    if file.vectors:
         raise AdapterMismatchError(
-            f"cannot go on from {file.path}: it changes {file.beside} too, which are not trained here. Merge it into "
+            f"cannot go on from {file.path}: it changes {file.vectors} too, which are not trained here. Merge it into "
             "the base and train on that: dora-diffusion merge FILE --base BASE --out FOLDER."
         )
     fitted = _fitted(pipe_or_model, file)
@@ -181,14 +185,15 @@ def attach_trainable(
 
 @dataclass(frozen=True)
 class Fit:
-    """How an adapter fits a base: how many of its layers the base has, a line for each that it lacks, and the base's
-    fingerprint."""
+    """How an adapter fits a base: how many of its layers the base has, a line for each that it lacks, the number of
+    keys that are not read, and the base's fingerprint."""
 
     matched: int
     total: int
     unmatched: tuple[str, ...]
     fingerprint: str
     same_weights: bool
+    left_out: int = 0
 
 
 def fit_of(pipe_or_model: object, file: AdapterFile) -> Fit:
@@ -203,6 +208,7 @@ def fit_of(pipe_or_model: object, file: AdapterFile) -> Fit:
         problems,
         here.fingerprint,
         file.base.same_weights(here),
+        len(placed.left_out),
     )
 
 
@@ -241,7 +247,18 @@ def _attach(pipe_or_model: object, fitted: _Fitted, strength: float, name: str |
         fellows=fitted.fellows(),
     )
     adapter.strength = strength
+    _teach(pipe_or_model, adapter, file)
     return adapter
+
+
+def _teach(pipe_or_model: object, adapter: Adapter, file: AdapterFile) -> None:
+    """Put the words of a file beside its adapter; those that cannot be there are named in a warning."""
+    pipe = getattr(pipe_or_model, "pipe", pipe_or_model)
+    vocabulary, problems = vocabulary_of(pipe, file.words, model_of(type(adapter.model).__name__))
+    if vocabulary is not None:
+        accompany(adapter, vocabulary)
+    if file.beside or problems:
+        warnings.warn(f"{file.path.name}: {'; '.join((*file.beside, *problems))}.", stacklevel=4)
 
 
 @dataclass
@@ -290,7 +307,7 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenWeight]) -> _Fitted:
         elif path in fitted.tensors:
             fitted.problems.append(f"{_said(layer, file)}: {path} has an update of this file already")
         elif problem := _misfit(held, views[path], file.dialect in ADDING_BIASES):
-            fitted.problems.append(f"{_said(layer, file)}: {problem}")
+            fitted.problems.append(f"{_said(layer, file)}: {problem}{_for_more_inputs(path, held, views[path])}")
         else:
             fitted.places[layer] = path
             fitted.tensors[path] = {p: _shaped(p, tensor, views[path]) for p, tensor in held.items()}
@@ -328,12 +345,9 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -
         return "" if _same(shape, wanted) else f"a difference of {list(shape)} for a weight of {list(wanted)}"
     A, B = held["lora_A"], held["lora_B"]
     if not _same((B.shape[0], *A.shape[1:]), wanted):
-        # FLUX's control adapters widen the first layer for the control picture beside the latents.
-        is_wider = B.shape[0] == view.out_features and A.shape[1] > view.in_shape[0]
-        hint = "; an adapter for control or filling needs a base whose layer is as wide" if is_wider else ""
         return (
             f"adapter for {B.shape[0]} x {list(A.shape[1:])}, "
-            f"this layer has {view.out_features} x {list(view.in_shape)}{hint}"
+            f"this layer has {view.out_features} x {list(view.in_shape)}"
         )
     return ""
 
@@ -352,6 +366,12 @@ def _misfitting_bias(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases
     if view.has_bias or (adds_biases and "lora_A" in held):
         return ""
     return "a difference of the bias, and this layer has none"
+
+
+def _for_more_inputs(path: str, held: Mapping[str, Tensor], view: FrozenWeight) -> str:
+    """What to say of a first layer that is wider in the file's base than here."""
+    own, theirs = view.in_shape[0], held["lora_A"].shape[1] if "lora_A" in held else 0
+    return wider_base(own, theirs) if path in FIRST_LAYERS and theirs > own else ""
 
 
 def _same(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -383,13 +403,25 @@ def _report(fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bo
         return
     if not fitted.problems:
         raise AdapterFileError(f"{file.path} cannot be read whole.{lines}\n{findings.way_out()}")
+    if not fitting and (foreign := model_of_names(bare_names(file))):
+        raise AdapterMismatchError(
+            f"{file.path} is an adapter for {foreign.what}: none of its {total} layers is in this base, "
+            f"{here.name!r} ({here.model_class}). Load it with {foreign.way_out}.{lines}"
+        )
     trained = (
         f"Trained on {file.base.name!r} ({file.base.model_class}, fingerprint {file.base.fingerprint}); this base is "
         if file.base.sketch
-        else "The file does not say what it was trained on; this base is "
+        else f"{_told_by_names(file)}; this base is "
     )
     raise AdapterMismatchError(
         f"{file.path} does not fit this base: {fitting} of {total} layers match.{lines}\n{trained}"
         f"{here.name!r} ({here.model_class}, {here.fingerprint}). Load it with the base it was trained on"
-        + (", or what fits of it with partial=True." if fitting else ".")
+        + (", or what fits of it with partial=True (--partial)." if fitting else ".")
     )
+
+
+def _told_by_names(file: AdapterFile) -> str:
+    """What a file is for that does not say it itself."""
+    silent = "The file does not say what it was trained on"
+    families = [MODEL_LABEL[model] for model in families_of(file) if model != "other"]
+    return f"{silent}, its names are those of {' or '.join(families)}" if len(families) in (1, 2) else silent

@@ -26,6 +26,7 @@ __all__ = [
     "Located",
     "denoiser_prefix",
     "dotted",
+    "encoder_named",
     "locate",
     "models_of",
     "one_spelling",
@@ -66,7 +67,8 @@ COMPOUNDS: list[str] = re.findall(
     v_proj out_proj text_projection wi_0 wi_1 input_blocks middle_block output_blocks in_layers out_layers emb_layers
     skip_connection time_embed label_emb double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod
     joint_blocks x_block context_block t_embedder y_embedder
-    to_qkv_mlp_proj to_qkv to_added_qkv to_kv linear1_qkv sformer_blocks linear_in linear_out time_guidance_embed single_stream_modulation double_stream_modulation_img
+    to_qkv_mlp_proj to_qkv to_added_qkv to_kv linear1_qkv sformer_blocks
+    linear_in linear_out time_guidance_embed single_stream_modulation double_stream_modulation_img
     double_stream_modulation_txt noise_refiner context_refiner feed_forward cap_embedder all_x_embedder
     all_final_layer distilled_guidance_layer in_proj
     final_layer adaLN_modulation guidance_in img_in txt_in time_in vector_in in_layer out_layer
@@ -167,8 +169,15 @@ def _before_peft(path: str) -> tuple[str, ...]:
     return (plain,) if plain != path else ()
 
 
+def encoder_named(kind: str, model: Model) -> str:
+    """The text encoder of a family's pipeline that ComfyUI and OneTrainer call so: "clip_l", "t5"."""
+    if kind.startswith("t5"):
+        return PLACE_OF_T5.get(model, "text_encoder_3")
+    return BY_KIND.get(kind, "text_encoder")
+
+
 def _in_encoder(name: _Name, anatomy: Anatomy) -> Located:
-    component = PLACE_OF_T5.get(anatomy.model, "text_encoder_3") if name.component == T5 else name.component
+    component = encoder_named(T5, anatomy.model) if name.component == T5 else name.component
     path = unflatten(name.rest) if name.flat else name.rest
     here = [anatomy.flat.get(f"{component}_{rest}", "") for rest in _heads_changed(name.rest, "_") if name.flat]
     if path is not None:

@@ -48,8 +48,8 @@ class Rows:
     swapped_if_two: bool = False
 
     def settled(self, rows: int, inputs: int) -> Rows:
-        """These rows of a layer with so many rows and inputs."""
-        if not self.swapped_if_two:
+        """These rows of a layer with so many rows and inputs; as they are where these are not known."""
+        if not (self.swapped_if_two and rows and inputs):
             return self
         return SWAPPED if rows == 2 * inputs else WHOLE
 

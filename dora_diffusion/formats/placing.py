@@ -14,10 +14,9 @@ from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.cutting import cannot_fall_apart, cut, has_no_parts
 from dora_diffusion.formats.findings import Findings, some
 from dora_diffusion.formats.forms import form_of, name_of
-from dora_diffusion.formats.original import SWAPPED, WHOLE, Part, Rows
 from dora_diffusion.formats.unet_names import is_original
 
-__all__ = ["open_names", "place", "place_again"]
+__all__ = ["bare_names", "families_of", "open_names", "place", "place_again"]
 
 
 DECOMPOSED = ("lora", "loha", "lokr")  # the forms that trainers give magnitudes to, in all layers or in none
@@ -79,6 +78,17 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
     return made if anatomy else replace(made, notes=(*made.notes, *_guesses(made)))
 
 
+def families_of(file: AdapterFile) -> tuple[Model, ...]:
+    """The families that the file's own names are those of, whatever model it was led to."""
+    return _models(file) if file.raw is not None else file.models
+
+
+def bare_names(file: AdapterFile) -> list[str]:
+    """The names of the file's modules with dots, without what stands before them."""
+    modules = file.raw.modules if file.raw is not None else file.layers
+    return [names.dotted(module) for module in modules]
+
+
 def _models(file: AdapterFile) -> tuple[Model, ...]:
     assert file.raw is not None
     return names.models_of(file.raw.modules, _linear_shapes(file.raw.modules), file.base.model_class, file.header)
@@ -119,10 +129,8 @@ def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findin
     whole: dict[str, str] = {}
     for module, held in modules.items():
         located = names.locate(module, anatomy)
-        settled = [_settled(part, held, anatomy) for part in located.parts]
-        if None in settled:
-            located = names.Located((Part(names.dotted(module), WHOLE),), flat=True)
-        rows = [part or WHOLE for part in settled]
+        sizes = form_of(held).sizes(held)
+        rows = [part.rows.settled(sizes.outputs, sizes.columns) for part in located.parts]
         problem = cannot_fall_apart(held, rows)
         taken = [part.layer for part in located.parts if part.layer in placed.parameters]
         if problem:
@@ -143,20 +151,6 @@ def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findin
     findings.add_foreign(whole)
     _check_evenness(placed, findings)
     return placed
-
-
-def _settled(part: Part, held: Mapping[str, Tensor], anatomy: Anatomy) -> Rows | None:
-    """The rows of a part whose order the layer's shape tells, or where the update does not tell that, the model.
-
-    SD3's last block has no feed-forward layer for the text. None where there is no model.
-    """
-    sizes = form_of(held).sizes(held)
-    if sizes.columns or not part.rows.swapped_if_two:
-        return part.rows.settled(sizes.outputs, sizes.columns)
-    if not anatomy.paths:
-        return None
-    block = part.layer.rpartition(".norm1_context")[0]
-    return WHOLE if f"{block}.ff_context.net.2" in anatomy.paths else SWAPPED
 
 
 def _linear_shapes(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[int, int]]:

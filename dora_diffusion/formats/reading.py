@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from dora_diffusion.adapters.injection import AdapterConfig
 from dora_diffusion.errors import AdapterFileError
-from dora_diffusion.formats import eight_bit, names
+from dora_diffusion.formats import eight_bit, kinds, names
 from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.configs import read_description
 from dora_diffusion.formats.content import AdapterFile, Raw
@@ -25,8 +26,9 @@ from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
 from dora_diffusion.formats.storage import read_header, read_safetensors
+from dora_diffusion.formats.words import split_off
 
-__all__ = ["check_adapter", "read_adapter_file", "read_with_findings", "some"]
+__all__ = ["check_adapter", "read_adapter_file", "read_what_fits", "read_with_findings", "some"]
 
 FLOATS = ("F64", "F32", "F16", "BF16", *eight_bit.DTYPES)
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # some programs save alpha as one
@@ -47,12 +49,22 @@ def read_adapter_file(
     `partial` leaves out what cannot be read and says so; `alpha` is for files of programs that do not save theirs.
     Raises AdapterFileError.
     """
-    file, findings = read_with_findings(path, alpha=alpha)
-    if findings and not (partial and file.tensors):
-        raise AdapterFileError(f"{file.path} cannot be read whole.{findings.lines()}\n{findings.way_out()}")
+    file, findings = _read(path, partial, alpha)
     if findings:
         warnings.warn(f"{file.path.name}: {len(file.left_out)} keys are left out.{findings.lines()}", stacklevel=2)
     return file
+
+
+def read_what_fits(path: str | os.PathLike[str], *, partial: bool = True) -> AdapterFile:
+    """`read_adapter_file` for those who say themselves what is left out (`left_out`). Raises AdapterFileError."""
+    return _read(path, partial)[0]
+
+
+def _read(path: str | os.PathLike[str], partial: bool, alpha: float | None = None) -> tuple[AdapterFile, Findings]:
+    file, findings = read_with_findings(path, alpha=alpha)
+    if findings and not (partial and file.tensors):
+        raise AdapterFileError(f"{file.path} cannot be read whole.{findings.lines()}\n{findings.way_out()}")
+    return file, findings
 
 
 def read_with_findings(
@@ -63,10 +75,12 @@ def read_with_findings(
     Raises AdapterFileError for a file that is no sound adapter at all.
     """
     found, peft_config = find_file(path)
+    _check_kind(found)
     _check_dtypes(found)
     tensors, header = read_safetensors(found)
     tensors, said = _decoded(found, tensors)
     _check_one_adapter(found, tensors)
+    tensors, words, loose = split_off(tensors)
     findings = Findings()
     modules, leaves = _by_module(tensors, findings)
     dialect = _dialect(found, leaves, header, modules, findings)
@@ -74,8 +88,9 @@ def read_with_findings(
     sound, notes = _sound(modules, findings)
     keys = {key: split[0] if split else "" for key, split in _split(tensors).items()}
     peft_named = any(leaf.dialect == "PEFT" for leaf in leaves)
-    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *notes))
+    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *loose, *notes))
     file = AdapterFile(found, "unet", AdapterConfig(), {}, read_description(found, header), dialect, header, raw=raw)
+    file = replace(file, words=words, beside=tuple(loose))
     return place(file, anatomy, findings), findings
 
 
@@ -97,6 +112,11 @@ def _sound(
             sound[module], notes = one_form(held)
             said += notes
     return sound, tuple(dict.fromkeys(said))
+
+
+def _check_kind(path: Path) -> None:
+    if kind := kinds.file_of(read_header(path).tensors):
+        raise AdapterFileError(f"{path} {kind.said()}")
 
 
 def _check_dtypes(path: Path) -> None:
@@ -132,7 +152,7 @@ def _check_one_adapter(path: Path, keys: Collection[str]) -> None:
         )
 
 
-def _split(keys: Collection[str]) -> dict[str, tuple[str, Leaf] | None]:
+def _split(keys: Iterable[str]) -> dict[str, tuple[str, Leaf] | None]:
     """`split_keys`, with a module's name spelt the same way in all of its keys."""
     return {key: split and (names.one_spelling(split[0]), split[1]) for key, split in split_keys(keys).items()}
 

@@ -134,6 +134,8 @@ def write_adapter_file(
         tensors: dict[str, Tensor] = diffusers.to_keys(file)
         notes: list[str] = []
         metadata[diffusers.METADATA_KEY] = diffusers.peft_config(file)
+        notes += [f"{word} is not written: diffusers reads none beside layers" for word in file.words]
     else:
         tensors, notes = kohya.to_keys(file)
+        tensors |= {word.key: word.vectors for word in file.words}
     return write_safetensors(tensors, path, metadata), notes

@@ -19,7 +19,7 @@ from dora_diffusion.adapters.injection import adaptable_layers
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
 from dora_diffusion.adapters.whole import BiasUpdate
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
-from dora_diffusion.formats.files import check_adapter, load_adapter, read_adapter_file
+from dora_diffusion.formats.files import check_adapter, load_adapter, read_what_fits
 from dora_diffusion.inspection.parity import refuse_marked
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.paths import obstacle
@@ -71,12 +71,15 @@ def check_source(path: Path) -> None:
 
 
 @contextmanager
-def changes_of(path: Path, base: Base) -> Iterator[Iterator[Change]]:
-    """The changes that this file or folder makes to the base. Raises AdapterFileError and AdapterMismatchError."""
+def changes_of(path: Path, base: Base, partial: bool = False) -> Iterator[Iterator[Change]]:
+    """The changes that this file or folder makes to the base; with `partial`, what fits of an adapter.
+
+    Raises AdapterFileError and AdapterMismatchError.
+    """
     kind = source_kind(path)
     if kind == "adapter":
-        refuse_marked(path, read_adapter_file(path).header)
-        adapter = load_adapter(base.pipe, path, strength=0.0)
+        refuse_marked(path, read_what_fits(path, partial=partial).header)
+        adapter = load_adapter(base.pipe, path, strength=0.0, partial=partial)
         try:
             updates = adapter.updates()
             yield (change for name, layer in adapter.layers.items() for change in _adapted(name, layer, updates[name]))

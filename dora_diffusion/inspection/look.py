@@ -17,14 +17,17 @@ __all__ = ["Look", "comparable", "look_at", "names_of"]
 Look = tuple[Summary, Analysis | None]
 
 
-def look_at(paths: Sequence[Path], base: Base | None = None) -> list[Look]:
-    """Each file's summary and, with a base, its analysis. Raises AdapterFileError and AdapterMismatchError."""
+def look_at(paths: Sequence[Path], base: Base | None = None, partial: bool = False) -> list[Look]:
+    """Each file's summary and, with a base, its analysis; with `partial` of what can be read and fits.
+
+    Raises AdapterFileError and AdapterMismatchError.
+    """
     looks: list[Look] = []
     for path, name in zip(paths, names_of(paths)):
-        summary = summarise(path)
+        summary = summarise(path, partial)
         analysis = None
         if base is not None:
-            with changes_of(path, base) as changes:
+            with changes_of(path, base, partial) as changes:
                 analysis = analyse(name, summary.kind, summary.rank, changes)
         looks.append((summary, analysis))
     return looks

@@ -49,14 +49,14 @@ class Summary:
         return max(self.ranks, key=lambda r: self.ranks[r]) if self.ranks else None
 
 
-def summarise(path: Path) -> Summary:
-    """Read the file and describe it. Raises AdapterFileError."""
+def summarise(path: Path, partial: bool = False) -> Summary:
+    """Read the file and describe it, or with `partial` what can be read of it. Raises AdapterFileError."""
     kind = source_kind(path)
     if kind != "adapter":
         files = weight_files(path)
         dialect = "original checkpoint" if kind == "checkpoint" else "diffusers model"
         return Summary(path, "full fine-tuning", dialect, sum(p.stat().st_size for p in files), _digest(files))
-    file = read_adapter_file(path)
+    file = read_adapter_file(path, partial=partial)
     config = file.config
     ranked = [layer for layer, held in by_layer(file.tensors).items() if form_of(held).is_scaled(held)]
     known = file.description is not None
@@ -78,7 +78,12 @@ def summarise(path: Path) -> Summary:
         base=file.base.name if known else "",
         fingerprint=file.base.fingerprint if known else "",
         training=dict(file.description.training) if file.description else {},
-        notes=(*((f"it changes {file.beside} too",) if file.beside else ()), *file.notes, *alone),
+        notes=(
+            *((f"it changes {file.vectors} too",) if file.vectors else ()),
+            *file.notes,
+            *alone,
+            *([f"{len(file.left_out)} keys are left out"] if file.left_out else []),
+        ),
     )
 
 

@@ -63,8 +63,8 @@ def _cannot_be_trained(file: AdapterFile, kind: Kind) -> str:
         return "holds whole differences, which are not trained here."
     if file.config.parametrisation != "lora":
         return f"is {file.config.kind_label}, which is not gone on from here: convert it with --to lora first."
-    if file.beside:
-        return f"changes {file.beside}, which are not trained here."
+    if file.vectors:
+        return f"changes {file.vectors}, which are not trained here."
     strange = ("unscaled_magnitude", "shared_magnitude")
     if file.norm_axis == "mixed" or any(name.endswith(strange) for name in file.tensors):
         return "has magnitudes of a kind that is not trained here."

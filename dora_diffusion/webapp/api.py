@@ -87,6 +87,7 @@ def add_endpoints(studio: Studio) -> None:
         second_strength: float = 1.0,
         steps: int = 25,
         size: str = "",
+        partial: bool = False,
         page: gr.Request = None,  # type: ignore[assignment]
     ) -> dict:
         """Draw a prompt with the base model, a LoRA and a DoRA from the same seeds.
@@ -100,13 +101,14 @@ def add_endpoints(studio: Studio) -> None:
             second_strength: as first_strength
             steps: denoising steps
             size: width x height in pixels, such as 832x1216; empty for the base's own
+            partial: load what fits of a file that does not fit whole; a picture's note says how much that is
 
         Returns:
             The pictures, and the command that draws the same in a terminal.
         """
         chosen = [Chosen(key, at) for key, at in ((first, first_strength), (second, second_strength)) if key]
         with _Told():
-            return _compare(studio, page, prompt, seeds, chosen, steps, size).model_dump()
+            return _compare(studio, page, prompt, seeds, chosen, steps, size, partial).model_dump()
 
     def train(
         images: list[dict],
@@ -197,9 +199,16 @@ class _Told:
 
 
 def _compare(
-    studio: Studio, page: gr.Request, prompt: str, seeds: list[int], chosen: list[Chosen], steps: int, size: str
+    studio: Studio,
+    page: gr.Request,
+    prompt: str,
+    seeds: list[int],
+    chosen: list[Chosen],
+    steps: int,
+    size: str,
+    partial: bool,
 ) -> Comparison:
-    request, _ = compare_request(studio, visitor_of(page), prompt, seeds, chosen, steps, size=size)
+    request, _ = compare_request(studio, visitor_of(page), prompt, seeds, chosen, steps, size=size, partial=partial)
     session = f"api {visitor_of(page)} {page.session_hash}"  # MCP clients share Gradio's own session
     drawing = studio.painter.begin(session, request, visitor_of(page))
     album, record = studio.albums.new(), record_of(request, studio.base_name, studio.packing)

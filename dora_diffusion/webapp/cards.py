@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.pictures import url_of
+from dora_diffusion.webapp.wording import LOAD_WHAT_FITS
 
 if TYPE_CHECKING:
     from dora_diffusion.comparison.card import AdapterCard
@@ -30,7 +31,15 @@ def short_card(shelved: Shelved | None) -> str:
     from dora_diffusion.comparison.card import card_of
 
     card = card_of(shelved.path)
-    return f"<p class='dd-card'><b>{card.kind}</b> · rank {card.rank} · alpha {card.alpha:g} · {card.layers} layers</p>"
+    facts = f"<b>{card.kind}</b> · rank {card.rank} · alpha {card.alpha:g} · {card.layers} layers"
+    return f"<p class='dd-card'>{facts}{_left_out(card)}</p>"
+
+
+def _left_out(card: AdapterCard) -> str:
+    """What the box beside the pickers is for."""
+    if not card.left_out:
+        return ""
+    return f" · <span class='dd-nothing'>{card.left_out} keys are not read: tick “{LOAD_WHAT_FITS}”</span>"
 
 
 def full_card(shelved: Shelved, studio: Studio) -> str:
@@ -53,7 +62,7 @@ def _rows(card: AdapterCard, fit: Fit | None) -> list[tuple[str, str]]:
         ("kind, by its tensors", card.kind),
         ("rank, alpha", f"{card.rank}, {card.alpha:g}"),
         ("targets", escape(", ".join(card.targets))),
-        ("layers", str(card.layers)),
+        ("layers", str(card.layers) + (f", and {card.left_out} keys that are not read" if card.left_out else "")),
         ("trainable parameters", f"{card.parameters:,}"),
         ("size", f"{card.size / 1024:,.0f} KiB"),
         ("SHA-256", f"<code>{card.sha256}</code>"),

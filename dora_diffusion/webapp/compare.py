@@ -85,6 +85,7 @@ class CompareTab:
         guidance: str,
         negative_prompt: str,
         size: str,
+        partial: bool,
         view: str,
         pair: str,
         page: gr.Request,
@@ -95,7 +96,9 @@ class CompareTab:
         chosen = [Chosen(key, at) for key, at in zip(keys, (first_strength, second_strength)) if key]
         yield from self.showing.draw(
             lambda: Shown(
-                *compare_request(self.studio, visitor, prompt, seeds, chosen, steps, guidance, negative_prompt, size)
+                *compare_request(
+                    self.studio, visitor, prompt, seeds, chosen, steps, guidance, negative_prompt, size, partial
+                )
             ),
             view,
             pair,
@@ -120,11 +123,12 @@ class CompareTab:
         guidance: str,
         negative_prompt: str,
         size: str,
+        partial: bool,
         page: gr.Request,
     ) -> Iterator[Update]:
         visitor = visitor_of(page)
         keys = [key for key in self._filled((first, second), visitor) if key]
-        more = (steps, guidance, negative_prompt, size)
+        more = (steps, guidance, negative_prompt, size, partial)
         yield from self.showing.draw(
             lambda: Shown(*sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, *more), is_sweep=True),
             GRID,
@@ -207,12 +211,12 @@ class CompareTab:
     def restore(self, file: str | None, page: gr.Request) -> Update:
         """The form as the picture's metadata has it, and what could not be restored."""
         if file is None:
-            return _skips(12)
+            return _skips(13)
         try:
             record = read_record(Path(file))
         except DoraDiffusionError as error:
             parts.toast(error)
-            return *_skips(11), parts.panel(error)
+            return *_skips(12), parts.panel(error)
         found, missing = restored(self.studio, visitor_of(page), record)
         adapters: list[object] = []
         for chosen in (*found, None, None)[:2]:  # another adapter must not stay in the place of one that is missing
@@ -221,7 +225,7 @@ class CompareTab:
         note = parts.status_line("; ".join(missing) or "the picture's request is restored: press Compare")
         settings = (record.num_inference_steps, _as_typed(record.guidance_scale), record.negative_prompt)
         size = written_size(record.width, record.height)
-        return record.prompts[0], seeds, *adapters, *settings, size, note, parts.panel(None)
+        return record.prompts[0], seeds, *adapters, *settings, size, record.partial, note, parts.panel(None)
 
     def sweep_size(
         self,
@@ -234,13 +238,14 @@ class CompareTab:
         guidance: str,
         negative_prompt: str,
         size: str,
+        partial: bool,
         page: gr.Request,
     ) -> str:
         """How many pictures a sweep is, and how long it takes."""
         visitor = visitor_of(page)
         keys = [key for key in self._filled((first, second), visitor) if key]
         try:
-            more = (steps, guidance, negative_prompt, size)
+            more = (steps, guidance, negative_prompt, size, partial)
             request, _ = sweep_of(self.studio, visitor, prompts, seeds, strengths, keys, *more)
         except DoraDiffusionError as error:
             return parts.status_line(parts.said(error))

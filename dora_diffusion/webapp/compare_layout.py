@@ -9,6 +9,7 @@ from dora_diffusion.webapp.blind import BlindVote
 from dora_diffusion.webapp.forms import MOST_STEPS
 from dora_diffusion.webapp.shown import Shown
 from dora_diffusion.webapp.views import GRID, VIEWS, chosen_pair, pairs_of
+from dora_diffusion.webapp.wording import LOAD_WHAT_FITS
 
 __all__ = ["CompareLayout"]
 
@@ -61,9 +62,9 @@ class CompareLayout:
         self.look_shown = [self.grid, self.pair, blind, taken_away]
         self._build_more()
         self.form = [self.prompt, self.seeds, self.pickers[0], self.strengths[0], self.pickers[1], self.strengths[1]]
-        self.form += [self.steps, self.guidance, self.negative, self.size, self.view, self.pair]
-        self.restored = [*self.form[:10], self.status, self.error]
-        self.asked = [*self.form[:10], *self.sweep_form[:3]]  # all that decides pictures
+        self.form += [self.steps, self.guidance, self.negative, self.size, self.partial, self.view, self.pair]
+        self.restored = [*self.form[:11], self.status, self.error]
+        self.asked = [*self.form[:11], *self.sweep_form[:3]]  # all that decides pictures
 
     def _build_form(self) -> None:
         request = self.example.request if self.example else None
@@ -83,6 +84,12 @@ class CompareLayout:
             first, second = self._adapter("LoRA", "first", 1), self._adapter("DoRA", "second", 2)
         self.pickers, self.strengths = (first[0], second[0]), (first[1], second[1])
         self.uploads, self.cards = (first[2], second[2]), (first[3], second[3])
+        self.partial = gr.Checkbox(
+            False,
+            label=LOAD_WHAT_FITS,
+            info="where one has layers or keys that this base or this program does not take; the rest is named",
+            elem_id="partial",
+        )
         with gr.Accordion("Steps, guidance, size, negative prompt", open=False, elem_id="settings"), gr.Row():
             self.steps = gr.Slider(
                 1, MOST_STEPS, value=25, step=1, label="Steps", scale=2, min_width=200, elem_id="steps"
@@ -137,6 +144,7 @@ class CompareLayout:
             self.guidance,
             self.negative,
             self.size,
+            self.partial,
         ]
         with gr.Accordion("Adapter cards", open=False, elem_id="facts") as self.facts:
             self.facts_shown = gr.HTML("", elem_id="facts-shown")

@@ -218,9 +218,9 @@ class Painter:
     def fit(self, path: Path) -> Fit | None:
         """How an adapter fits the base; None while it is not loaded. Raises AdapterFileError."""
         ready()
-        from dora_diffusion.formats.files import fit_of, read_adapter_file
+        from dora_diffusion.formats.files import fit_of, read_what_fits
 
-        return fit_of(self._base, read_adapter_file(path)) if self._base is not None else None
+        return fit_of(self._base, read_what_fits(path)) if self._base is not None else None
 
     def seconds_for(self, pictures: int, steps: int) -> float | None:
         """How long these pictures take; None before anything was measured."""

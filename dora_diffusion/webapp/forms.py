@@ -131,6 +131,7 @@ def compare_request(
     guidance: str = "",
     negative_prompt: str = "",
     size: str = "",
+    partial: bool = False,
 ) -> tuple[CompareRequest, tuple[str, ...]]:
     """The request, and below each column's heading the name of its base or file. Raises DoraDiffusionError."""
     ready()
@@ -144,12 +145,13 @@ def compare_request(
     request = CompareRequest(
         prompts=(prompt,),
         seeds=numbers,
-        adapters=columns_of([each.path for each in shelved], strengths),
+        adapters=columns_of([each.path for each in shelved], strengths, partial),
         negative_prompt=_negative(negative_prompt),
         num_inference_steps=steps,
         guidance_scale=_guidance(guidance),
         width=width,
         height=height,
+        partial=partial,
     )
     return request, (studio.base_name, *(each.label for each in shelved))
 
@@ -165,6 +167,7 @@ def sweep_of(
     guidance: str = "",
     negative_prompt: str = "",
     size: str = "",
+    partial: bool = False,
 ) -> tuple[CompareRequest, tuple[str, ...]]:
     """A sweep, a prompt on each line. Raises DoraDiffusionError."""
     ready()
@@ -184,6 +187,7 @@ def sweep_of(
         negative_prompt=_negative(negative_prompt),
         width=width,
         height=height,
+        partial=partial,
     )
     labels = [each.label for each in shelved for _ in values]
     return request, (studio.base_name, *labels)
@@ -199,6 +203,7 @@ def changed_settings(
     guidance: str,
     negative_prompt: str,
     size: str,
+    partial: bool,
 ) -> list[str]:
     """What the form asks for otherwise than the request did, in its own words.
 
@@ -215,6 +220,7 @@ def changed_settings(
         "guidance": (request.guidance_scale, lambda: _guidance(guidance)),
         "negative prompt": (request.negative_prompt, lambda: _negative(negative_prompt)),
         "size": ((request.width, request.height), lambda: _size(size)),
+        "what is loaded": (request.partial, lambda: partial),
     }
     if isinstance(strengths, str):
         pairs["strengths"] = (tuple(dict.fromkeys(drawn_at)), lambda: parse_strengths(strengths))

@@ -82,14 +82,17 @@ class Shelf:
         return first, second
 
     def take_in(self, upload: Path, visitor: str) -> Shelved:
-        """Keep an uploaded file under a name made from its content. Raises AdapterFileError when it is no adapter."""
+        """Keep an uploaded file under a name made from its content; one that is read in part is an adapter too.
+
+        Raises AdapterFileError when it is none.
+        """
         ready()
-        from dora_diffusion.formats.files import read_adapter_file
+        from dora_diffusion.formats.files import read_what_fits
 
         if upload.suffix.lower() != ".safetensors":
             raise AdapterFileError(f"{upload.name} is no .safetensors file; other kinds can run code when opened.")
         try:
-            read_adapter_file(upload)
+            read_what_fits(upload)
         except AdapterFileError as error:
             raise AdapterFileError(str(error).replace(str(upload), upload.name)) from error
         folder = make_folder(self._uploads(visitor))

@@ -1,4 +1,4 @@
-"""Errors in the words of the Train form: a visitor sees fields, never the keys of a configuration file."""
+"""Errors in the words of the page's forms: a visitor sees fields, never the keys of a configuration file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from dora_diffusion.errors import ConfigError
 
-__all__ = ["FIELDS", "MORE", "form_error", "in_form_words"]
+__all__ = ["FIELDS", "LOAD_WHAT_FITS", "MORE", "form_error", "in_form_words"]
 
+LOAD_WHAT_FITS = "Load what fits of a file"  # the box on the Compare tab
 # Keys of TrainConfig that are true when chosen, as the form and its checklist have them.
 MORE = {
     "random_flip": "Mirror pictures at random",
@@ -43,6 +44,7 @@ MEMORY = re.compile(r" What needs less: .*\(keys of the configuration.*", re.DOT
 def in_form_words(message: str) -> str:
     """The message of any error with the form's fields in place of keys."""
     message = KNOWN_KEYS.sub(", which this version does not know", MEMORY.sub(_less_memory, message))
+    message = message.replace("partial=True (--partial)", f"“{LOAD_WHAT_FITS}”")
     message = LINE.sub(lambda found: f"{found[1]}“{FIELDS[found[2]]}”", message)
     return KEY.sub(lambda found: f"“{FIELDS[found[1]]}”", message)
 

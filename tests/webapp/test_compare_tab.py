@@ -59,7 +59,7 @@ def test_strength_zero_is_the_base_byte_for_byte(tabs, pair):
 def test_a_new_strength_draws_only_its_own_column_on_the_base_that_is_there(tabs, pair, studio, monkeypatch):
     first = draw(tabs, seeds="1, 2", first=pair[0], second=pair[1])
     monkeypatch.setattr("dora_diffusion.models.loading.load_base", None)  # a second load would fail
-    form = ("cat face", "1, 2", pair[0], 1.0, pair[1], 0.5, 2, "2", "", "", GRID, "")
+    form = ("cat face", "1, 2", pair[0], 1.0, pair[1], 0.5, 2, "2", "", "", False, GRID, "")
     again = list(tabs.compare.draw_again(PAGE, shown_in(first), *form))
     cells = shown_in(again).cells
     assert [cell.cached for cell in cells] == [True, True, False] * 2
@@ -121,7 +121,7 @@ def test_a_mistake_fills_the_panel_and_gives_the_button_back(tabs, pair, changes
 
 
 def test_one_drawing_at_a_time_and_a_page_that_closes_lets_the_next_one_draw(tabs, pair):
-    form = ("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 30, "2", "", "", GRID, "")
+    form = ("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 30, "2", "", "", False, GRID, "")
     abandoned = tabs.compare.draw(*form, page_of("closed"))
     for update in abandoned:
         if isinstance(update[0], str) and "<img" in update[0]:
@@ -132,7 +132,7 @@ def test_one_drawing_at_a_time_and_a_page_that_closes_lets_the_next_one_draw(tab
 
 def test_stop_ends_the_drawing_and_says_so(tabs, pair):
     updates = []
-    for update in tabs.compare.draw("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 50, "2", "", "", GRID, "", PAGE):
+    for update in tabs.compare.draw("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 50, "2", "", "", False, GRID, "", PAGE):
         updates.append(update)
         if isinstance(update[0], str) and "<img" in update[0]:
             tabs.compare.stop(PAGE)
@@ -254,11 +254,11 @@ def test_what_nobody_foresaw_is_shown_and_the_base_given_back(tabs, monkeypatch)
 def test_a_picture_restores_the_request_it_was_made_by(tabs, pair, studio):
     more = {"negative_prompt": "dog", "size": "24 x 16"}
     updates = draw(tabs, seeds="3, 4", first=pair[0], first_strength=0.5, second=pair[1], **more)
-    prompt, seeds, first, at, second, _, steps, guidance, negative, size, _, error = tabs.compare.restore(
+    prompt, seeds, first, at, second, _, steps, guidance, negative, size, partial, _, error = tabs.compare.restore(
         str(shown_in(updates).cells[4].path), PAGE
     )
     assert (prompt, seeds, at, steps, guidance) == ("cat face", "3, 4", 0.5, 2, "2")
-    assert (negative, size) == ("dog", "24x16")
+    assert (negative, size, partial) == ("dog", "24x16", False)
     assert (first["value"], second["value"]) == pair and not error["visible"]
     form = {"seeds": seeds, "first": first["value"], "first_strength": at, "second": second["value"], "size": size}
     again = shown_in(draw(tabs, OTHER, prompt=prompt, negative_prompt=negative, **form)).cells
@@ -301,7 +301,7 @@ def test_the_whole_comparison_can_be_taken_away(tabs, pair, studio):
 
 
 def test_a_sweep_says_its_size_first_and_labels_every_column(tabs, pair):
-    form = ("cat\ndog", "1, 2", "0.5, 1", pair[0], pair[1], 2, "", "", "")
+    form = ("cat\ndog", "1, 2", "0.5, 1", pair[0], pair[1], 2, "", "", "", False)
     assert "20 pictures, time not measured yet" in tabs.compare.sweep_size(*form, PAGE)
     updates = list(tabs.compare.sweep(*form, PAGE))
     html = last_html(updates, 0)
@@ -310,7 +310,7 @@ def test_a_sweep_says_its_size_first_and_labels_every_column(tabs, pair):
         assert f">{label}<" in html
     assert "20 pictures, about 0:" in tabs.compare.sweep_size(*form, PAGE)
     assert "more than the 300" in tabs.compare.sweep_size(
-        "a\n" * 60, "1", "0.5, 1, 1.5", pair[0], pair[1], 2, "", "", "", PAGE
+        "a\n" * 60, "1", "0.5, 1, 1.5", pair[0], pair[1], 2, "", "", "", False, PAGE
     )
 
 

@@ -22,7 +22,7 @@ SWEEP = ("cat", "1", "0.5, 1")  # its own form
 def asked(pair, **changes) -> tuple:
     """The form as `draw` has it, and the sweep's."""
     form = {"prompt": "cat face", "seeds": "1", "first": pair[0], "first_strength": 1.0, "second": pair[1]}
-    form |= {"second_strength": 1.0, "steps": 2, "guidance": "2", "negative_prompt": "", "size": ""}
+    form |= {"second_strength": 1.0, "steps": 2, "guidance": "2", "negative_prompt": "", "size": "", "partial": False}
     return (*{**form, **changes}.values(), *SWEEP)
 
 
@@ -44,6 +44,7 @@ def test_pictures_are_marked_by_what_the_form_asks_for_otherwise(tabs, pair):
         ({"guidance": ""}, "guidance"),
         ({"negative_prompt": "dog"}, "negative prompt"),
         ({"size": "16x24"}, "size"),
+        ({"partial": True}, "what is loaded"),
         ({"prompt": "dog", "seeds": "3"}, "prompt, seeds"),
     ):
         found = mark(PAGE, shown, *asked(pair, **changes))
@@ -52,18 +53,18 @@ def test_pictures_are_marked_by_what_the_form_asks_for_otherwise(tabs, pair):
 
 
 def test_a_sweep_is_marked_by_its_own_form_and_a_strength_of_the_other_does_not_draw_over_it(tabs, pair):
-    sweep = list(tabs.compare.sweep(*SWEEP, *pair, 2, "2", "", "", PAGE))
+    sweep = list(tabs.compare.sweep(*SWEEP, *pair, 2, "2", "", "", False, PAGE))
     shown = shown_in(sweep)
     assert shown.is_sweep and sweep[0][8]["value"] == GRID
     unchanged = tabs.compare.mark(PAGE, shown, *asked(pair, prompt="x", first_strength=0.3))["value"]
     assert "A sweep" in unchanged and "changed" not in unchanged.split(">", 1)[1]
     for form in (
-        (*asked(pair)[:10], "cat\ndog", "1", "0.5, 1"),
-        (*asked(pair)[:10], "cat", "1", "0.5"),
+        (*asked(pair)[:11], "cat\ndog", "1", "0.5, 1"),
+        (*asked(pair)[:11], "cat", "1", "0.5"),
         asked(pair, steps=3),
     ):
         assert "Press Draw the sweep" in tabs.compare.mark(PAGE, shown, *form)["value"]
-    again = list(tabs.compare.draw_again(PAGE, shown, *asked(pair)[:10], GRID, ""))
+    again = list(tabs.compare.draw_again(PAGE, shown, *asked(pair)[:11], GRID, ""))
     assert shown_of(again) is None
 
 
@@ -75,14 +76,14 @@ def shown_of(updates) -> object:
 
 
 def test_a_sweep_takes_guidance_size_and_negative_prompt_too(tabs, pair):
-    shown = shown_in(list(tabs.compare.sweep(*SWEEP, *pair, 2, "3", "dog", "24x16", PAGE)))
+    shown = shown_in(list(tabs.compare.sweep(*SWEEP, *pair, 2, "3", "dog", "24x16", False, PAGE)))
     assert (shown.request.guidance_scale, shown.request.negative_prompt) == (3.0, "dog")
     assert {cell.size for cell in shown.cells} == {(24, 16)}
 
 
 def test_the_slider_shows_the_columns_that_its_label_names(tabs, pair):
     for shown in (
-        shown_in(list(tabs.compare.sweep(*SWEEP, *pair, 2, "2", "", "", PAGE))),
+        shown_in(list(tabs.compare.sweep(*SWEEP, *pair, 2, "2", "", "", False, PAGE))),
         shown_in(draw(tabs, first=pair[0], second=pair[1], second_strength=0.5)),
         shown_in(draw(tabs, first=pair[1])),  # a DoRA alone, in the LoRA's place
     ):
@@ -107,7 +108,7 @@ def test_the_pairs_offered_are_those_of_the_pictures_and_a_choice_is_kept_where_
 
 def test_files_and_command_of_earlier_pictures_go_when_others_are_drawn(tabs, pair):
     updates = []
-    for update in tabs.compare.draw("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 50, "2", "", "", GRID, "", PAGE):
+    for update in tabs.compare.draw("cat", "1,2,3", pair[0], 1.0, pair[1], 1.0, 50, "2", "", "", False, GRID, "", PAGE):
         updates.append(update)
         if isinstance(update[0], str) and "<img" in update[0]:
             tabs.compare.stop(PAGE)
@@ -122,7 +123,7 @@ def test_restoring_leaves_no_adapter_that_the_picture_had_not(tabs, pair):
     alone = shown_in(draw(tabs, first=pair[1], first_strength=0.5))
     restored = tabs.compare.restore(str(alone.cells[1].path), PAGE)
     assert restored[2]["value"] == pair[1] and restored[4]["value"] == ""
-    sweep = shown_in(list(tabs.compare.sweep("cat\ndog", "1", "0.5, 1", *pair, 2, "2", "", "", PAGE)))
+    sweep = shown_in(list(tabs.compare.sweep("cat\ndog", "1", "0.5, 1", *pair, 2, "2", "", "", False, PAGE)))
     restored = tabs.compare.restore(str(sweep.cells[2].path), PAGE)
     assert (restored[2]["value"], restored[4]["value"]) == pair and restored[3] == restored[5] == 0.5
 
@@ -184,7 +185,7 @@ def test_other_pictures_take_an_open_ballot_and_a_result_away(tabs, pair):
 
 
 def test_a_sweep_is_voted_on_between_adapters_of_one_strength(tabs, pair):
-    shown = shown_in(list(tabs.compare.sweep(*SWEEP, *pair, 2, "2", "", "", PAGE)))
+    shown = shown_in(list(tabs.compare.sweep(*SWEEP, *pair, 2, "2", "", "", False, PAGE)))
     columns = shown.request.columns
     pairs = pairs_to_vote_on(shown)
     assert [(columns[a].label, columns[b].label) for a, b in pairs] == [("LoRA", "DoRA")] * 2

@@ -44,7 +44,7 @@ class Tabs:
 
 def draw(tabs: Tabs, page: gr.Request = PAGE, **changes: object) -> list[tuple]:
     form = {"prompt": "cat face", "seeds": "1", "first": "", "first_strength": 1.0, "second": ""}
-    form |= {"second_strength": 1.0, "steps": 2, "guidance": "2", "negative_prompt": "", "size": ""}
+    form |= {"second_strength": 1.0, "steps": 2, "guidance": "2", "negative_prompt": "", "size": "", "partial": False}
     form |= {"view": GRID, "pair": ""}
     return list(tabs.compare.draw(**{**form, **changes}, page=page))
 
