@@ -11,6 +11,7 @@ import random
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import dialect_files as files
@@ -39,7 +40,7 @@ Denoiser = nn.Module
 
 
 class Tiny(nn.Module):
-    """Three layers: square, oblong and a convolution."""
+    """Four layers: square, oblong, a convolution and a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +48,8 @@ class Tiny(nn.Module):
         self.to_q = nn.Linear(6, 6)
         self.proj_in = nn.Linear(5, 7)
         self.conv_in = nn.Conv2d(3, 4, 3)
+        self.norm1 = nn.GroupNorm(2, 4)
+        nn.init.normal_(self.norm1.weight)
 
 
 def seeds(model: nn.Module) -> list[tuple[Entries, dict[str, str]]]:
@@ -67,6 +70,13 @@ def seeds(model: nn.Module) -> list[tuple[Entries, dict[str, str]]]:
         (make(model, linear, files.dotted("base_model.model."), files.nvlabs, files.dora_delta), {}),
         (make(model, paths, files.flat("lora_unet_"), _difference, files.lora_delta), {}),
     ]
+    for number, ends in ((0, ("diff_b", "w_norm", "b_norm")), (4, ("lora_B.bias",)), (6, ("diff_b", "diff", "diff_b"))):
+        m, header = made[number]
+        prefix = "unet." if number == 4 else "lora_unet_"
+        biases = {f"{prefix}{path}.{ends[0]}": torch.randn(len(model.get_parameter(f"{path}.bias"))) for path in paths}
+        norm = {f"{prefix}norm1.{end}": torch.randn(4) for end in ends[1:]}
+        made.append((replace(m, tensors={**m.tensors, **biases, **norm}), header))
+    made.append((replace(m, tensors={"diffusion_model.norm1.set_weight": torch.randn(4), **biases}), {}))
     sound = [({key: entry_of(t) for key, t in m.tensors.items()}, header) for m, header in made]
     return sound + [({key: entry_of(t) for key, t in tensors.items()}, {}) for tensors in form_seeds(model)]
 
@@ -128,6 +138,8 @@ def _rename(
     new = rng.choice((
         other, old + "x", old[1:], old.upper(), old.replace(".", "_"), old.replace("_", "."), "", "." + leaf, module,
         f"{module}.alpha", f"{module}.dora_scale", f"{module}.magnitude", f"{module}.diff", f"{module}.diff_b",
+        f"{module}.w_norm", f"{module}.b_norm", f"{module}.set_weight", f"{module}.reshape_weight", f"{module}.scale",
+        f"{module}.lora_B.bias",
         old.replace("lora_unet_", "lora_te_"), old.replace("unet.", "transformer."), "lycoris_" + old, f"{old}.weight",
         old.replace("to_q", "proj_in"), old.replace("to_q", "to_k"), "x" * 3000,
     ))  # fmt: skip
@@ -299,6 +311,7 @@ LEAF = re.compile(
     r"(?P<module>.+?)(?:\.|_(?=lora\.))(?P<leaf>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|lora_down\.weight|"
     r"lora_up\.weight|lora_mid\.weight|dora_scale|alpha|magnitude|weight_m_wdecomp\.weight|diff|lora\.down\.weight|"
     r"lora\.up\.weight|lora_linear_layer\.down\.weight|lora_linear_layer\.up\.weight|"
+    r"diff_b|w_norm|b_norm|set_weight|reshape_weight|lora_B\.bias|"
     + "|".join(re.escape(leaf) for leaf in FORM_LEAVES)
     + ")$"
 )
@@ -343,11 +356,15 @@ def read_by_hand(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def weights_of(model: nn.Module) -> dict[str, np.ndarray]:
-    return {n.removesuffix(".weight"): p.detach().double().numpy() for n, p in model.named_parameters() if p.dim() > 1}
+    named = dict(model.named_parameters())
+    return {n.removesuffix(".weight"): p.detach().double().numpy() for n, p in named.items() if n.endswith(".weight")}
 
 
 def reference_deltas(data: bytes, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """W' - W0 by layer, in float64. Raises for a file that it makes nothing of: loading that one was wrong."""
+    """W' - W0 by layer, and of biases by "<layer>.bias", in float64.
+
+    Raises for a file that it makes nothing of: loading that one was wrong.
+    """
     tensors, metadata = read_by_hand(data)
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
@@ -367,18 +384,29 @@ def reference_deltas(data: bytes, weights: dict[str, np.ndarray]) -> dict[str, n
         )
         layer = next(path for path in weights if bare.replace(".", "_") == path.replace(".", "_"))
         assert layer not in deltas, "two modules for one layer"
-        deltas[layer] = _delta(layer, weights[layer], held, metadata)
+        W0 = weights[layer]
+        if "reshape_weight" in held:
+            assert held["reshape_weight"].tolist() == list(W0.shape)
+        only_bias = not held.keys() - {"diff_b", "b_norm", "alpha", "reshape_weight"}
+        deltas[layer] = np.zeros(W0.shape) if only_bias else _delta(layer, W0, held, metadata)
+        biases = [held[leaf] for leaf in ("diff_b", "b_norm") if leaf in held]
+        if "lora_B.bias" in held:
+            rank = next(held[leaf] for leaf in DOWN if leaf in held).shape[0]
+            biases.append(_scale(layer, rank, held, metadata) * held["lora_B.bias"])
+        if biases:
+            (b,) = biases
+            assert b.shape == W0.shape[:1]
+            deltas[f"{layer}.bias"] = b
     return deltas
 
 
 def _delta(layer: str, W0: np.ndarray, held: dict[str, np.ndarray], metadata: dict[str, str]) -> np.ndarray:
-    if "diff" in held:
-        return held["diff"].reshape(W0.shape)
-
-    def scale_of(rank: int) -> float:
-        return float(held["alpha"].reshape(())) / rank if "alpha" in held else _peft_scale(layer, rank, metadata)
-
-    V = W0 + _before_magnitudes(W0, held, scale_of)
+    wholes = [held[leaf] for leaf in ("diff", "w_norm") if leaf in held]
+    wholes += [held["set_weight"].reshape(W0.shape) - W0] if "set_weight" in held else []
+    if wholes:
+        (whole,) = wholes
+        return whole.reshape(W0.shape)
+    V = W0 + _before_magnitudes(W0, held, lambda rank: _scale(layer, rank, held, metadata))
     rows, columns = (V.shape[0], *(1,) * (V.ndim - 1)), (1, V.shape[1], *(1,) * (V.ndim - 2))
     magnitudes = [held[leaf] for leaf in (*BY_OUTPUT, "dora_scale") if leaf in held]
     if not magnitudes:
@@ -396,6 +424,10 @@ def _before_magnitudes(W0: np.ndarray, held: dict[str, np.ndarray], scale_of: Ca
     (A,), (B,) = ([held[leaf] for leaf in leaves if leaf in held] for leaves in (DOWN, UP))
     factor = held["scalar"].item() if "scalar" in held else 1.0
     return factor * scale_of(A.shape[0]) * (B.reshape(B.shape[0], -1) @ A.reshape(A.shape[0], -1)).reshape(W0.shape)
+
+
+def _scale(layer: str, rank: int, held: dict[str, np.ndarray], metadata: dict[str, str]) -> float:
+    return float(held["alpha"].reshape(())) / rank if "alpha" in held else _peft_scale(layer, rank, metadata)
 
 
 def _peft_scale(layer: str, rank: int, metadata: dict[str, str]) -> float:

@@ -30,6 +30,7 @@ ORDER = (
     "adapters/frozen",
     "adapters/kernels",
     "adapters/layers",
+    "adapters/norms",
     "adapters/fellows",
     "adapters/whole",
     "adapters/loha",

@@ -26,8 +26,6 @@ def ones(*shapes: tuple[int, ...], keys: tuple[str, ...]) -> dict[str, Tensor]:
 LORA = ones((4, 32), (32, 4), keys=(f"{Q}.lora_down.weight", f"{Q}.lora_up.weight"))
 # One module as each program writes it, and what it is called.
 FILES = {
-    "norms": ({"diffusion_model.out.0.diff": torch.ones(32)}, "a change of normalisation weights or biases"),
-    "biases": ({"diffusion_model.out.2.diff_b": torch.ones(4)}, "a change of biases"),
     "3-D convolutions": (
         ones(
             (4, 8, 3, 3, 3),

@@ -18,11 +18,11 @@ from dora_diffusion.adapters.packed import Rows, float_rows, has_gradient, packe
 from dora_diffusion.adapters.products import LayerProducts, device_of
 from dora_diffusion.errors import AdapterStateError
 
-__all__ = ["FrozenConv1D", "FrozenConv2d", "FrozenLayer", "FrozenLinear", "device_of", "freeze_view"]
+__all__ = ["FrozenConv1D", "FrozenConv2d", "FrozenLayer", "FrozenLinear", "FrozenWeight", "device_of", "freeze_view"]
 
 
-class FrozenLayer(Protocol):
-    """What the updates ask of the frozen layer under them; one class per kind of layer."""
+class FrozenWeight(Protocol):
+    """What is asked of any frozen layer: a weight [out_features, *in_shape], which fusing may write to."""
 
     original: Tensor | None
     out_features: int
@@ -33,6 +33,14 @@ class FrozenLayer(Protocol):
     def module(self) -> nn.Module: ...
     @property
     def weight(self) -> Tensor: ...
+    @property
+    def has_bias(self) -> bool: ...
+    def dense_weight(self) -> Tensor: ...
+
+
+class FrozenLayer(FrozenWeight, Protocol):
+    """What the updates ask of the linear map under them; one class per kind of layer."""
+
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor: ...
     def whole(self, x: Tensor, D: Tensor) -> Tensor: ...
     def output(self, x: Tensor) -> Tensor: ...
@@ -44,7 +52,6 @@ class FrozenLayer(Protocol):
     def times_weight(self, A: Tensor) -> Tensor: ...
     def transposed(self, dy: Tensor) -> Tensor: ...
     def squared_norms(self, by_input: bool = False) -> Tensor: ...
-    def dense_weight(self) -> Tensor: ...
 
 
 class FrozenLinear:
@@ -100,6 +107,10 @@ class FrozenLinear:
     def bias(self) -> Tensor | None:
         """What the layer adds to x W0^T; a layer that is not known may keep it anywhere."""
         return self.products.bias() if self.rows is None else getattr(self.module, "bias", None)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """x (B A)^T: [..., in] to [..., out]."""
@@ -224,6 +235,10 @@ class FrozenConv2d:
     @property
     def weight(self) -> Tensor:
         return self.module.weight if self.original is None else self.original
+
+    @property
+    def has_bias(self) -> bool:
+        return self.module.bias is not None
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.module._conv_forward(x, weight, None)

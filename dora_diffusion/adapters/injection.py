@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.fellows import introduce
-from dora_diffusion.adapters.frozen import FrozenLayer, freeze_view
+from dora_diffusion.adapters.frozen import FrozenLayer, FrozenWeight, freeze_view
 from dora_diffusion.adapters.labels import KIND_LABEL, AnyKind, Kind, Parametrisation, adapter_label
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
+from dora_diffusion.adapters.norms import AdaptedNorm, FrozenNorm, freeze_norm
 from dora_diffusion.adapters.parametrisations import Form, check_parametrisation, check_rank, check_trained, form_of
 from dora_diffusion.adapters.roots import Roots
 from dora_diffusion.adapters.variants import decomposed, update_of
@@ -39,6 +40,7 @@ __all__ = [
     "Parametrisation",
     "accompany",
     "adaptable_layers",
+    "changeable_layers",
     "check_strength",
     "inject_adapter",
     "inject_into",
@@ -230,7 +232,7 @@ class Adapter:
         """
         self._require_layers("fuse")
         for layer in self.layers.values():
-            layer.frozen.weight  # noqa: B018 (raises for a packed one, before any layer is written to)
+            layer.check_can_fuse()  # before any layer is written to
         for layer in self.layers.values():
             layer.set_fused(tuple(dict.fromkeys((*layer.fused, self.name))))
         self._fused = True
@@ -260,7 +262,7 @@ class Adapter:
                 "are: merge it too, with merge(OTHER), or eject it first."
             )
         for layer in layers.values():
-            layer.frozen.weight  # noqa: B018 (raises for a packed one, before any layer is written to)
+            layer.check_can_fuse()  # before any layer is written to
         for layer in layers.values():
             layer.set_fused(tuple(layer.updates))
             layer.keep_fused()
@@ -320,7 +322,7 @@ def inject_adapter(
 def inject_into(
     model: nn.Module,
     config: AdapterConfig,
-    views: Mapping[str, FrozenLayer],
+    views: Mapping[str, FrozenWeight],
     *,
     name: str | None = None,
     seed: int | None = None,
@@ -341,23 +343,28 @@ def inject_into(
     for path, frozen in views.items():  # all are made before the first is put in: a layer may refuse
         if tensors is None:
             form = config.form
-            values = form.start(frozen, config.rank_of(path), generator)
+            values = form.start(frozen, config.rank_of(path), generator)  # type: ignore[arg-type]
             make = decomposed(form.update, config.magnitude)  # type: ignore[arg-type]
         else:
             values, make = dict(tensors[path]), update_of(tensors[path])
-        updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, None, values)
+        # What a norm is given are differences, which ask for nothing but its weight.
+        updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, None, values)  # type: ignore[arg-type]
     introduce(updates, fellows or {})
     roots.freeze(views)
     layers = {}
     for path, frozen in views.items():
         current = roots.get(path)
-        layer = current if isinstance(current, AdaptedLayer) else AdaptedLayer(current, frozen)
+        layer = current if isinstance(current, AdaptedLayer) else _adapted_layer(current, frozen)
         layer.updates[name] = updates[path].train(layer.training)
         if layer is not current:
             roots.replace(path, layer)
         layers[path] = layer
     roots.host(views)
     return Adapter(model, config, name, layers, text_encoders)
+
+
+def _adapted_layer(base: nn.Module, frozen: FrozenWeight) -> AdaptedLayer:
+    return AdaptedNorm(base, frozen) if isinstance(frozen, FrozenNorm) else AdaptedLayer(base, frozen)  # type: ignore[arg-type]
 
 
 def _check_name(name: str | None, names: set[str]) -> str:
@@ -383,7 +390,12 @@ def matching_layers(model: nn.Module, target_modules: Iterable[str]) -> dict[str
 
 def adaptable_layers(model: nn.Module) -> dict[str, FrozenLayer]:
     """Every layer that could be adapted; one that is adapted already shows its base's name, not its own parts."""
-    layers: dict[str, FrozenLayer] = {}
+    return {path: view for path, view in changeable_layers(model).items() if not isinstance(view, FrozenNorm)}
+
+
+def changeable_layers(model: nn.Module) -> dict[str, FrozenLayer | FrozenNorm]:
+    """`adaptable_layers`, and the normalisation layers, which files may change and nothing trains."""
+    layers: dict[str, FrozenLayer | FrozenNorm] = {}
     inside: tuple[str, ...] = ()
     for path, module in _walk(model):
         if inside and path.startswith(inside):
@@ -393,7 +405,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, FrozenLayer]:
         elif isinstance(module, AdaptedLayer):
             layers[path] = module.frozen
             inside = (*inside, path + ".")
-        elif path and (frozen := freeze_view(module)) is not None:
+        elif path and (frozen := freeze_view(module) or freeze_norm(module)) is not None:
             layers[path] = frozen
     return layers
 

@@ -17,7 +17,7 @@ frozen.py; kernels.py has the norms, and the same numbers quicker for the case t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from dora_diffusion.adapters.kernels import (
     norm_ratio,
     row_norms,
 )
+from dora_diffusion.errors import AdapterStateError
 
 __all__ = ["AdaptedLayer", "DoRAUpdate", "InputAxisDoRAUpdate", "LoRAUpdate"]
 
@@ -43,6 +44,7 @@ class LoRAUpdate(nn.Module):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    bias_difference: nn.Parameter | None  # [out], what files may add to the layer's bias; nothing trains it
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class LoRAUpdate(nn.Module):
         self.scale = scale
         self.strength = 1.0
         self.dropout = nn.Dropout(dropout)
+        self.register_parameter("bias_difference", None)
         device = device_of(frozen.module)
         for name, tensor in (self.start(frozen, rank, generator) if tensors is None else tensors).items():
             self.register_parameter(name, nn.Parameter(tensor.detach().to(device, torch.float32, copy=True)))
@@ -257,6 +260,7 @@ class AdaptedLayer(nn.Module):
         self.frozen = frozen
         self.updates = nn.ModuleDict()
         self.fused: tuple[str, ...] = ()
+        self._original_bias: Tensor | None = None  # b while an adapter that changes it is fused into the base
         self.train(base.training)
 
     @property
@@ -275,16 +279,23 @@ class AdaptedLayer(nn.Module):
         active = [update for update in unfused if update.strength != 0]
         if not active:
             return self.base(x)
+        shift = bias_shift(active)
         if self._has_quick_way(x, active):
             W0, bias = self.base.weight, self.base.bias
             by_input = any(isinstance(update, InputAxisDoRAUpdate) for update in active)
             if not torch.is_grad_enabled() and not by_input:
-                return linear_without_gradients(x, W0, bias, [update.parts() for update in active])  # type: ignore[arg-type]
-            if len(active) == 1 and active[0].strength == 1:
+                return linear_without_gradients(x, W0, _shifted(bias, shift), [update.parts() for update in active])  # type: ignore[arg-type]
+            if len(active) == 1 and active[0].strength == 1 and shift is None:
                 return active[0].linear(x, W0, bias)  # type: ignore[arg-type]
         first = active[0]
         if isinstance(first, InputAxisDoRAUpdate) and len(active) == 1 and not (self.fused or first.drops):
-            return first.alone(x)
+            y = first.alone(x)
+        else:
+            y = self._plain(x, active)
+        return y if shift is None else y + self.frozen.per_output(shift.to(y.dtype))
+
+    def _plain(self, x: Tensor, active: list[LoRAUpdate]) -> Tensor:
+        """The plain formula, without the changes of the bias."""
         y = self.frozen.output(x)
         y0 = self._unbiased(x, y)
         for update in active:
@@ -297,8 +308,10 @@ class AdaptedLayer(nn.Module):
         y = self.frozen.output(x)
         y0 = self._unbiased(x, y)
         for update in updates:
-            w = update.strength_tensor
-            y = torch.where(w == 0, y, y + w.to(y.dtype) * update(x, y0))
+            w, change = update.strength_tensor, update(x, y0)
+            if update.bias_difference is not None:
+                change = change + self.frozen.per_output(update.bias_difference.to(y.dtype))
+            y = torch.where(w == 0, y, y + w.to(y.dtype) * change)
         return y
 
     def _unbiased(self, x: Tensor, y: Tensor) -> Tensor:
@@ -333,22 +346,59 @@ class AdaptedLayer(nn.Module):
         return W.to(W0.dtype)
 
     @torch.no_grad()
+    def merged_bias(self, names: tuple[str, ...]) -> Tensor | None:
+        """b + sum_k w_k (b'_k - b) over the named updates, in the base's dtype; None for a layer without a bias."""
+        bias = getattr(self.base, "bias", None) if self._original_bias is None else self._original_bias
+        updates = [self.updates[name] for name in names]
+        shift = bias_shift([update for update in updates if update.strength != 0])  # type: ignore[misc]
+        return bias if bias is None or shift is None else _shifted(bias.detach(), shift)
+
+    def check_can_fuse(self) -> None:
+        """Raise AdapterStateError for a layer whose weight is packed, or that has no bias where one is changed."""
+        self.frozen.weight  # noqa: B018 (raises for a packed one)
+        if self._changes_bias(tuple(self.updates)) and getattr(self.base, "bias", None) is None:
+            raise AdapterStateError(
+                f"cannot fuse into a {type(self.base).__name__} without a bias: the adapter adds one (lora_B.bias). "
+                "Keep the adapter unfused."
+            )
+
+    def _changes_bias(self, names: tuple[str, ...]) -> bool:
+        return any(self.updates[name].bias_difference is not None for name in names)
+
+    @torch.no_grad()
     def set_fused(self, names: tuple[str, ...]) -> None:
-        """Write exactly these updates into the base's weight; with none, the original bits come back."""
+        """Write exactly these updates into the base's weight and bias; with none, the original bits come back."""
         if not names and not self.fused:
             return
         original = self.frozen.original
         if original is None:
             original = self.frozen.original = self.frozen.weight.detach().clone()
+        if self._original_bias is None and self._changes_bias(names):
+            self._original_bias = self.base.bias.detach().clone()  # type: ignore[union-attr, operator]
         # A requires-grad weight is written through .data: this is no step that autograd should see.
         self.base.weight.data.copy_(self.merged_weight(names) if names else original)  # type: ignore[union-attr, operator]
+        if (bias := self._original_bias) is not None:
+            self.base.bias.data.copy_(self.merged_bias(names) if names else bias)  # type: ignore[union-attr, operator, arg-type]
         self.fused = names
         if not names:
-            self.frozen.original = None
+            self.keep_fused()
 
     def keep_fused(self) -> None:
         """Let go of the original weight: what is fused is the base's from now on."""
-        self.fused, self.frozen.original = (), None
+        self.fused, self.frozen.original, self._original_bias = (), None, None
+
+
+def bias_shift(updates: Iterable[LoRAUpdate]) -> Tensor | None:
+    """sum_k w_k (b'_k - b) [out], float32; None where no update changes the bias."""
+    shifts = [update.strength * update.bias_difference for update in updates if update.bias_difference is not None]
+    return torch.stack(shifts).sum(0) if shifts else None
+
+
+def _shifted(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """The bias with what is added to it, in its own dtype."""
+    if bias is None or shift is None:
+        return shift if bias is None else bias
+    return (bias.float() + shift).to(bias.dtype)
 
 
 QUICK = (LoRAUpdate, DoRAUpdate, InputAxisDoRAUpdate)  # whose formulas kernels.py has

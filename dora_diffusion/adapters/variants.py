@@ -20,7 +20,7 @@ from dora_diffusion.adapters.layers import DoRAUpdate, InputAxisDoRAUpdate, LoRA
 from dora_diffusion.adapters.loha import LoHaUpdate
 from dora_diffusion.adapters.lokr import LoKrPartUpdate, LoKrUpdate
 from dora_diffusion.adapters.orthogonal import BOFTUpdate, OFTUpdate
-from dora_diffusion.adapters.whole import DifferenceUpdate
+from dora_diffusion.adapters.whole import BiasUpdate, DifferenceUpdate, ReplacementUpdate
 
 __all__ = ["LOW_RANK", "UnscaledNormDoRAUpdate", "decomposed", "update_class", "update_of"]
 
@@ -49,6 +49,7 @@ class UnscaledNormDoRAUpdate(DoRAUpdate):
 
 
 LOW_RANK = ("lora_A", "lora_B")
+BIAS = "bias_difference"  # which any form may have beside it
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR_W1 = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
 LOKR_W2 = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"), ("lokr_w2_a", "lokr_w2_b", "lokr_t2"))
@@ -60,6 +61,8 @@ MAGNITUDES: dict[str, type[DoRAUpdate]] = {
 _FORMS: dict[frozenset[str], type[LoRAUpdate]] = {
     frozenset(LOW_RANK): LoRAUpdate,
     frozenset({"difference"}): DifferenceUpdate,
+    frozenset({"replacement"}): ReplacementUpdate,
+    frozenset(): BiasUpdate,
     **{frozenset({*LOHA, *cores}): LoHaUpdate for cores in ((), ("hada_t1", "hada_t2"))},
     **{frozenset({*w1, *w2}): LoKrUpdate for w1 in LOKR_W1 for w2 in LOKR_W2},
     **{frozenset({*w1, *w2, "rows"}): LoKrPartUpdate for w1 in LOKR_W1 for w2 in LOKR_W2},
@@ -73,15 +76,15 @@ _TURNS = (frozenset({"oft_blocks", "constraint"}), frozenset({"oft_blocks", "con
 
 
 def update_of(tensors: Mapping[str, Tensor]) -> type[LoRAUpdate]:
-    """The update that has exactly these parameters."""
-    if tensors.keys() in _TURNS:
+    """The update that has exactly these parameters, and maybe a bias_difference beside them."""
+    if tensors.keys() - {BIAS} in _TURNS:
         return BOFTUpdate if tensors["oft_blocks"].dim() == 4 else OFTUpdate
     return update_class(tensors)
 
 
 def update_class(parameters: Iterable[str]) -> type[LoRAUpdate]:
     """The update whose parameters have exactly these names."""
-    names = frozenset(parameters)
+    names = frozenset(parameters) - {BIAS}
     magnitudes = names & MAGNITUDES.keys()
     return decomposed(_FORMS[names - magnitudes], next(iter(magnitudes), None))  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dora_diffusion.adapters.frozen import FrozenLayer
 from dora_diffusion.adapters.layers import LoRAUpdate
 
-__all__ = ["DifferenceUpdate", "WholeUpdate"]
+__all__ = ["BiasUpdate", "DifferenceUpdate", "ReplacementUpdate", "WholeUpdate"]
 
 
 class WholeUpdate(LoRAUpdate):
@@ -53,7 +53,38 @@ class DifferenceUpdate(WholeUpdate):
 
     @property
     def rank(self) -> int:
-        return min(self.get_parameter("difference").flatten(1).shape)
+        D = self.get_parameter("difference")
+        return 1 if D.dim() == 1 else min(D.flatten(1).shape)
 
     def product(self) -> Tensor:
         return self.get_parameter("difference")
+
+
+class ReplacementUpdate(WholeUpdate):
+    """A weight that stands in the place of the base's, whatever that is: W' itself, replacement in its shape.
+
+    As FLUX's control adapters have the weights of their norms, and ComfyUI writes `set_weight`.
+    """
+
+    @property
+    def rank(self) -> int:
+        W = self.get_parameter("replacement")
+        return 1 if W.dim() == 1 else min(W.flatten(1).shape)
+
+    def product(self) -> Tensor:
+        return self.get_parameter("replacement") - self.frozen.dense_weight()
+
+
+class BiasUpdate(WholeUpdate):
+    """W' = W0: an update of a layer's bias alone, bias_difference [out]."""
+
+    @property
+    def rank(self) -> int:
+        return 1
+
+    def product(self) -> Tensor:
+        device = self.get_parameter("bias_difference").device
+        return torch.zeros(self.frozen.out_features, *self.frozen.in_shape, device=device)
+
+    def forward(self, x: Tensor, y0: Tensor) -> Tensor:
+        return y0.new_zeros(())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from dora_diffusion.formats.scales import PeftConfig, alpha_in_header, overruled
 
 __all__ = ["config_of", "fold_scale_of_whole", "read_description", "says_dora"]
 
+N = TypeVar("N", int, float)
 Parameters = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -48,13 +50,16 @@ def config_of(file: AdapterFile, parameters: Parameters, prefix: str) -> tuple[A
     kind: AnyKind = "dora" if "dora" in kinds else "lora" if "lora" in kinds else "full"
     parametrisation: Parametrisation = "mixed" if len(forms) > 1 else next(iter(forms), "lora")
     ranks = {layer: form_of(held).rank_of(held) for layer, held in parameters.items()} or {"": 1}
-    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+    # Norms and biases, which have none to speak of, do not outvote the layers that have.
+    voting = [r for layer, r in ranks.items() if layer and name_of(parameters[layer]) != "difference"]
+    rank = _most_common(voting or list(ranks.values())) or 1
     raw, description = file.raw, file.description
     assert raw is not None
     try:
         peft = PeftConfig(file.header, prefix, raw.peft_config)
         alphas, notes = _alphas(file, raw, parameters, ranks, peft)
-        usual = peft.default if peft.default is not None else _most_common(list(alphas.values())) or float(rank)
+        voted = [a for layer, a in alphas.items() if not voting or name_of(parameters[layer]) != "difference"]
+        usual = peft.default if peft.default is not None else _most_common(voted) or float(rank)
         config = AdapterConfig(
             kind=kind,
             rank=rank,
@@ -144,7 +149,7 @@ def _of_lokr(description: Description | None) -> dict[str, object]:
     return {} if description is None else {"factor": description.factor, "full_matrix": description.full_matrix}
 
 
-def _most_common(values: list[float]) -> float | None:
+def _most_common(values: list[N]) -> N | None:
     return max(set(values), key=values.count) if values else None
 
 
@@ -154,6 +159,6 @@ def _shortest(alpha: Tensor) -> float:
 
 
 def _kind(held: Mapping[str, Tensor]) -> AnyKind:
-    if "difference" in held:
+    if name_of(held) == "difference":
         return "full"
     return "dora" if any("magnitude" in parameter for parameter in held) else "lora"

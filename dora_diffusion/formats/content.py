@@ -81,6 +81,15 @@ class AdapterFile:
         output, inputs = leaves & {"magnitude", "unscaled_magnitude"}, leaves & {"input_magnitude", "shared_magnitude"}
         return "mixed" if output and inputs else "output" if output else "input" if inputs else "none"
 
+    @property
+    def vectors(self) -> str:
+        """How many normalisation layers and biases the file changes, in words; empty for none."""
+        norms = sum(n.endswith((".difference", ".replacement")) and t.dim() == 1 for n, t in self.tensors.items())
+        biases = sum(name.endswith(".bias_difference") for name in self.tensors)
+        counted = {"normalisation layer": norms, "bias": biases}
+        plural = {"normalisation layer": "normalisation layers", "bias": "biases"}
+        return " and ".join(f"{n} {what if n == 1 else plural[what]}" for what, n in counted.items() if n)
+
     def check_universal(self) -> None:
         """Raises AdapterFileError for a file that was bent so that one program, which computes otherwise, is right."""
         if MADE_FOR_KEY in self.header:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.injection import AdapterConfig
+from dora_diffusion.adapters.layers import LoRAUpdate
+from dora_diffusion.adapters.whole import BiasUpdate
 from dora_diffusion.errors import AdapterFileError, ConfigError
 from dora_diffusion.formats.anatomy import MODEL_LABEL, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
@@ -159,6 +161,8 @@ def _by_difference(
     file: AdapterFile, base: object, to: Target, rank: int | None, partial: bool
 ) -> tuple[AdapterFile, dict[str, float]]:
     named = _with_base(file, base, partial)
+    if to == "lora":
+        _check_all_low_rank(named)
     rank = rank or file.config.rank
     adapter = attach(base, named)
     tensors: dict[str, Tensor] = {}
@@ -167,7 +171,7 @@ def _by_difference(
         for path, update in adapter.updates().items():
             layer, delta = file_layer(path), update.delta_weight().cpu()
             if to == "diff":
-                tensors[f"{layer}.difference"] = delta
+                tensors |= {f"{layer}.{name}": tensor for name, tensor in whole_difference(update, delta).items()}
             else:
                 A, B, residuals[layer] = best_low_rank(delta, rank)
                 tensors |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
@@ -183,6 +187,29 @@ def _by_difference(
         alpha_pattern={layer: float(r) for layer, r in ranks.items() if r != max(ranks.values())},
     )
     return replace(named, tensors=tensors, config=config, notes=file.notes), residuals
+
+
+def whole_difference(update: LoRAUpdate, delta: Tensor) -> dict[str, Tensor]:
+    """The parameters of a whole difference that is the update: of the weight, and of the bias where it changes it.
+    Raises AdapterFileError for a bias that the base's layer does not have."""
+    held = {} if isinstance(update, BiasUpdate) else {"difference": delta}
+    if update.bias_difference is not None:
+        if not update.frozen.has_bias:
+            raise AdapterFileError(
+                "the adapter adds a bias (lora_B.bias) to layers that have none in this base, which no difference "
+                "holds. Write it for PEFT and diffusers: --to diffusers."
+            )
+        held["bias_difference"] = update.bias_difference.detach().cpu()
+    return held
+
+
+def _check_all_low_rank(file: AdapterFile) -> None:
+    """Raises AdapterFileError for changes that no product B A is."""
+    if file.vectors:
+        raise AdapterFileError(
+            f"{file.path} changes {file.vectors}, which a LoRA cannot hold. Write it as differences, which are exact "
+            "everywhere (--to diff), or in kohya's layout, which keeps all as it is (--to kohya)."
+        )
 
 
 def best_low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.forms import Held, form_of, name_of
+from dora_diffusion.formats.forms import BIASES, Held, form_of, name_of
 from dora_diffusion.formats.original import Rows
 
 __all__ = ["cannot_fall_apart", "cut", "has_no_parts", "together"]
 
-MAGNITUDES_BY_ROW = ("magnitude", "unscaled_magnitude")
+BESIDE_BY_ROW = ("magnitude", "unscaled_magnitude", *BIASES)
 Part = dict[str, Tensor]
 
 
@@ -65,7 +65,7 @@ def _cut_one(tensors: Held, rows: Rows) -> Part:
         return dict(tensors)
     cutter = _by_row if "oft_R" in tensors else _CUTTERS.get(form_of(tensors).name, _by_row)
     part = cutter(tensors, rows)
-    return part | {p: rows.cut(tensors[p]) for p in MAGNITUDES_BY_ROW if p in tensors}
+    return part | {p: rows.cut(tensors[p]) for p in BESIDE_BY_ROW if p in tensors}
 
 
 def _by_row(tensors: Held, rows: Rows) -> Part:
@@ -154,7 +154,7 @@ def together(parts: Sequence[Mapping[str, Tensor]]) -> Part | None:
 def _row_axis(name: str, held: Held) -> int | None:
     """The axis along which parts of this tensor stand one behind the other; None for one that they share."""
     form = form_of(held)
-    if name in MAGNITUDES_BY_ROW:
+    if name in BESIDE_BY_ROW:
         return 0
     if form.name == "loha" and name in form.by_row:
         return 1 if "hada_t1" in held else 0

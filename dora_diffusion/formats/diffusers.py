@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.injection import AdapterConfig
@@ -18,24 +19,31 @@ from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.names import TEXT_ENCODERS
 
-__all__ = ["METADATA_KEY", "peft_config", "scales", "to_keys"]
+__all__ = ["METADATA_KEY", "can_hold", "peft_config", "scales", "to_keys"]
 
 METADATA_KEY = "lora_adapter_metadata"
-ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+ENDINGS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+    "bias_difference": "lora_B.bias",
+}
 CANNOT_HOLD = {
     "input_magnitude": "a norm by input, which PEFT does not compute",
     "unscaled_magnitude": "ai-toolkit's norm without alpha / rank, which PEFT does not compute",
     "shared_magnitude": "a norm by input over the rows of a fused layer, which PEFT does not compute",
     "difference": "a whole difference, which PEFT does not have",
+    "replacement": "a whole weight in the place of the base's, which PEFT does not have",
+    "bias_difference": "a change of the bias without B A, or beside a magnitude, which PEFT does not have",
 }
 
 
 def to_keys(file: AdapterFile) -> dict[str, Tensor]:
     """The tensors by the keys of a file. A convolution's magnitude is [1, out, 1, 1] there. Raises AdapterFileError."""
     tensors = {}
-    for layer, held in by_layer(file.tensors).items():
+    for layer, held in _with_all_biases(file).items():
         for parameter, tensor in held.items():
-            if parameter not in ENDINGS:
+            if parameter not in ENDINGS or (parameter == "bias_difference" and not _holds_bias(held)):
                 reason = CANNOT_HOLD.get(parameter) or f"a {form_of(held).label}, which diffusers does not read"
                 raise AdapterFileError(
                     f"{file.path}: {layer} has {reason}. Write it as a difference, which is exact everywhere "
@@ -47,11 +55,38 @@ def to_keys(file: AdapterFile) -> dict[str, Tensor]:
                 )
             if parameter == "magnitude" and held["lora_A"].dim() == 4:
                 tensor = tensor.reshape(1, -1, 1, 1)
+            if parameter == "bias_difference":
+                tensor = tensor / file.scale_of(layer)  # PEFT scales it with B A
             in_encoder = layer.startswith(TEXT_ENCODERS)
             # diffusers' models take both spellings of the magnitude, transformers' only the longer one.
             ending = ENDINGS[parameter] + ".weight" * (in_encoder and parameter == "magnitude")
             tensors[f"{layer}.{ending}" if in_encoder else f"{file.prefix}.{layer}.{ending}"] = tensor
     return tensors
+
+
+def can_hold(file: AdapterFile) -> bool:
+    """Whether every update of the file is one that PEFT has."""
+    layers = by_layer(file.tensors).values()
+    return all(
+        held.keys() <= ENDINGS.keys() and ("bias_difference" not in held or _holds_bias(held)) for held in layers
+    )
+
+
+def _holds_bias(held: Mapping[str, Tensor]) -> bool:
+    return "lora_B" in held and not any("magnitude" in parameter for parameter in held)
+
+
+def _with_all_biases(file: AdapterFile) -> dict[str, dict[str, Tensor]]:
+    """The layers; where one of a component has a bias, zeros in all, as PEFT has one in every layer or in none."""
+    layers = by_layer(file.tensors)
+    components = {
+        la.partition(".")[0] if la.startswith(TEXT_ENCODERS) else "" for la in layers if "bias_difference" in layers[la]
+    }
+    for layer, held in layers.items():
+        component = layer.partition(".")[0] if layer.startswith(TEXT_ENCODERS) else ""
+        if component in components and _holds_bias(held) and "bias_difference" not in held:
+            held["bias_difference"] = torch.zeros(len(held["lora_B"]), dtype=held["lora_B"].dtype)
+    return layers
 
 
 def peft_config(file: AdapterFile) -> str:
@@ -65,7 +100,9 @@ def peft_config(file: AdapterFile) -> str:
         if layers:
             held = _lora_config(file.config, [layer.removeprefix(start) for layer in layers], start)
             is_dora = any(f"{layer}.magnitude" in file.tensors for layer in layers)
-            fields |= {f"{prefix}.{key}": value for key, value in {**held, "use_dora": is_dora}.items()}
+            has_biases = any(f"{layer}.bias_difference" in file.tensors for layer in layers)
+            held |= {"use_dora": is_dora} | ({"lora_bias": True} if has_biases else {})
+            fields |= {f"{prefix}.{key}": value for key, value in held.items()}
     return json.dumps(fields, sort_keys=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,12 +17,14 @@ from dora_diffusion.adapters.injection import Parametrisation
 from dora_diffusion.adapters.input_rotation import size_of
 
 __all__ = [
+    "BIASES",
     "BY_CHANNEL",
     "FORMS",
     "MAGNITUDES",
     "Form",
     "Held",
     "Sizes",
+    "bias_problems",
     "form_of",
     "forms_in",
     "magnitude_problem",
@@ -30,8 +32,10 @@ __all__ = [
     "with_axes",
 ]
 
+BIASES = ("bias_difference", "lora_bias")  # which any form may have beside it, and LoRA alone
 MAGNITUDES = ("magnitude", "unscaled_magnitude", "input_magnitude", "shared_magnitude", "dora_scale")
-BY_CHANNEL = (*MAGNITUDES, "rescale", "output_factor", "input_factor")  # a number for each output, or each input
+# A number for each output, or for each input.
+BY_CHANNEL = (*MAGNITUDES, *BIASES, "rescale", "output_factor", "input_factor")
 Held = Mapping[str, Tensor]
 
 
@@ -48,6 +52,12 @@ class Sizes:
     kernel: tuple[int, ...] | None = None
     inputs: int = 0
     block: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, where all is known."""
+        kernel = self.kernel or ()
+        return (self.outputs, self.columns // math.prod(kernel), *kernel)
 
     def cannot_be(self, out_features: int, in_shape: tuple[int, ...]) -> str:
         """Why no layer of this shape has it; empty where one may."""
@@ -148,12 +158,28 @@ def _lora_sizes(held: Held) -> Sizes:
 
 
 def _difference_problem(held: Held) -> str:
-    return _all_of(held, {"difference": (2, 4)})
+    return _all_of(held, dict.fromkeys(("difference", "replacement"), (1, 2, 4)))  # one axis: of a norm
 
 
 def _difference_sizes(held: Held) -> Sizes:
-    D = held["difference"]
+    D = _whole(held)
     return Sizes(D.shape[0], D[0].numel(), tuple(D.shape[2:]))
+
+
+def _difference_rank(held: Held) -> int:
+    D = _whole(held)
+    return 1 if D.dim() == 1 else min(D.flatten(1).shape)
+
+
+def _whole(held: Held) -> Tensor:
+    return held["difference"] if "difference" in held else held["replacement"]
+
+
+# A change of the bias alone
+
+
+def _bias_problem(held: Held) -> str:
+    return _all_of(held, {"bias_difference": (1,)})
 
 
 # LoHa
@@ -328,14 +354,27 @@ DIFFERENCE = Form(
     (frozenset({"difference"}),),
     _difference_problem,
     _difference_sizes,
-    lambda held: min(held["difference"].flatten(1).shape),
+    _difference_rank,
     _never,
     by_row=("difference",),
+    takes_magnitude=False,
+)
+REPLACEMENT = replace(DIFFERENCE, label="whole weight", sets=(frozenset({"replacement"}),), by_row=("replacement",))
+BIAS = Form(
+    "difference",
+    "difference of a bias",
+    (frozenset({"bias_difference"}),),
+    _bias_problem,
+    lambda held: Sizes(held["bias_difference"].shape[0]),
+    lambda held: 1,
+    _never,
+    by_row=("bias_difference",),
     takes_magnitude=False,
 )
 FORMS = (
     LORA,
     DIFFERENCE,
+    REPLACEMENT,
     Form(
         "loha",
         "LoHa",
@@ -409,15 +448,30 @@ FORMS = (
 
 
 def forms_in(held: Iterable[str]) -> list[Form]:
-    """The forms of which there is a tensor."""
+    """The forms of which there is a tensor; a change of the bias is one where it stands alone."""
     names = set(held)
-    return [form for form in FORMS if form.parameters & names]
+    return [form for form in FORMS if form.parameters & names] or [BIAS] * ("bias_difference" in names)
 
 
 def form_of(held: Held) -> Form:
     """The form of a module that was checked."""
     [form] = forms_in(held)
     return form
+
+
+def bias_problems(held: Held, form: Form) -> list[str]:
+    """Why what is to be added to the bias does not go with the rest; none where it does."""
+    wrong = []
+    outputs = form.sizes(held).outputs
+    for name in held.keys() & {*BIASES}:
+        b = held[name]
+        if b.dim() != 1 or len(b) != (outputs or len(b)):
+            wrong.append(f"{name} of shape {list(b.shape)} for {outputs} outputs")
+    if "lora_bias" in held:
+        beside = [p for p in ("bias_difference", *MAGNITUDES) if p in held]
+        if form.name != "lora" or beside:
+            wrong.append(f"lora_B.bias beside {beside[0] if beside else form.label}, which no program computes")
+    return wrong
 
 
 def magnitude_problem(held: Held, sizes: Sizes) -> str:

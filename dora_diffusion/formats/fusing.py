@@ -43,9 +43,12 @@ def _fuse(
     if len({file.scale_of(member) for member in members}) > 1:
         return None
     if (whole := together(parts)) is not None:
-        # Differences that came apart are as well written so, and so are trained ones.
-        return whole if "difference" not in first or differences else None
-    return _side_by_side(parts) if ranks and first.keys() <= {*LOW_RANK, "magnitude"} else None
+        # Differences that came apart are as well written so, and so are trained ones; but ComfyUI reads a part's
+        # weight, and not its bias.
+        stays_apart = "difference" in first and "bias_difference" not in first and not differences
+        return None if stays_apart else whole
+    is_low_rank = "lora_A" in first and first.keys() <= {*LOW_RANK, "magnitude", "bias_difference"}
+    return _side_by_side(parts) if ranks and is_low_rank else None
 
 
 def _side_by_side(parts: list[Held]) -> Held | None:
@@ -60,6 +63,6 @@ def _side_by_side(parts: list[Held]) -> Held | None:
         return None
     fused = {"lora_A": torch.cat([part["lora_A"] for part in parts])}
     fused["lora_B"] = torch.block_diag(*(part["lora_B"] for part in parts))
-    if "magnitude" in parts[0]:
-        fused["magnitude"] = torch.cat([part["magnitude"] for part in parts])
+    for whole in parts[0].keys() - fused.keys():
+        fused[whole] = torch.cat([part[whole] for part in parts])
     return fused

@@ -9,6 +9,7 @@ ranks. The layers of FLUX.1 have diffusers' names behind `lora_transformer_`, th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -122,6 +123,12 @@ def _always_fused(file: AdapterFile) -> bool:
     return file.models[0] == "sd3"
 
 
+def _is_part(key: str, parts: set[str]) -> bool:
+    """Whether the key is of a part of a fused layer; `parts` have "N" for a block's number."""
+    name = re.sub(r"_\d+_", "_N_", key.removesuffix(".diff_b"), count=1)
+    return any(name.endswith("_" + part.replace(".", "_")) for part in parts)
+
+
 def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
     notes = []
     apart = [key for key in keys if "sd3" in file.models and key.startswith("lora_transformer_")]
@@ -129,6 +136,20 @@ def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
         notes.append(
             f"{len({key.partition('.')[0] for key in apart})} layers of Stable Diffusion 3 have no name of the "
             "original checkpoint of their own, and keep diffusers' (lora_transformer_): ComfyUI reads them, Forge not"
+        )
+    fused = [(ours, names) for (_, ours), table in _model(file).fused.items() for names, _ in table.values()]
+    parts = {f"{ours}.N.{name}" for ours, names in fused for name in names}
+    lost = [key for key in keys if key.endswith(".diff_b") and _is_part(key, parts)]
+    if lost:
+        notes.append(
+            f"{len(lost)} biases are of parts of one layer of the original checkpoint ({lost[0]}): ComfyUI reads the "
+            "weights of such parts, and not their biases (--to diff puts them together where all parts are there)"
+        )
+    in_encoders = {key.partition(".")[0] for key in keys if key.startswith("lora_te") and "layer_norm" in key}
+    if any(re.match(r"lora_te[12]?_text_model", name) for name in in_encoders):
+        notes.append(
+            f"{len(in_encoders)} normalisation layers are of text encoders: ComfyUI looks for CLIP's projections alone "
+            "under such names (lora_te), A1111 and LyCORIS for all layers"
         )
     if is_xl(file) and file.base.layers_per_block is None and any("put_blocks_" in key for key in keys):
         notes.append(

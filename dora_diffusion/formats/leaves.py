@@ -37,7 +37,14 @@ LEAVES = {
     "dora_scale": Leaf("kohya", "dora_scale"),
     "magnitude": Leaf("ai-toolkit", "unscaled_magnitude"),
     "weight_m_wdecomp.weight": Leaf("NVlabs", "magnitude"),
+    # Whole differences: of any weight and bias (ComfyUI, LyCORIS), and of a norm's (LyCORIS's train_norm).
     "diff": Leaf("diff", "difference"),
+    "diff_b": Leaf("diff", "bias_difference"),
+    "w_norm": Leaf("LyCORIS", "difference"),
+    "b_norm": Leaf("LyCORIS", "bias_difference"),
+    "set_weight": Leaf("diff", "replacement"),  # ComfyUI's: what stands in the weight's place
+    "reshape_weight": Leaf(None, "reshape"),  # ComfyUI's: the shape that it pads the weight to, with zeros
+    "lora_B.bias": Leaf("PEFT", "lora_bias"),  # PEFT's lora_bias=True, and BFL's control adapters
     "lora.down.weight": Leaf("old diffusers", "lora_A"),
     "lora.up.weight": Leaf("old diffusers", "lora_B"),
     "lora_linear_layer.down.weight": Leaf("old diffusers", "lora_A"),
@@ -62,11 +69,12 @@ _XLABS = re.compile(r"(?:diffusion_model\.)?(?:double|single)_blocks\.\d+\.proce
 _NAMED = re.compile(
     r"(.+\.(?:lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_\w+))\.(?!(?:weight|bias)(?:\.|$))([^.]+)(\.weight|\.bias)?"
 )
+# FLUX's and Chroma's checkpoints call a norm's weight `scale`. BFL's control adapters have it whole under that name,
+# those of diffusers' scripts under diffusers' own; ComfyUI's endings may follow.
+_SCALE = re.compile(r"(.+[._](?:query_norm|key_norm|norms\.\d+))\.scale(?:\.(?P<as>diff|set_weight))?")
+_NORM = re.compile(r"(.+\.norm_(?:added_)?[qk])\.weight")
 # What keys end with (after a dot) that no adapter read here has, and what it is.
 _FOREIGN = {
-    r"diff_b": "a change of biases",
-    r"w_norm|[qk]_norm\.scale|(?:query|key)_norm\.scale": "a change of normalisation weights",
-    r"b_norm": "a change of normalisation biases",
     r"lokr_t1": "a LoKr with a core in its first factor, which no program writes",
     r"oft_diag": "kohya's OFT",
     r"oft_R\.\w+\.weight|oft_R": "PEFT's OFT",
@@ -78,9 +86,7 @@ _FOREIGN = {
     r"hra_u(?:\.\w+)?": "PEFT's HRA",
     r"lora_down|lora_up": "a LoRA as nunchaku keeps it",
     r"bm\.weight": "LyCORIS GLoRA with a core",
-    r"lora_B\.bias": "a trained bias (PEFT's lora_bias)",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",
-    r"set_weight|reshape_weight": "a weight that ComfyUI replaces whole",
     r"emb_params|string_to_param|clip_[lg]|t5": "an embedding (textual inversion)",
 }
 _FOREIGN_KEYS = [(re.compile(rf"(?:(.*)\.)?(?:{ending})"), kind) for ending, kind in _FOREIGN.items()]
@@ -123,6 +129,8 @@ def split_key(key: str) -> tuple[str, Leaf] | None:
     if joined := _JOINED.fullmatch(key):
         theirs = LEAVES[f"lora.{joined[3]}.weight"]
         return joined[1] + (joined[2] or ""), Leaf("XLabs", theirs.holds) if _XLABS.match(key) else theirs
+    if scale := _SCALE.fullmatch(key) or _NORM.fullmatch(key):
+        return scale[1], LEAVES[scale.groupdict().get("as") or "set_weight"]
     key = without_adapter_name(key)
     for leaf in _LONGEST_FIRST:
         if key.endswith("." + leaf) and len(key) > len(leaf) + 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.frozen import FrozenLayer
+from dora_diffusion.adapters.frozen import FrozenLayer, FrozenWeight
 from dora_diffusion.adapters.injection import (
     Adapter,
     AdapterConfig,
@@ -18,6 +18,7 @@ from dora_diffusion.adapters.injection import (
     NormAxis,
     accompany,
     adaptable_layers,
+    changeable_layers,
     check_strength,
     inject_into,
 )
@@ -131,7 +132,7 @@ def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> 
 
 
 def _fit_or_report(
-    pipe_or_model: object, views: Mapping[str, FrozenLayer], file: AdapterFile, findings: Findings, partial: bool
+    pipe_or_model: object, views: Mapping[str, FrozenWeight], file: AdapterFile, findings: Findings, partial: bool
 ) -> _Fitted:
     file.check_universal()
     fitted = _fit(file, views)
@@ -160,6 +161,11 @@ def attach_trainable(
             f"cannot go on from {file.path}: it is {file.config.kind_label}, which is not trained here. "
             "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
         )
+    if file.vectors:
+        raise AdapterMismatchError(
+            f"cannot go on from {file.path}: it changes {file.vectors} too, which are not trained here. Merge it into "
+            "the base and train on that: dora-diffusion merge FILE --base BASE --out FOLDER."
+        )
     fitted = _fitted(pipe_or_model, file)
     config = replace(fitted.config(), kind=kind, dropout=dropout)
     if file.config.kind != kind:
@@ -170,7 +176,7 @@ def attach_trainable(
         {path: fitted.views[path] for path in fitted.tensors},
         name=name,
         text_encoders=text_encoders_of(pipe_or_model),
-        tensors={path: _to_train(held, config, fitted.views[path]) for path, held in fitted.tensors.items()},
+        tensors={path: _to_train(held, config, fitted.views[path]) for path, held in fitted.tensors.items()},  # type: ignore[arg-type]
     )
     for path, update in adapter.updates().items():
         if isinstance(update, DoRAUpdate) and update.magnitude_name not in fitted.tensors[path]:
@@ -216,12 +222,12 @@ def fit_of(pipe_or_model: object, file: AdapterFile) -> Fit:
     )
 
 
-def _look_at(pipe_or_model: object) -> tuple[dict[str, FrozenLayer], Anatomy]:
+def _look_at(pipe_or_model: object) -> tuple[Mapping[str, FrozenWeight], Anatomy]:
     """The layers that an adapter may change, a text encoder's behind its name, and what names they answer to."""
     model = denoiser_of(pipe_or_model)
-    views = dict(adaptable_layers(model))
+    views: dict[str, FrozenWeight] = dict(changeable_layers(model))
     for encoder, module in text_encoders_of(pipe_or_model).items():
-        views |= {f"{encoder}.{path}": view for path, view in adaptable_layers(module).items()}
+        views |= {f"{encoder}.{path}": view for path, view in changeable_layers(module).items()}
     return views, anatomy_of(model, views)
 
 
@@ -270,7 +276,7 @@ class _Fitted:
     """A file's layers at their paths in a model with these layers, and what found no place, one line each."""
 
     file: AdapterFile
-    views: Mapping[str, FrozenLayer]
+    views: Mapping[str, FrozenWeight]
     places: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -296,7 +302,7 @@ class _Fitted:
         return {f"{path}.{p}": tensor for path, held in self.tensors.items() for p, tensor in held.items()}
 
 
-def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> _Fitted:
+def _fit(file: AdapterFile, views: Mapping[str, FrozenWeight]) -> _Fitted:
     fitted = _Fitted(file, views)
     flat = {path.replace(".", "_"): path for path in views}
     for layer, held in by_layer(file.tensors).items():
@@ -310,7 +316,7 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> _Fitted:
             )
         elif path in fitted.tensors:
             fitted.problems.append(f"{_said(layer, file)}: {path} has an update of this file already")
-        elif problem := _misfit(held, views[path]):
+        elif problem := _misfit(held, views[path], file.dialect in ADDING_BIASES):
             fitted.problems.append(f"{_said(layer, file)}: {problem}{_for_more_inputs(path, held, views[path])}")
         else:
             fitted.places[layer] = path
@@ -327,19 +333,25 @@ def _said(layer: str, file: AdapterFile) -> str:
     return layer if written.endswith(layer) else f"{layer} ({written})"
 
 
-def _misfit(held: Mapping[str, Tensor], view: FrozenLayer) -> str:
+def _misfit(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -> str:
     """Why a layer's tensors do not fit; empty when they do."""
     wanted = (view.out_features, *view.in_shape)
+    if problem := _misfitting_bias(held, view, adds_biases):
+        return problem
+    if held.keys() == {"bias_difference"}:
+        return ""
     m = held.get("input_magnitude", held.get("shared_magnitude"))
     if m is not None and m.numel() != view.in_shape[0]:
         return f"a magnitude of {m.numel()} inputs, this layer has {view.in_shape[0]}"
-    if not held.keys() & {"difference", "lora_A"}:
+    if not view.in_shape and not held.keys() & {"difference", "replacement"}:
+        return f"a {form_of(held).label} for a normalisation layer, which has no rows and columns"
+    if not held.keys() & {"difference", "replacement", "lora_A"}:
         sizes = form_of(held).sizes(held)
         if "rows" in held:
             sizes = replace(sizes, outputs=int(held["rows"].diff(dim=1).sum()))
         return sizes.cannot_be(view.out_features, view.in_shape)
-    if "difference" in held:
-        shape = tuple(held["difference"].shape)
+    for whole in held.keys() & {"difference", "replacement"}:
+        shape = tuple(held[whole].shape)
         return "" if _same(shape, wanted) else f"a difference of {list(shape)} for a weight of {list(wanted)}"
     A, B = held["lora_A"], held["lora_B"]
     if not _same((B.shape[0], *A.shape[1:]), wanted):
@@ -350,7 +362,23 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenLayer) -> str:
     return ""
 
 
-def _for_more_inputs(path: str, held: Mapping[str, Tensor], view: FrozenLayer) -> str:
+# In these a layer without a bias is given one (PEFT's lora_bias); other programs leave out a difference of what is not
+# there, so that a file that has one is for another base.
+ADDING_BIASES = ("PEFT", "diffusers")
+
+
+def _misfitting_bias(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -> str:
+    b = held.get("bias_difference")
+    if b is None:
+        return ""
+    if b.numel() != view.out_features:
+        return f"a difference of {b.numel()} biases, this layer has {view.out_features} outputs"
+    if view.has_bias or (adds_biases and "lora_A" in held):
+        return ""
+    return "a difference of the bias, and this layer has none"
+
+
+def _for_more_inputs(path: str, held: Mapping[str, Tensor], view: FrozenWeight) -> str:
     """What to say of a first layer that is wider in the file's base than here."""
     own, theirs = view.in_shape[0], held["lora_A"].shape[1] if "lora_A" in held else 0
     return wider_base(own, theirs) if path in FIRST_LAYERS and theirs > own else ""
@@ -363,14 +391,15 @@ def _same(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     )
 
 
-def _shaped(parameter: str, tensor: Tensor, view: FrozenLayer) -> Tensor:
+def _shaped(parameter: str, tensor: Tensor, view: FrozenWeight) -> Tensor:
     if parameter == "lora_A":
         return tensor.reshape(-1, *view.in_shape)
     if parameter == "lora_B":
         return tensor.reshape(view.out_features, -1, *view.up_shape)
     if parameter in BY_CHANNEL:
         return tensor.flatten()
-    return tensor.reshape(view.out_features, *view.in_shape) if parameter == "difference" else tensor
+    is_whole = parameter in ("difference", "replacement")
+    return tensor.reshape(view.out_features, *view.in_shape) if is_whole else tensor
 
 
 def _report(fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bool) -> None:

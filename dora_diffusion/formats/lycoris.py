@@ -18,6 +18,8 @@ ENDINGS = {
     "lora_A": "lora_down.weight",
     "lora_B": "lora_up.weight",
     "difference": "diff",
+    "bias_difference": "diff_b",
+    "replacement": "set_weight",
     "unscaled_magnitude": "magnitude",
     "constraint": "alpha",
     "oft_R": "oft_R.weight",
@@ -25,11 +27,15 @@ ENDINGS = {
     "input_factor": "weight",
     **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
 }
+# Beside other updates, where LyCORIS looks for them; ComfyUI and Forge read both spellings.
+NORM_ENDINGS = {"difference": "w_norm", "bias_difference": "b_norm"}
 
 
 def module_keys(name: str, held: Held, file: AdapterFile, layer: str) -> Iterator[tuple[str, Tensor]]:
     """A module's keys, with the scale of this layer of the file."""
     form = form_of(held)
+    is_norm = "difference" in held and held["difference"].dim() == 1 and file.config.kind != "full"
+    endings = ENDINGS | (NORM_ENDINGS if is_norm else {})
     if alone := [p for p in ("rows", "shared_magnitude") if p in held]:
         what = "a norm over the rows" if alone[-1] == "shared_magnitude" else "rows of a LoKr"
         raise AdapterFileError(
@@ -42,7 +48,7 @@ def module_keys(name: str, held: Held, file: AdapterFile, layer: str) -> Iterato
         if parameter in ("magnitude", "input_magnitude"):
             yield f"{name}.dora_scale", _dora_scale(parameter, tensor, held)
         else:
-            yield f"{name}.{ENDINGS.get(parameter, parameter)}", tensor
+            yield f"{name}.{endings.get(parameter, parameter)}", tensor
     if "oft_scaled" in held:
         yield f"{name}.oft_R.scaled_oft", torch.tensor(True)
     if form.name == "ia3":

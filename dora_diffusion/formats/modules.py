@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.forms import MAGNITUDES, Form, Held, form_of, forms_in, magnitude_problem
+from dora_diffusion.formats.forms import (
+    MAGNITUDES,
+    Form,
+    Held,
+    bias_problems,
+    form_of,
+    forms_in,
+    magnitude_problem,
+)
 
 __all__ = ["check_module", "foreign_kind", "one_form"]
 
@@ -35,7 +43,7 @@ def check_module(held: Held) -> tuple[list[str], list[str]]:
         return [], [f"{p} beside {_said(form)}" for p in beside]
     if problem := form.problem(held):
         return [], [problem]
-    wrong = _magnitude_problems(form, held) + _of_one_number(held)
+    wrong = _magnitude_problems(form, held) + _of_one_number(held) + bias_problems(held, form) + _shape_problems(held)
     return [], wrong + _alpha_problems(held, form.is_scaled(held))
 
 
@@ -88,11 +96,9 @@ def _is_old_glora(held: Held) -> bool:
 
 def foreign_kind(held: Held, peft_named: bool) -> str:
     """What a module is that is sound and not read here; empty for one that is read, or broken."""
-    dims = {held[p].dim() for p in ("lora_A", "lora_B", "difference") if p in held}
+    dims = {held[p].dim() for p in ("lora_A", "lora_B", "difference", "replacement") if p in held}
     if "oft_R" in held and peft_named:
         return "PEFT's OFT"
-    if dims == {1} and "difference" in held:
-        return "a change of normalisation weights or biases"
     if dims and dims <= {3, 5}:
         return "an update of convolutions along one axis or three, as models for sound and video have them"
     return ""
@@ -120,6 +126,7 @@ def _fits(parameter: str, held: Held) -> bool:
 
 
 def _alpha_problems(held: Held, counts: bool) -> list[str]:
+    """One without a scale may have any number as its alpha, which counts for nothing."""
     alpha = held.get("alpha")
     if alpha is None:
         return []
@@ -129,6 +136,14 @@ def _alpha_problems(held: Held, counts: bool) -> list[str]:
         return []
     value = float(alpha)
     return [] if math.isfinite(value) and value > 0 else [f"alpha is {value:g}; it must be above 0"]
+
+
+def _shape_problems(held: Held) -> list[str]:
+    """ComfyUI pads a weight to this shape before it adds the update, which has that shape itself."""
+    if "reshape" not in held:
+        return []
+    shape, own = held["reshape"].tolist(), list(form_of(held).sizes(held).shape)
+    return [] if shape == own else [f"reshape_weight says {shape}, the update is for {own}"]
 
 
 def _of_one_number(held: Held) -> list[str]:
@@ -155,6 +170,11 @@ def one_form(held: Held) -> tuple[dict[str, Tensor], list[str]]:
         down = tensors["lora_A"].flatten(1).float()  # [r, in]
         tensors["lora_A"] = torch.einsum("mn...,nj->mj...", tensors.pop("lora_mid").float(), down)
         notes.append("lora_mid (a Tucker core) is multiplied into lora_A: the same update, without the core")
+    if "reshape" in tensors:
+        shape = [int(n) for n in tensors.pop("reshape").tolist()]
+        notes.append(
+            f"a weight is padded with zeros to {shape} (reshape_weight): the base has to have it in that shape"
+        )
     if form.name == "loha" and "hada_t1" not in tensors:
         tensors |= {p: t.flatten(1) for p, t in tensors.items() if p.startswith("hada_")}
     if form.name == "glora" and _is_old_glora(held):

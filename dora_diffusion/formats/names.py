@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from dora_diffusion.formats.aliases import plain_name
 from dora_diffusion.formats.anatomy import MODELS, Anatomy, Model, model_of
+from dora_diffusion.formats.norm_names import NORM_WORDS
 from dora_diffusion.formats.original import WHOLE, Part, is_flux1, is_flux2
 
 __all__ = [
@@ -81,7 +82,9 @@ WORDS: list[str] = re.findall(
     attention w1 w2 w3
     """,
 )
-_TOKEN = re.compile("(" + "|".join(sorted([*COMPOUNDS, *WORDS], key=len, reverse=True)) + r"|\d+(?:-\d+)?)(?:_|$)")
+_TOKEN = re.compile(
+    "(" + "|".join(sorted([*COMPOUNDS, *WORDS, *NORM_WORDS], key=len, reverse=True)) + r"|\d+(?:-\d+)?)(?:_|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ def _heads_changed(path: str, between: str) -> list[str]:
 
 def _with_text_model(path: str) -> str:
     """transformers 5 has a CLIPTextModel without `text_model`; files name it all the same."""
-    return f"text_model.{path}" if path.startswith("encoder.layers.") else path
+    return f"text_model.{path}" if path.startswith(("encoder.layers.", "final_layer_norm")) else path
 
 
 def models_of(

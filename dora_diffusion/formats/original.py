@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dora_diffusion.formats.norm_names import NORMS, NORMS_OUTSIDE
+
 __all__ = [
     "FLUX",
     "HALVES",
@@ -97,6 +99,11 @@ class Transformer:
     outside: Mapping[str, str]
     swapped: Mapping[str, str]  # whose halves, scale and shift, change places
     turned_at_the_end: tuple[str, ...] = ()
+
+    def with_more(self, blocks: Mapping[Blocks, Mapping[str, str]], outside: Mapping[str, str]) -> Transformer:
+        """These names, and more that are not fused."""
+        joined = {block: {**self.blocks.get(block, {}), **table} for block, table in blocks.items()}
+        return replace(self, blocks={**self.blocks, **joined}, outside={**self.outside, **outside})
 
     def has(self, path: str) -> bool:
         """Whether a layer of this name is in the model by diffusers' names."""
@@ -308,13 +315,9 @@ Z_IMAGE = Transformer(
     },
     swapped={},
 )
+_MAPS = {"sd3": SD3, "flux": FLUX, "chroma": CHROMA, "flux2": FLUX2, "qwen": QWEN, "z-image": Z_IMAGE}
 TRANSFORMERS: Mapping[str, Transformer] = {
-    "sd3": SD3,
-    "flux": FLUX,
-    "chroma": CHROMA,
-    "flux2": FLUX2,
-    "qwen": QWEN,
-    "z-image": Z_IMAGE,
+    name: transformer.with_more(NORMS.get(name, {}), NORMS_OUTSIDE.get(name, {})) for name, transformer in _MAPS.items()
 }
 
 

@@ -56,6 +56,8 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
     if config.kind == "lora" and (said := says_dora(file, prefix)):
         findings.missing.append(f"every magnitude: {said}, and no layer has one, so that it is a LoRA of other weights")
     for layer, held in placed.parameters.items():
+        if "lora_bias" in held:  # PEFT's and BFL's is scaled with B A
+            held["bias_difference"] = config.scale_of(layer) * held.pop("lora_bias").float()
         if "unscaled_magnitude" in held and config.scale_of(layer) == 1:  # ai-toolkit's norm is DoRA's, then
             held["magnitude"] = held.pop("unscaled_magnitude")
     tensors = {f"{la}.{p}": t for la, held in placed.parameters.items() for p, t in held.items() if p != "alpha"}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from dora_diffusion.formats.norm_names import RESNET_NORMS, UNET_NORMS
+
 __all__ = ["is_original", "is_own", "originals_of", "unet_original", "unet_path"]
 
 UNET_WHOLE = {
@@ -17,17 +19,19 @@ UNET_WHOLE = {
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
     "out.2": "conv_out",
+    **UNET_NORMS,
 }
 RESNET = {
     "in_layers.2": "conv1",
     "out_layers.3": "conv2",
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
+    **RESNET_NORMS,
 }
 _RESNET_BACK = {ours: theirs for theirs, ours in RESNET.items()}
 _UNET_BACK = {ours: theirs for theirs, ours in UNET_WHOLE.items()}
 _ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks)\.\d+\..+")
-_OWN = re.compile(r"((down|up)_blocks\.\d+|mid_block)\..+|(time|add)_embedding\.linear_[12]|conv_(in|out)")
+_OWN = re.compile(r"((down|up)_blocks\.\d+|mid_block)\..+|(time|add)_embedding\.linear_[12]|conv_(in|out|norm_out)")
 
 
 def is_own(path: str) -> bool:

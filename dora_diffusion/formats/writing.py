@@ -52,13 +52,14 @@ def save_adapter(
 ) -> Path:
     """Write the adapter in PEFT/diffusers layout, which stock `pipe.load_lora_weights(path)` reads too.
 
-    What that layout has no name for, a norm by input and forms like LoKr, is written in kohya's. The header carries the
-    configuration, the base's identity and `training`, a summary of the run. The file appears under its name only when
-    it is whole. Raises OutputError, and AdapterFileError for an adapter that the layout cannot hold (a whole
-    difference).
+    What that layout has no name for, a norm by input, forms like LoKr and changes of normalisation layers, is written
+    in kohya's. The header carries the configuration, the base's identity and `training`, a summary of the run. The file
+    appears under its name only when it is whole. Raises OutputError, and AdapterFileError for an adapter that the
+    layout cannot hold (a whole difference).
     """
     file = file_of(adapter, Path(path), training=training, base_name=base_name)
     held_by_peft = file.norm_axis != "input" and file.config.parametrisation == "lora"
+    held_by_peft &= file.config.kind == "full" or diffusers.can_hold(file)
     return write_adapter_file(file, Path(path), "diffusers" if held_by_peft else "kohya")[0]
 
 
@@ -100,9 +101,8 @@ def _fellows(adapter: Adapter) -> dict[str, tuple[str, ...]]:
 def file_layer(name: str) -> str:
     """transformers 5 has a CLIPTextModel without `text_model`; files name it all the same."""
     encoder, _, path = name.partition(".")
-    return (
-        f"{encoder}.text_model.{path}" if encoder.startswith("text_encoder") and path.startswith("encoder.") else name
-    )
+    is_bare = path.startswith(("encoder.layers.", "final_layer_norm"))
+    return f"{encoder}.text_model.{path}" if encoder.startswith("text_encoder") and is_bare else name
 
 
 def describe(file: AdapterFile, base: BaseIdentity, training: Summary | None = None) -> Description:

@@ -6,7 +6,8 @@ Liu et al. 2024, section 3.2. With m the norms of a weight's vectors and V their
     direction change  dD = sum (1 - cos(W', W0)) / k
 
 The paper writes a vector as a column. Here, as in the authors' code, it is what makes one output: a row of torch's
-weight [out, in], for a convolution a kernel [in, kh, kw].
+weight [out, in], for a convolution a kernel [in, kh, kw]. A norm's weight and a bias are one vector each: they are
+shown, and stay out of what is said of the matrices.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class LayerChange:
     singular_values: tuple[float, ...]
     effective_rank: float
     energy: float
+    is_vector: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,13 @@ class Analysis:
     @property
     def correlation(self) -> float | None:
         """Pearson's r between the layers' changes of direction and of magnitude; None where it has no meaning."""
-        line = fit([(layer.direction_change, layer.magnitude_change) for layer in self.layers])
+        line = fit([(layer.direction_change, layer.magnitude_change) for layer in self.matrices])
         return None if line is None else line[2]
+
+    @property
+    def matrices(self) -> list[LayerChange]:
+        """The layers without norms and biases."""
+        return [layer for layer in self.layers if not layer.is_vector]
 
     @property
     def largest(self) -> list[LayerChange]:
@@ -72,8 +79,8 @@ def analyse(name: str, kind: str, rank: int | None, changes: Iterable[Change]) -
 @torch.no_grad()
 def layer_change(change: Change, rank: int) -> LayerChange:
     """The analysis of one layer, in float64."""
-    W0 = change.weight.flatten(1).double()  # [out, in * kernel]
-    dW = change.delta().flatten(1).double()
+    is_vector = change.weight.dim() == 1
+    W0, dW = (t.double()[None] if is_vector else t.flatten(1).double() for t in (change.weight, change.delta()))
     magnitude, direction = _magnitude_and_direction(W0, dW)
     values = _singular_values(change, dW)
     size = W0.norm().item()
@@ -85,6 +92,7 @@ def layer_change(change: Change, rank: int) -> LayerChange:
         singular_values=tuple(values.tolist()),
         effective_rank=effective_rank(values),
         energy=energy_within(values, rank),
+        is_vector=is_vector,
     )
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.frozen import FrozenLayer
 from dora_diffusion.adapters.injection import adaptable_layers
-from dora_diffusion.adapters.layers import LoRAUpdate
+from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
+from dora_diffusion.adapters.whole import BiasUpdate
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
 from dora_diffusion.formats.files import check_adapter, load_adapter, read_what_fits
 from dora_diffusion.inspection.parity import refuse_marked
@@ -30,7 +31,10 @@ PARTS = ("unet", "transformer")
 
 @dataclass(frozen=True)
 class Change:
-    """One layer's W0, and how to make dW = W' - W0; `factors` are (s B, A) where dW = s B A."""
+    """One layer's W0, and how to make dW = W' - W0; `factors` are (s B, A) where dW = s B A.
+
+    A norm's weight, and any bias, is a vector; a bias goes by the layer's name and ".bias".
+    """
 
     layer: str
     weight: Tensor
@@ -77,7 +81,8 @@ def changes_of(path: Path, base: Base, partial: bool = False) -> Iterator[Iterat
         refuse_marked(path, read_what_fits(path, partial=partial).header)
         adapter = load_adapter(base.pipe, path, strength=0.0, partial=partial)
         try:
-            yield (_adapted(name, layer.frozen, adapter.updates()[name]) for name, layer in adapter.layers.items())
+            updates = adapter.updates()
+            yield (change for name, layer in adapter.layers.items() for change in _adapted(name, layer, updates[name]))
         finally:
             adapter.eject()
     elif kind == "checkpoint":
@@ -87,11 +92,17 @@ def changes_of(path: Path, base: Base, partial: bool = False) -> Iterator[Iterat
             yield _stored(base.denoiser, _tensors(path, files), path)
 
 
-def _adapted(name: str, frozen: FrozenLayer, update: LoRAUpdate) -> Change:
+def _adapted(name: str, layer: AdaptedLayer, update: LoRAUpdate) -> Iterator[Change]:
+    """What an adapter changes of a layer: its weight, its bias, or both."""
     factors = None
     if type(update) is LoRAUpdate:
         factors = (update.scale * update.lora_B.detach(), update.lora_A.detach())
-    return Change(name, frozen.dense_weight(), update.delta_weight, factors)
+    if not isinstance(update, BiasUpdate):
+        yield Change(name, layer.frozen.dense_weight(), update.delta_weight, factors)
+    if (shift := update.bias_difference) is not None:
+        bias = getattr(layer.base, "bias", None)
+        own = torch.zeros_like(shift) if bias is None else bias.detach().float()
+        yield Change(f"{name}.bias", own, lambda: shift.detach())
 
 
 def _between(base: nn.Module, tuned: nn.Module) -> Iterator[Change]:

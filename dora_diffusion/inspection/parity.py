@@ -37,6 +37,7 @@ __all__ = [
     "LayerParity",
     "Parity",
     "attached",
+    "check_matrices",
     "compare_programs",
     "evaluate",
     "is_swapped",
@@ -126,7 +127,18 @@ def compare_programs(
                 f"{found} is {adapter.config.kind_label}: what other programs make of it is not known here. What "
                 "convert --to diff writes of it is exact in all that read differences, and parity says which do."
             )
+        check_matrices(found, adapter)
         return evaluate(programs, found, base, adapter, strength)
+
+
+def check_matrices(path: Path, adapter: Adapter) -> None:
+    """Raises AdapterFileError for changes of biases and norms: what other programs make of these is not known here."""
+    if any(u.bias_difference is not None or not u.frozen.in_shape for u in adapter.updates().values()):
+        raise AdapterFileError(
+            f"{path} changes biases or normalisation layers too: what other programs make of these is not known here, "
+            "so that nothing can be said of the file as a whole. Merged into the base it is right in every program: "
+            "dora-diffusion merge FILE --base BASE --out FOLDER."
+        )
 
 
 def knows(program: Program, base: Base) -> bool:

@@ -99,7 +99,7 @@ class Pen:
 
 
 def _scatter(pen: Pen, analysis: Analysis, name: str, colour: str, box: Box) -> None:
-    points = [(layer.direction_change, layer.magnitude_change) for layer in analysis.layers]
+    points = [(layer.direction_change, layer.magnitude_change) for layer in analysis.matrices]
     line = fit(points)
     note = "" if line is None else f", correlation {line[2]:+.2f}"
     pen.text(box[0] + LEFT, box[1] + 2, name, INK, 15)
@@ -136,7 +136,7 @@ def _spectra(pen: Pen, analyses: Sequence[Analysis], colours: Sequence[str], box
 
 def _mean_energy(analysis: Analysis) -> list[float]:
     """Cumulative energy at 1, 2, ... singular values; a layer with fewer has it all by then."""
-    layers = [layer.singular_values for layer in analysis.layers if any(layer.singular_values)]
+    layers = [layer.singular_values for layer in analysis.matrices if any(layer.singular_values)]
     length = max((len(values) for values in layers), default=1)
     totals = [0.0] * length
     for values in layers:

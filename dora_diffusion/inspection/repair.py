@@ -29,7 +29,16 @@ from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.storage import read_header
 from dora_diffusion.formats.writing import Layout, file_layer, file_of, write_adapter_file
 from dora_diffusion.inspection.formula import halves_swapped
-from dora_diffusion.inspection.parity import RIGHT, Parity, attached, evaluate, is_swapped, knows, refuse_marked
+from dora_diffusion.inspection.parity import (
+    RIGHT,
+    Parity,
+    attached,
+    check_matrices,
+    evaluate,
+    is_swapped,
+    knows,
+    refuse_marked,
+)
 from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
 from dora_diffusion.models.loading import Base
 from dora_diffusion.outputs import make_folder, scratch_folder
@@ -90,6 +99,7 @@ def repair(
     tried = []
     make_folder(out.parent)
     with attached(base, path) as adapter, torch.no_grad(), scratch_folder(out) as scratch:
+        check_matrices(Path(path), adapter)
         written = scratch / out.name
         training = description.training if description else None
         file = file_of(adapter, out, training=training, base_name=description.base.name if description else None)

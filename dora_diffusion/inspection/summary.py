@@ -79,7 +79,12 @@ def summarise(path: Path, partial: bool = False) -> Summary:
         base=file.base.name if known else "",
         fingerprint=file.base.fingerprint if known else "",
         training=dict(file.description.training) if file.description else {},
-        notes=(*file.notes, *alone, *([f"left out: {counted(len(file.left_out))}"] if file.left_out else [])),
+        notes=(
+            *((f"it changes {file.vectors} too",) if file.vectors else ()),
+            *file.notes,
+            *alone,
+            *([f"left out: {counted(len(file.left_out))}"] if file.left_out else []),
+        ),
     )
 
 

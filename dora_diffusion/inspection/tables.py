@@ -137,7 +137,7 @@ def print_analysis(console: Screen, analysis: Analysis) -> None:
             f"{layer.effective_rank:10.1f} {100 * layer.energy:5.1f} %  {printable(layer.layer)}"
         )
     correlation = analysis.correlation
-    text = "has no meaning here" if correlation is None else f"{correlation:+.3f} over {len(analysis.layers)} layers"
+    text = "has no meaning here" if correlation is None else f"{correlation:+.3f} over {len(analysis.matrices)} layers"
     console.say(f"correlation of the changes of direction and magnitude: {text}")
     explanation = (
         "size: ||dW|| / ||W0||; magnitude: mean |m' - m0| of the rows' norms; direction: mean 1 - cos; "
@@ -155,7 +155,9 @@ def inspection_json(summary: Summary, analysis: Analysis | None) -> Json:
             "correlation": analysis.correlation,
             "energy_rank": analysis.rank,
             "layers": [
-                dataclasses.asdict(layer) | {"singular_values": [float(f"{v:.6g}") for v in layer.singular_values]}
+                dataclasses.asdict(layer)
+                | {"relative_size": _finite(layer.relative_size)}
+                | {"singular_values": [float(f"{v:.6g}") for v in layer.singular_values]}
                 for layer in analysis.layers
             ],
         }

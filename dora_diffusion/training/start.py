@@ -63,6 +63,8 @@ def _cannot_be_trained(file: AdapterFile, kind: Kind, base: str) -> str:
     said = ""
     if file.config.kind == "full":
         said = "holds whole differences, which are not trained here."
+    elif file.vectors:
+        said = f"changes {file.vectors}, which are not trained here."
     elif file.norm_axis == "mixed" or any(name.endswith(STRANGE) for name in file.tensors):
         said = "has magnitudes of a kind that is not trained here."
     elif file.config.parametrisation not in TRAINED:
