@@ -116,7 +116,7 @@ def generate(base: Base, request: GenerationRequest, on_step: OnStep | None = No
     NotEnoughMemoryError, and ConfigError for a size the base cannot draw.
     """
     width, height = request.width or base.size, request.height or base.size
-    ways = [f"a smaller picture than {width} x {height}", *ways_to_load_less(base.packing, base.device)]
+    ways = [f"a smaller picture than {width} x {height}", *ways_to_load_less(base.packing)]
     return within_memory(lambda: _generate(base, request, on_step), "to draw", base.device, ways)
 
 

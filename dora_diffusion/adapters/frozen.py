@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dora_diffusion.adapters.packed import Rows, float_rows, has_gradient, packed_rows
+from dora_diffusion.adapters.packed import Rows, float_rows, has_gradient, keeps_unpacked, packed_rows
 from dora_diffusion.adapters.products import LayerProducts, device_of
 from dora_diffusion.errors import AdapterStateError
 
@@ -124,11 +124,12 @@ class FrozenLinear:
         """The layer's own output, bias included, differentiable in x also where the layer's own code is not.
 
         Layers made for inference (torchao's dynamic int8, bitsandbytes' 4-bit repacked for a CPU) give an output
-        without a gradient; this one's is dy W0, as if the input had not been quantised.
+        without a gradient; this one's is dy W0, as if the input had not been quantised. So is that of torchao's other
+        layers, which would keep W0 unpacked for it.
         """
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.module(x)  # type: ignore[no-any-return]
-        with torch.set_grad_enabled(has_gradient(self.module)):
+        with torch.set_grad_enabled(has_gradient(self.module) and not keeps_unpacked(self.module)):
             y = self.module(x)
         return y if y.requires_grad else _StraightThrough.apply(x, y, self)  # type: ignore[no-any-return]
 

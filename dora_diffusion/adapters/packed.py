@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.errors import TargetError
 
-__all__ = ["Rows", "float_rows", "has_gradient", "packed_rows"]
+__all__ = ["Rows", "float_rows", "has_gradient", "keeps_unpacked", "packed_rows"]
 
 Rows = Callable[[], Iterator[Tensor]]  # W0 from its first row to its last, in chunks [rows, in], float32
 CHUNK = 1 << 24  # values unpacked at a time: 64 MiB
@@ -46,7 +46,7 @@ def packed_rows(module: nn.Module, out_features: int, in_features: int) -> Rows 
     if type(weight).__name__ == "Int8Params":
         codes, scales = _int8_state(module, weight)
         return None if codes is None or scales is None else (lambda: _rows_of_int8(codes, scales))
-    dequantises = type(weight).dequantize is not Tensor.dequantize and tuple(weight.shape) == shape
+    dequantises = _dequantises(weight) and tuple(weight.shape) == shape
     # A forward of the layer's own, or a scale on its input (AWQ), may make another matrix of the same tensor.
     plain = type(module).forward is nn.Linear.forward and getattr(weight, "act_pre_scale", None) is None
     return (lambda: float_rows(weight.dequantize())) if dequantises and plain else None
@@ -56,6 +56,16 @@ def has_gradient(module: nn.Module) -> bool:
     """False for a 4-bit layer that bitsandbytes has repacked for inference on a CPU; it may even fail in training."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     return not getattr(state, "packing_format_for_cpu", False)
+
+
+def keeps_unpacked(module: nn.Module) -> bool:
+    """Whether autograd would keep the weight unpacked until the backward pass, as it does of torchao's."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and _dequantises(weight) and type(module).forward is nn.Linear.forward
+
+
+def _dequantises(weight: Tensor) -> bool:
+    return type(weight).dequantize is not Tensor.dequantize
 
 
 def _rows_at_a_time(in_features: int) -> int:

@@ -159,7 +159,7 @@ def load_base(
         lambda: _load_base(name, target, dtype, packing),
         f"to load the base {name!r}",
         target,
-        ways_to_load_less(packing, target),
+        ways_to_load_less(packing),
     )
 
 
@@ -172,16 +172,13 @@ def _load_base(name: str, device: torch.device, dtype: torch.dtype, packing: Pac
     return base
 
 
-def ways_to_load_less(packing: Packing | None, device: torch.device) -> list[str]:
-    """What leaves more memory to a base that is loaded as `packing` says; on a CPU packing needs more, not less."""
-    others = "other programs closed that hold some of it"
-    if device.type == "cpu":
-        return [*(["the base without quantise"] if packing else []), others]
+def ways_to_load_less(packing: Packing | None) -> list[str]:
+    """What leaves more memory to a base that is loaded as `packing` says."""
     packed = (
         'the base packed (--quantise nf4 of generate, compare and app, quantise = "nf4" of a training, '
         'packing="nf4" in Python)'
     )
-    return [*([] if packing == "nf4" else [packed]), others]
+    return [*([] if packing == "nf4" else [packed]), "other programs closed that hold some of it"]
 
 
 def _load_pipeline(name: str, dtype: torch.dtype, packing: Packing | None) -> DiffusionPipeline:

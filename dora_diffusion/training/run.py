@@ -86,8 +86,7 @@ def train(
 
 def cautions_for(config: TrainConfig, device: torch.device) -> tuple[str, ...]:
     """What of this configuration costs more on this device than people expect of it."""
-    recomputes = config.gradient_checkpointing
-    return cautions(device, config.quantise, precision=config.mixed_precision, trains=True, recomputes=recomputes)
+    return cautions(device, config.quantise, precision=config.mixed_precision, trains=True)
 
 
 def _ways_to_need_less(config: TrainConfig, base: Base | None, device: torch.device) -> list[str]:
@@ -96,12 +95,9 @@ def _ways_to_need_less(config: TrainConfig, base: Base | None, device: torch.dev
     if config.batch_size > 1:
         same = config.batch_size * config.gradient_accumulation_steps
         ways.append(f"batch_size = 1 with gradient_accumulation_steps = {same}")
-    packed = config.quantise is not None or (base is not None and base.packing is not None)
-    if device.type == "cpu":  # where nothing can be put aside, and packing needs more
-        ways += ["no quantise"] * packed
-    else:
+    if device.type != "cpu":  # there is nowhere to put anything aside otherwise
         ways += ["offload = true"] * (not (config.offload or config.train_text_encoder))
-        ways += ['quantise = "nf4"'] * (not packed)
+    ways += ['quantise = "nf4"'] * ("nf4" not in (config.quantise, base and base.packing))
     ways.append(f"a resolution below {config.resolution}" if config.resolution else "a smaller resolution")
     return [*ways[:-1], f"{ways[-1]} (keys of the configuration, or --set KEY=VALUE)"]
 
