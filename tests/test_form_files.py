@@ -1,4 +1,4 @@
-"""Files of other forms than B A, as LyCORIS writes them over real models: read, computed as there, and written again."""
+"""Files of other forms than B A, as LyCORIS writes them over real models: read, computed as there, written again."""
 
 from __future__ import annotations
 

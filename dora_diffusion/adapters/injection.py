@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.adapters.fellows import introduce
 from dora_diffusion.adapters.frozen import FrozenLayer, freeze_view
 from dora_diffusion.adapters.labels import KIND_LABEL, AnyKind, Kind, Parametrisation, adapter_label
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
@@ -305,11 +306,13 @@ def inject_into(
     seed: int | None = None,
     text_encoders: Mapping[str, nn.Module] | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    fellows: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Adapter:
     """`inject_adapter` at exactly these layers, whatever config.target_modules says.
 
     `text_encoders` by their names in the pipeline. `tensors` by layer are the values of the updates' parameters, which
-    say what form each update has; without them it is the config's, as training starts.
+    say what form each update has; without them it is the config's, as training starts. `fellows` are the parts of a
+    fused layer, by each of them, whose updates have one norm.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     roots = Roots(model, text_encoders or {})
@@ -323,6 +326,7 @@ def inject_into(
         else:
             values, make = dict(tensors[path]), update_of(tensors[path])
         updates[path] = make(frozen, config.rank_of(path), config.scale_of(path), config.dropout, None, values)
+    introduce(updates, fellows or {})
     roots.freeze(views)
     layers = {}
     for path, frozen in views.items():

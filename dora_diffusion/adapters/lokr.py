@@ -15,7 +15,7 @@ from dora_diffusion.adapters.frozen import FrozenLayer, FrozenLinear
 from dora_diffusion.adapters.kernels import NORM_FLOOR
 from dora_diffusion.adapters.whole import WholeUpdate
 
-__all__ = ["LoKrUpdate", "factorise"]
+__all__ = ["LoKrPartUpdate", "LoKrUpdate", "factorise"]
 
 
 def factorise(size: int, factor: int = -1) -> tuple[int, int]:
@@ -133,3 +133,26 @@ class LoKrUpdate(WholeUpdate):
         own = torch.outer(w1.square().sum(1), w2.square().sum(1))
         squared = base_squared + (2 * self.scale * cross + self.scale**2 * own).flatten()
         return squared.clamp_min_(NORM_FLOOR**2).sqrt_()
+
+
+class LoKrPartUpdate(LoKrUpdate):
+    """Some rows of s kron(w1, w2): the product is of a fused layer of which this is a part.
+
+    rows [ranges, 2]: from which row on and up to which, in the order of the layer's own rows.
+    """
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        return [(int(start), int(stop)) for start, stop in self.get_parameter("rows").tolist()]
+
+    def product(self) -> Tensor:
+        whole = LoKrUpdate.product(self)
+        return torch.cat([whole[start:stop] for start, stop in self._ranges()])
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        if not isinstance(self.frozen, FrozenLinear):
+            return WholeUpdate.low_rank(self, x)
+        whole = LoKrUpdate.low_rank(self, x)
+        return torch.cat([whole[..., start:stop] for start, stop in self._ranges()], dim=-1)
+
+    def norms(self, base_squared: Tensor, by_input: bool) -> Tensor:
+        return WholeUpdate.norms(self, base_squared, by_input)

@@ -12,11 +12,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.fellows import SharedNormDoRAUpdate
 from dora_diffusion.adapters.glora import GLoRAUpdate
 from dora_diffusion.adapters.ia3 import IA3InputUpdate, IA3OutputUpdate
+from dora_diffusion.adapters.input_rotation import InputRotationUpdate
 from dora_diffusion.adapters.layers import DoRAUpdate, InputAxisDoRAUpdate, LoRAUpdate
 from dora_diffusion.adapters.loha import LoHaUpdate
-from dora_diffusion.adapters.lokr import LoKrUpdate
+from dora_diffusion.adapters.lokr import LoKrPartUpdate, LoKrUpdate
 from dora_diffusion.adapters.orthogonal import BOFTUpdate, OFTUpdate
 from dora_diffusion.adapters.whole import DifferenceUpdate
 
@@ -51,7 +53,8 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR_W1 = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
 LOKR_W2 = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"), ("lokr_w2_a", "lokr_w2_b", "lokr_t2"))
 MAGNITUDES: dict[str, type[DoRAUpdate]] = {
-    update.magnitude_name: update for update in (DoRAUpdate, InputAxisDoRAUpdate, UnscaledNormDoRAUpdate)
+    update.magnitude_name: update
+    for update in (DoRAUpdate, InputAxisDoRAUpdate, UnscaledNormDoRAUpdate, SharedNormDoRAUpdate)
 }
 # By the parameters that a layer's update has beside a magnitude; of some there are several sets.
 _FORMS: dict[frozenset[str], type[LoRAUpdate]] = {
@@ -59,7 +62,10 @@ _FORMS: dict[frozenset[str], type[LoRAUpdate]] = {
     frozenset({"difference"}): DifferenceUpdate,
     **{frozenset({*LOHA, *cores}): LoHaUpdate for cores in ((), ("hada_t1", "hada_t2"))},
     **{frozenset({*w1, *w2}): LoKrUpdate for w1 in LOKR_W1 for w2 in LOKR_W2},
+    **{frozenset({*w1, *w2, "rows"}): LoKrPartUpdate for w1 in LOKR_W1 for w2 in LOKR_W2},
     frozenset({"a1", "a2", "b1", "b2"}): GLoRAUpdate,
+    frozenset({"oft_R"}): InputRotationUpdate,
+    frozenset({"oft_R", "oft_scaled"}): InputRotationUpdate,
     frozenset({"output_factor"}): IA3OutputUpdate,
     frozenset({"input_factor"}): IA3InputUpdate,
 }

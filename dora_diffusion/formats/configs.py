@@ -17,7 +17,7 @@ from dora_diffusion.formats.description import HEADER_KEY, Description
 from dora_diffusion.formats.forms import form_of, name_of
 from dora_diffusion.formats.scales import PeftConfig, alpha_in_header, overruled
 
-__all__ = ["config_of", "read_description", "says_dora"]
+__all__ = ["config_of", "fold_scale_of_whole", "read_description", "says_dora"]
 
 Parameters = Mapping[str, Mapping[str, Tensor]]
 
@@ -85,7 +85,7 @@ def _alphas(
             said[layer] = None if "unscaled_magnitude" in held else _of_peft(peft, layer, held, ranks[layer])
     scaled = {layer for layer, held in parameters.items() if form_of(held).is_scaled(held)}
     silent = [layer for layer, alpha in said.items() if alpha is None and layer in scaled]
-    notes = peft.overruled_ranks(ranks)
+    notes = peft.overruled_ranks({layer: rank for layer, rank in ranks.items() if layer in scaled})
     if any(own != its for own, its in others if own is not None and its is not None):
         notes.append("layers have another .alpha than PEFT's configuration says: theirs counts")
     elsewhere = raw.alpha
@@ -124,6 +124,24 @@ def _of_peft(peft: PeftConfig, layer: str, held: Mapping[str, Tensor], rank: int
 def _of_lokr(description: Description | None) -> dict[str, object]:
     """How a LoKr that was trained here was asked for; its tensors alone count."""
     return {} if description is None else {"factor": description.factor, "full_matrix": description.full_matrix}
+
+
+def fold_scale_of_whole(file: AdapterFile, parameters: Mapping[str, dict[str, Tensor]], prefix: str) -> list[str]:
+    """Multiply PEFT's alpha / r into the first of two whole factors of a LoKr, which has no scale elsewhere.
+
+    Raises AdapterFileError.
+    """
+    whole = [held for held in parameters.values() if {"lokr_w1", "lokr_w2"} <= held.keys()]
+    if not whole or file.raw is None or file.raw.peft_config is None:
+        return []
+    try:
+        scale = PeftConfig(file.header, prefix, file.raw.peft_config).scale_of_whole()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterFileError(f"{file.path} has a damaged header ({error}). Download or save it again.") from error
+    for held in whole if scale != 1 else ():
+        held["lokr_w1"] = held["lokr_w1"].float() * scale
+    said = f"PEFT scales a LoKr of two whole factors by alpha / r = {scale:g}, other programs by 1: it is multiplied in"
+    return [said] if scale != 1 else []
 
 
 def _most_common(values: list[float]) -> float | None:

@@ -40,9 +40,11 @@ class AdapterFile:
 
     `tensors` by `<layer>.<parameter>`: lora_A and lora_B, with one of magnitude, input_magnitude (the norm runs over
     the other axis) and unscaled_magnitude (ai-toolkit's norm); or difference. A layer is the path in the denoiser, or
-    a text encoder's behind "text_encoder.". `written` has the modules' names in the file, `flat` the layers whose name
-    only a model can take apart, `notes` what is worth saying of the file, `left_out` the keys not read (partial=True),
-    `models` the families of denoisers that its names leave open, and `raw` what a model leads to its own layers.
+    a text encoder's behind "text_encoder.". Other forms have the parameters of their updates (adapters/variants.py).
+    `written` has the modules' names in the file, `flat` the layers whose name only a model can take apart, `fellows` of
+    a part of a fused layer all its parts, itself among them, where they share a norm (`shared_magnitude`), `notes` what
+    is worth saying of the file, `left_out` the keys not read (partial=True), `models` the families of denoisers that
+    its names leave open, and `raw` what a model leads to its own layers.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class AdapterFile:
     header: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
     flat: frozenset[str] = frozenset()
+    fellows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     models: tuple[Model, ...] = ("other",)
@@ -71,7 +74,7 @@ class AdapterFile:
     def norm_axis(self) -> str:
         """ "output" or "input" (the axis a magnitude has its values along), "mixed", or "none" without magnitudes."""
         leaves = {name.rpartition(".")[2] for name in self.tensors}
-        output, inputs = leaves & {"magnitude", "unscaled_magnitude"}, "input_magnitude" in leaves
+        output, inputs = leaves & {"magnitude", "unscaled_magnitude"}, leaves & {"input_magnitude", "shared_magnitude"}
         return "mixed" if output and inputs else "output" if output else "input" if inputs else "none"
 
     def check_universal(self) -> None:

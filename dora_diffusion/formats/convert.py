@@ -121,6 +121,7 @@ def _with_base(file: AdapterFile, base: object) -> AdapterFile:
     )
     identity = identify_base(denoiser_of(base))
     named = replace(here, tensors=tensors, config=config, written={}, models=(model_of(identity.model_class),))
+    named = replace(named, fellows={renamed[la]: tuple(renamed[f] for f in fs) for la, fs in here.fellows.items()})
     identity = identity.model_copy(update={"name": file.base.name}) if file.base.name != "unknown" else identity
     training = file.description.training if file.description else None
     return replace(named, description=describe(named, identity, training))

@@ -25,6 +25,7 @@ ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "l
 CANNOT_HOLD = {
     "input_magnitude": "a norm by input, which PEFT does not compute",
     "unscaled_magnitude": "ai-toolkit's norm without alpha / rank, which PEFT does not compute",
+    "shared_magnitude": "a norm by input over the rows of a fused layer, which PEFT does not compute",
     "difference": "a whole difference, which PEFT does not have",
 }
 

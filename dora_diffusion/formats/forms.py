@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dora_diffusion.adapters.injection import Parametrisation
+from dora_diffusion.adapters.input_rotation import size_of
 
 __all__ = [
     "BY_CHANNEL",
@@ -29,7 +30,7 @@ __all__ = [
     "with_axes",
 ]
 
-MAGNITUDES = ("magnitude", "unscaled_magnitude", "input_magnitude", "dora_scale")
+MAGNITUDES = ("magnitude", "unscaled_magnitude", "input_magnitude", "shared_magnitude", "dora_scale")
 BY_CHANNEL = (*MAGNITUDES, "rescale", "output_factor", "input_factor")  # a number for each output, or each input
 Held = Mapping[str, Tensor]
 
@@ -38,23 +39,28 @@ Held = Mapping[str, Tensor]
 class Sizes:
     """What a form's tensors say of its layer: 0 and None where they do not say it.
 
-    `columns` are the inputs times a convolution's kernel, `inputs` those without it.
+    `columns` are the inputs times a convolution's kernel, `inputs` those without it; `block` is what
+    the columns are a multiple of.
     """
 
     outputs: int
     columns: int = 0
     kernel: tuple[int, ...] | None = None
     inputs: int = 0
+    block: int = 0
 
     def cannot_be(self, out_features: int, in_shape: tuple[int, ...]) -> str:
         """Why no layer of this shape has it; empty where one may."""
         wrong = self.outputs not in (0, out_features)
         wrong |= self.columns not in (0, math.prod(in_shape)) or self.inputs not in (0, in_shape[0])
+        wrong |= bool(self.block and math.prod(in_shape) % self.block)
         wrong |= self.kernel is not None and set(in_shape[1:]) | set(self.kernel) != {1} and self.kernel != in_shape[1:]
         if not wrong:
             return ""
         kernel = f", kernel {list(self.kernel)}" if self.kernel else ""
-        inputs = f"{self.columns} inputs (times their kernel)" if self.columns else f"{self.inputs or 'any'} inputs"
+        inputs = f"{self.inputs or 'any'} inputs"
+        if self.columns or self.block:
+            inputs = f"{self.columns or f'a multiple of {self.block}'} inputs (times their kernel)"
         own = f"{self.outputs or 'any'} outputs x {inputs}{kernel}"
         return f"adapter for {own}, this layer has {out_features} x {list(in_shape)}"
 
@@ -157,8 +163,12 @@ _CORES = ("hada_t1", "hada_t2")
 
 
 def _loha_problem(held: Held) -> str:
-    if wrong := _all_of(held, {**dict.fromkeys(_HADA, (2,)), **dict.fromkeys(_CORES, (4,))}):
+    # OneTrainer writes a convolution's factors with the kernel's axes.
+    axes = (2,) if "hada_t1" in held else (2, 4)
+    if wrong := _all_of(held, {**dict.fromkeys(_HADA, axes), **dict.fromkeys(_CORES, (4,))}):
         return wrong
+    if any(set(held[name].shape[2:]) - {1} for name in ("hada_w1_a", "hada_w2_a")):
+        return f"hada_w1_a of shape {_shape(held, 'hada_w1_a')}"
     cores = _CORES if "hada_t1" in held else ("", "")
     for which, core in zip("12", cores):
         if wrong := _chain(held, f"hada_w{which}_a", f"hada_w{which}_b", core):
@@ -172,7 +182,7 @@ def _loha_problem(held: Held) -> str:
 def _loha_sizes(held: Held) -> Sizes:
     a, b, core = held["hada_w1_a"], held["hada_w1_b"], held.get("hada_t1")
     if core is None:
-        return Sizes(a.shape[0], b.shape[1])
+        return Sizes(a.shape[0], b[0].numel())
     kernel = tuple(core.shape[2:])
     return Sizes(a.shape[1], b.shape[1] * math.prod(kernel), kernel)
 
@@ -273,6 +283,22 @@ def _oft_sizes(held: Held) -> Sizes:
     return Sizes(P.shape[-3] * P.shape[-1])
 
 
+# OFT of the inputs
+
+
+def _rotation_problem(held: Held) -> str:
+    R = held["oft_R"]
+    if wrong := _all_of(held, {"oft_R": (2,)}) or _of_one(held, "oft_scaled"):
+        return wrong
+    return "" if size_of(R.shape[1]) else f"oft_R of shape {list(R.shape)}: {R.shape[1]} are no triangle"
+
+
+def _rotation_sizes(held: Held) -> Sizes:
+    """One row is shared by all blocks, however many; or there is one block."""
+    blocks, size = len(held["oft_R"]), size_of(held["oft_R"].shape[1])
+    return Sizes(0, blocks * size if blocks > 1 else 0, block=size)
+
+
 # IA3
 
 
@@ -349,6 +375,16 @@ FORMS = (
         takes_magnitude=False,
     ),
     Form(
+        "oft",
+        "OFT of the inputs",
+        (frozenset({"oft_R"}), frozenset({"oft_R", "oft_scaled"})),
+        _rotation_problem,
+        _rotation_sizes,
+        lambda held: size_of(held["oft_R"].shape[1]),
+        _never,
+        takes_magnitude=False,
+    ),
+    Form(
         "ia3",
         "IA3",
         (frozenset({"output_factor"}),),
@@ -390,9 +426,11 @@ def magnitude_problem(held: Held, sizes: Sizes) -> str:
         m = held.get(name)
         if m is None:
             continue
+        if not m.numel():
+            return f"{name} of shape {list(m.shape)}"
         by_output = m.shape[:1] == (sizes.outputs,) and m.numel() == sizes.outputs
         by_input = m.dim() >= 2 and m.shape[0] == 1 and m.numel() == m.shape[1] and not sizes.columns % m.shape[1]
-        if not (m.numel() and (by_output or by_input)):
+        if not (by_output or by_input):
             return f"{name} of shape {list(m.shape)} for {sizes.outputs} outputs and {sizes.columns} columns"
     return ""
 
@@ -410,6 +448,7 @@ def with_axes(held: Held, in_shape: tuple[int, ...]) -> dict[str, Tensor]:
     if "lora_A" in tensors:
         return tensors
     by_output, by_input = (-1, 1, *ones), (1, -1, *ones)
-    shapes = {"magnitude": by_output, "rescale": by_output, "input_magnitude": by_input}
+    shapes = {"magnitude": by_output, "rescale": by_output}
+    shapes |= dict.fromkeys(("input_magnitude", "shared_magnitude"), by_input)
     shapes |= dict.fromkeys(("output_factor", "input_factor"), by_input if ones else (-1,))
     return {name: t.reshape(shapes[name]) if name in shapes else t for name, t in tensors.items()}

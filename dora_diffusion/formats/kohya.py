@@ -14,9 +14,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.variants import LOW_RANK
+from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.content import AdapterFile, by_layer
+from dora_diffusion.formats.cutting import cut, together
 from dora_diffusion.formats.forms import form_of
-from dora_diffusion.formats.modules import cut
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.original import FLUX, SWAPPED, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
@@ -29,6 +31,7 @@ ENDINGS = {
     "difference": "diff",
     "unscaled_magnitude": "magnitude",
     "constraint": "alpha",
+    "oft_R": "oft_R.weight",
     "output_factor": "weight",
     "input_factor": "weight",
     **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
@@ -73,11 +76,21 @@ def _has_original_names(file: AdapterFile, has_groups: bool) -> bool:
 def _module(name: str, held: Held, file: AdapterFile, layer: str) -> Iterator[tuple[str, Tensor]]:
     """A module's keys, with the scale of this layer of the file."""
     form = form_of(held)
+    if alone := [p for p in ("rows", "shared_magnitude") if p in held]:
+        what = "a norm over the rows" if alone[-1] == "shared_magnitude" else "rows of a LoKr"
+        raise AdapterFileError(
+            f"{file.path}: {layer} has {what} of a fused layer whose other parts are not with it, so that it cannot be "
+            "written by itself. Write it as a difference, which is exact everywhere (--to diff, with the base)."
+        )
     for parameter, tensor in held.items():
+        if parameter == "oft_scaled":
+            continue
         if parameter in ("magnitude", "input_magnitude"):
             yield f"{name}.dora_scale", _dora_scale(parameter, tensor, held)
         else:
             yield f"{name}.{ENDINGS.get(parameter, parameter)}", tensor
+    if "oft_scaled" in held:
+        yield f"{name}.oft_R.scaled_oft", torch.tensor(True)
     if form.name == "ia3":
         yield f"{name}.on_input", torch.tensor(int("input_factor" in held))
     elif form.is_scaled(held):
@@ -152,17 +165,12 @@ def _fuse(file: AdapterFile, layers: Mapping[str, Held], members: list[str]) -> 
         return None
     parts = [layers[member] for member in members]
     first = parts[0]
-    alike = all(part.keys() == first.keys() for part in parts) and len({file.scale_of(m) for m in members}) == 1
-    if not alike or not first.keys() <= {"lora_A", "lora_B", "magnitude", "difference"}:
+    if len({file.scale_of(member) for member in members}) > 1:
         return None
-    if "lora_A" not in first:
-        return {p: torch.cat([part[p] for part in parts]) for p in first} if _always_fused(file) else None
-    if all(torch.equal(part["lora_A"], first["lora_A"]) for part in parts):
-        return {
-            "lora_A": first["lora_A"],
-            **{p: torch.cat([part[p] for part in parts]) for p in first if p != "lora_A"},
-        }
-    return _side_by_side(parts) if _always_fused(file) else None
+    if (whole := together(parts)) is not None:
+        # Differences that came apart are as well written so, and so are trained ones.
+        return whole if "difference" not in first or _always_fused(file) else None
+    return _side_by_side(parts) if _always_fused(file) and first.keys() <= {*LOW_RANK, "magnitude"} else None
 
 
 def _always_fused(file: AdapterFile) -> bool:
@@ -175,7 +183,10 @@ def _side_by_side(parts: list[Held]) -> Held | None:
 
     None for a part that is zero, whose columns nothing would tell from the others'.
     """
-    if not all(part["lora_B"].dim() == 2 and part["lora_B"].ne(0).any(dim=0).all() for part in parts):
+    if not all(
+        part.keys() == parts[0].keys() and part["lora_B"].dim() == 2 and part["lora_B"].ne(0).any(dim=0).all()
+        for part in parts
+    ):
         return None
     fused = {"lora_A": torch.cat([part["lora_A"] for part in parts])}
     fused["lora_B"] = torch.block_diag(*(part["lora_B"] for part in parts))

@@ -39,6 +39,8 @@ LEAVES = {
     **{f"lokr_{name}": Leaf("LyCORIS", f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     **{f"{name}.weight": Leaf("LyCORIS", name) for name in ("a1", "a2", "b1", "b2")},
     "oft_blocks": Leaf("LyCORIS", "oft_blocks"),
+    "oft_R.weight": Leaf("LyCORIS", "oft_R"),  # OneTrainer's, of the inputs
+    "oft_R.scaled_oft": Leaf("LyCORIS", "oft_scaled"),
     "rescale": Leaf("LyCORIS", "rescale"),
     "on_input": Leaf("LyCORIS", "on_input"),
     "scalar": Leaf("LyCORIS", "scalar"),
@@ -52,7 +54,7 @@ _FOREIGN = {
     r"b_norm": "a change of normalisation biases",
     r"lokr_t1": "a LoKr with a core in its first factor, which no program writes",
     r"oft_diag": "kohya's OFT",
-    r"oft_R(?:\.\w+)?\.weight|oft_R": "PEFT's OFT",
+    r"oft_R\.\w+\.weight|oft_R": "PEFT's OFT",
     r"bm\.weight": "LyCORIS GLoRA with a core",
     r"lora_B\.bias": "a trained bias (PEFT's lora_bias)",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",

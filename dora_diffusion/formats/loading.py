@@ -116,7 +116,8 @@ def by_the_models_names(pipe_or_model: object, file: AdapterFile) -> AdapterFile
         for path, held in fitted.tensors.items()
         for p, tensor in with_axes(held, fitted.views[path].in_shape).items()
     }
-    return replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
+    made = replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
+    return replace(made, fellows=fitted.fellows())
 
 
 def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> _Fitted:
@@ -150,7 +151,7 @@ def attach_trainable(
     One without magnitudes goes on with them (`kind`, `norm_axis`): with those of W0 + dW, so that the model is the
     same. Raises AdapterMismatchError when it does not fit whole.
     """
-    if file.config.kind == "full" or file.config.parametrisation not in TRAINED:
+    if file.config.kind == "full" or file.config.parametrisation not in TRAINED or file.fellows:
         raise AdapterMismatchError(
             f"cannot go on from {file.path}: it is {file.config.kind_label}, which is not trained here. "
             "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
@@ -241,6 +242,7 @@ def _attach(pipe_or_model: object, fitted: _Fitted, strength: float, name: str |
         name=name,
         text_encoders=text_encoders_of(pipe_or_model),
         tensors=fitted.tensors,
+        fellows=fitted.fellows(),
     )
     adapter.strength = strength
     return adapter
@@ -267,6 +269,11 @@ class _Fitted:
             alpha_pattern={places[layer]: a for layer, a in said.alpha_pattern.items() if layer in places},
         )
 
+    def fellows(self) -> dict[str, tuple[str, ...]]:
+        """The parts of fused layers that share a norm, by the model's paths."""
+        places = self.places
+        return {places[la]: tuple(places[each] for each in f) for la, f in self.file.fellows.items() if la in places}
+
     def by_name(self) -> dict[str, Tensor]:
         """The tensors by the names of an adapter's parameters."""
         return {f"{path}.{p}": tensor for path, held in self.tensors.items() for p, tensor in held.items()}
@@ -291,6 +298,10 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenLayer]) -> _Fitted:
         else:
             fitted.places[layer] = path
             fitted.tensors[path] = {p: _shaped(p, tensor, views[path]) for p, tensor in held.items()}
+    for layer in [la for la, fellows in file.fellows.items() if not fitted.places.keys() >= set(fellows)]:
+        if layer in fitted.places:
+            del fitted.tensors[fitted.places.pop(layer)]
+            fitted.problems.append(f"{_said(layer, file)}: not all parts of the layer that its norm runs over are here")
     return fitted
 
 
@@ -302,11 +313,14 @@ def _said(layer: str, file: AdapterFile) -> str:
 def _misfit(held: Mapping[str, Tensor], view: FrozenLayer) -> str:
     """Why a layer's tensors do not fit; empty when they do."""
     wanted = (view.out_features, *view.in_shape)
-    m = held.get("input_magnitude")
+    m = held.get("input_magnitude", held.get("shared_magnitude"))
     if m is not None and m.numel() != view.in_shape[0]:
         return f"a magnitude of {m.numel()} inputs, this layer has {view.in_shape[0]}"
     if not held.keys() & {"difference", "lora_A"}:
-        return form_of(held).sizes(held).cannot_be(view.out_features, view.in_shape)
+        sizes = form_of(held).sizes(held)
+        if "rows" in held:
+            sizes = replace(sizes, outputs=int(held["rows"].diff(dim=1).sum()))
+        return sizes.cannot_be(view.out_features, view.in_shape)
     if "difference" in held:
         shape = tuple(held["difference"].shape)
         return "" if _same(shape, wanted) else f"a difference of {list(shape)} for a weight of {list(wanted)}"

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.forms import MAGNITUDES, Form, Held, form_of, forms_in, magnitude_problem
-from dora_diffusion.formats.original import Rows
 
-__all__ = ["BY_ROW", "cannot_fall_apart", "check_module", "cut", "foreign_kind", "has_no_parts", "one_form"]
-
-BY_ROW = ("lora_B", "magnitude", "unscaled_magnitude", "difference")  # what has a row for each output
+__all__ = ["check_module", "foreign_kind", "one_form"]
 
 
 def check_module(held: Held) -> tuple[list[str], list[str]]:
     """What is missing of a module, and what is misshapen, each in words."""
     held = _by_their_parameters(held)
     found = forms_in(held)
+    if "on_input" in held:
+        return _without_factor(held)
     if not found:
         return ["lora_A", "lora_B"], []
     if len(found) > 1:
@@ -37,7 +36,15 @@ def check_module(held: Held) -> tuple[list[str], list[str]]:
     if problem := form.problem(held):
         return [], [problem]
     wrong = _magnitude_problems(form, held) + _of_one_number(held)
-    return [], wrong + (_alpha_problems(held) if form.is_scaled(held) else [])
+    return [], wrong + _alpha_problems(held, form.is_scaled(held))
+
+
+def _without_factor(held: Held) -> tuple[list[str], list[str]]:
+    """What is wrong with an IA3 that could not be told by its input or output."""
+    on_input = held["on_input"]
+    wrong = on_input.numel() != 1 or on_input.item() not in (0, 1)
+    shown = f"on_input of shape {list(on_input.shape)}" if on_input.numel() != 1 else f"on_input is {on_input.item():g}"
+    return ([] if "factor" in held else ["weight"]), [f"{shown}; it must be 0 or 1"] if wrong else []
 
 
 def _said(form: Form) -> str:
@@ -62,12 +69,28 @@ def _by_their_parameters(held: Held) -> dict[str, Tensor]:
     if "oft_blocks" in tensors:
         # Older files have no alpha: it is the constraint, and 0 is none.
         tensors["constraint"] = tensors.pop("alpha", torch.zeros(()))
+    if _is_old_glora(tensors):
+        for first, second in (("a1", "a2"), ("b1", "b2")):
+            tensors[first], tensors[second] = tensors[second], tensors[first]
     return tensors
 
 
-def foreign_kind(held: Held) -> str:
+def _is_old_glora(held: Held) -> bool:
+    """LyCORIS's first GLoRA called a1 what it calls a2 now, and b1 what it calls b2."""
+    if not held.keys() >= {"a1", "a2", "b1", "b2"} or any(held[p].dim() < 2 for p in ("a1", "a2", "b1", "b2")):
+        return False
+    rows, columns = ([held[p].shape[axis] for p in ("a1", "a2", "b1", "b2")] for axis in (0, 1))
+    is_new = columns[0] == rows[1] == columns[2] == rows[3]
+    is_old = rows[0] == columns[1] == rows[2] == columns[3]
+    # On a square layer both fit, and the rank is the smaller of the two.
+    return is_old and (not is_new or rows[0] < columns[0])
+
+
+def foreign_kind(held: Held, peft_named: bool) -> str:
     """What a module is that is sound and not read here; empty for one that is read, or broken."""
     dims = {held[p].dim() for p in ("lora_A", "lora_B", "difference") if p in held}
+    if "oft_R" in held and peft_named:
+        return "PEFT's OFT"
     if dims == {1} and "difference" in held:
         return "a change of normalisation weights or biases"
     if dims and dims <= {3, 5}:
@@ -96,12 +119,14 @@ def _fits(parameter: str, held: Held) -> bool:
     return tuple(m.shape) in ((out,), (out, 1), (1, out, *ones), (out, 1, *ones))
 
 
-def _alpha_problems(held: Held) -> list[str]:
+def _alpha_problems(held: Held, counts: bool) -> list[str]:
     alpha = held.get("alpha")
     if alpha is None:
         return []
     if alpha.numel() != 1:
         return [f"alpha of shape {list(alpha.shape)}"]
+    if not counts:
+        return []
     value = float(alpha)
     return [] if math.isfinite(value) and value > 0 else [f"alpha is {value:g}; it must be above 0"]
 
@@ -130,6 +155,10 @@ def one_form(held: Held) -> tuple[dict[str, Tensor], list[str]]:
         down = tensors["lora_A"].flatten(1).float()  # [r, in]
         tensors["lora_A"] = torch.einsum("mn...,nj->mj...", tensors.pop("lora_mid").float(), down)
         notes.append("lora_mid (a Tucker core) is multiplied into lora_A: the same update, without the core")
+    if form.name == "loha" and "hada_t1" not in tensors:
+        tensors |= {p: t.flatten(1) for p, t in tensors.items() if p.startswith("hada_")}
+    if form.name == "glora" and _is_old_glora(held):
+        notes.append("a1 and a2, b1 and b2 have changed places: LyCORIS's first GLoRA called them the other way round")
     if "constraint" in tensors:
         tensors["constraint"] = tensors["constraint"].reshape(())
     if form.name == "lora" and tensors["lora_B"].dim() < tensors["lora_A"].dim():
@@ -154,38 +183,3 @@ def _named_by_axis(tensors: dict[str, Tensor], form: Form) -> list[str]:
     if by_output and m.dim() == 1 and square == sizes.outputs:
         return ["a dora_scale with one axis on a square layer: read as the norm by output, as PEFT writes it"]
     return []
-
-
-def cannot_fall_apart(tensors: Held, rows: Sequence[Rows]) -> str:
-    """Why a fused layer's update has no such rows; empty when it has."""
-    height = form_of(tensors).sizes(tensors).outputs
-    if not all(part.fits(height) for part in rows):
-        return f"{height} rows do not fall into {rows[0].of} equal shares"
-    return ""
-
-
-def has_no_parts(tensors: Held, rows: Sequence[Rows]) -> str:
-    """What a sound update of a fused layer is that is not the sum of its parts; empty for one that is."""
-    if len(rows) > 1 and "input_magnitude" in tensors:
-        return (
-            "a DoRA whose norm by input runs over all rows of a fused layer, which diffusers has in parts, so that "
-            "there is no exact way to cut it (a norm by output can be cut)"
-        )
-    if (len(rows) > 1 or any(part.swapped for part in rows)) and not form_of(tensors).by_row:
-        return f"{form_of(tensors).label} of a layer whose rows diffusers has in parts or in another order"
-    return ""
-
-
-def cut(tensors: Held, rows: Sequence[Rows]) -> list[dict[str, Tensor]]:
-    """The parts of a fused layer's update, each with its rows; of one that was put together of several, their ranks."""
-    by_row = {*BY_ROW, *form_of(tensors).by_row}
-    parts = [{p: part.cut(t) if p in by_row else t for p, t in tensors.items()} for part in rows]
-    if len(parts) < 2 or not tensors.keys() >= {"lora_A", "alpha"}:
-        return parts
-    used = [part["lora_B"].flatten(1).ne(0).any(dim=0) for part in parts]  # [rank] of each
-    if not torch.stack(used).sum(dim=0).eq(1).all() or not all(columns.any() for columns in used):
-        return parts
-    for part, columns in zip(parts, used):
-        part["lora_A"], part["lora_B"] = part["lora_A"][columns], part["lora_B"][:, columns]
-        part["alpha"] = part["alpha"].double() * (columns.sum() / columns.numel())  # s stays
-    return parts

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dora_diffusion.formats import names
 from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, Model
-from dora_diffusion.formats.configs import config_of, says_dora
+from dora_diffusion.formats.configs import config_of, fold_scale_of_whole, says_dora
 from dora_diffusion.formats.content import AdapterFile
+from dora_diffusion.formats.cutting import cannot_fall_apart, cut, has_no_parts
 from dora_diffusion.formats.findings import Findings, some
 from dora_diffusion.formats.forms import form_of, name_of
-from dora_diffusion.formats.modules import cannot_fall_apart, cut, has_no_parts
 from dora_diffusion.formats.unet_names import is_original
 
 __all__ = ["open_names", "place", "place_again"]
@@ -29,6 +29,7 @@ class _Placed:
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
     flat: set[str] = field(default_factory=set)
+    fellows: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def place_again(file: AdapterFile, anatomy: Anatomy) -> tuple[AdapterFile, Findings]:
@@ -50,6 +51,7 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
     here = anatomy or Anatomy(models[0], file.base.layers_per_block)
     placed = _place(raw.modules, here, findings)
     prefix = names.denoiser_prefix(raw.modules, placed.parameters, models[0])
+    folded = fold_scale_of_whole(file, placed.parameters, prefix)
     config, notes = config_of(file, placed.parameters, prefix)
     if config.kind == "lora" and (said := says_dora(file, prefix)):
         findings.missing.append(f"every magnitude: {said}, and no layer has one, so that it is a LoRA of other weights")
@@ -65,7 +67,8 @@ def place(file: AdapterFile, anatomy: Anatomy | None, findings: Findings) -> Ada
         tensors=tensors,
         written=placed.written,
         flat=frozenset(placed.flat),
-        notes=tuple(dict.fromkeys((*raw.notes, *notes))),
+        fellows={la: fellows for la, fellows in placed.fellows.items() if la in placed.parameters},
+        notes=tuple(dict.fromkeys((*raw.notes, *folded, *notes))),
         left_out=tuple(key for key, module in raw.keys.items() if module not in kept),
         models=models,
         raw=replace(raw, placed=tensors),
@@ -129,6 +132,8 @@ def _place(modules: Mapping[str, Mapping[str, Tensor]], anatomy: Anatomy, findin
                 placed.parameters[part.layer] = tensors
                 placed.written[part.layer] = module
                 placed.flat |= {part.layer} if located.flat else set()
+                if "shared_magnitude" in tensors:
+                    placed.fellows[part.layer] = tuple(each.layer for each in located.parts)
     findings.add_foreign(whole)
     _check_evenness(placed, findings)
     return placed

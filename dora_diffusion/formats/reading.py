@@ -29,8 +29,8 @@ from dora_diffusion.formats.storage import read_header, read_safetensors
 __all__ = ["check_adapter", "read_adapter_file", "read_with_findings", "some"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # some programs save alpha as one
-MAY_BE_WHOLE = (".alpha", ".on_input")
+WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # some programs save alpha as one
+MAY_BE_WHOLE = {".alpha": WHOLE_NUMBERS, ".on_input": (*WHOLE_NUMBERS, "BOOL"), ".scaled_oft": (*WHOLE_NUMBERS, "BOOL")}
 SOUND_RANGE = 1e6  # no weight is near it, and products of two and their squares stay within float32
 
 
@@ -83,7 +83,7 @@ def _sound(
     """The modules whose tensors go together, in one form, and what is worth saying of them."""
     findings.total = len(modules)
     sound, said = {}, []
-    others = {module: kind for module, held in modules.items() if (kind := foreign_kind(held))}
+    others = {m: kind for m, held in modules.items() if (kind := foreign_kind(held, m.startswith(names.PEFT_FOLDER)))}
     findings.add_foreign(others)
     for module, held in modules.items():
         if module in others:
@@ -101,7 +101,7 @@ def _check_dtypes(path: Path) -> None:
     wrong = [
         f"{name} ({dtype})"
         for name, (dtype, _) in read_header(path).tensors.items()
-        if dtype not in FLOATS and not (dtype in WHOLE_NUMBERS and name.endswith(MAY_BE_WHOLE))
+        if dtype not in (*FLOATS, *MAY_BE_WHOLE.get("." + name.rpartition(".")[2], ()))
     ]
     if wrong:
         raise AdapterFileError(

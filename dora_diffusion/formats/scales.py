@@ -44,7 +44,8 @@ class PeftConfig:
         self.stabilised = any(self._is_stabilised(component) for component in self.fields)
 
     def _default(self, component: str) -> float | None:
-        value = self.fields[component].get("lora_alpha")
+        name = "alpha" if self.fields[component].get("peft_type") in ("LOHA", "LOKR") else "lora_alpha"
+        value = self.fields[component].get(name)
         return None if value is None else _alpha(value, "lora_alpha")
 
     def _is_stabilised(self, component: str) -> bool:
@@ -52,6 +53,16 @@ class PeftConfig:
         if value is not None and not isinstance(value, bool):
             raise ValueError(f"use_rslora is {value!r}; it must be true or false")
         return bool(value)
+
+    def scale_of_whole(self) -> float:
+        """What PEFT multiplies a LoKr of two whole factors with: alpha / r; LyCORIS takes 1. Raises ValueError."""
+        fields = self.fields[""]
+        if fields.get("peft_type") != "LOKR":
+            return 1.0
+        alpha, r = self._default(""), fields.get("r", 8)
+        if fields.get("alpha_pattern") or fields.get("rank_pattern") or not isinstance(r, int) or r < 1:
+            raise ValueError("PEFT's LoKr with whole factors has patterns of ranks, or an r that is none")
+        return (8.0 if alpha is None else alpha) / r
 
     def overruled_ranks(self, ranks: Mapping[str, int]) -> list[str]:
         """What to say of a rank in the configuration that no layer of its component has, where each goes by its own."""

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dora_diffusion.adapters.fellows import SharedNormDoRAUpdate
 from dora_diffusion.adapters.injection import Adapter
 from dora_diffusion.formats import diffusers, kohya
 from dora_diffusion.formats.anatomy import model_of
@@ -68,8 +69,17 @@ def file_of(
     )
     prefix = "transformer" if "Transformer" in type(adapter.model).__name__ else "unet"
     file = AdapterFile(path, prefix, config, tensors, None, models=(model_of(base.model_class),))
+    file = replace(file, fellows=_fellows(adapter))
     base = base.model_copy(update={"name": base_name}) if base_name else base
     return replace(file, description=describe(file, base, training))
+
+
+def _fellows(adapter: Adapter) -> dict[str, tuple[str, ...]]:
+    """The parts of fused layers whose updates share a norm."""
+    updates = adapter.updates()
+    names = {id(update): file_layer(path) for path, update in updates.items()}
+    shared = [update for update in updates.values() if isinstance(update, SharedNormDoRAUpdate)]
+    return {names[id(update)]: tuple(names[id(fellow)] for fellow in update.fellows) for update in shared}
 
 
 def file_layer(name: str) -> str:

@@ -162,7 +162,7 @@ def _compensated(file: AdapterFile, adapter: Adapter, program: Program) -> Adapt
 def _difference(file: AdapterFile, adapter: Adapter, program: Program) -> AdapterFile:
     updates = adapter.updates().items()
     tensors = {f"{file_layer(path)}.difference": update.delta_weight().cpu() for path, update in updates}
-    return replace(file, tensors=tensors, config=replace(file.config, kind="full"))
+    return replace(file, tensors=tensors, config=replace(file.config, kind="full", parametrisation="lora"))
 
 
 def _full_rank(file: AdapterFile, adapter: Adapter, program: Program) -> AdapterFile:

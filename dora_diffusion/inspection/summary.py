@@ -8,8 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dora_diffusion.formats.content import by_layer
 from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.files import read_adapter_file
+from dora_diffusion.formats.forms import form_of
 from dora_diffusion.inspection.changes import source_kind, weight_files
 
 __all__ = ["Summary", "summarise"]
@@ -56,7 +58,7 @@ def summarise(path: Path) -> Summary:
         return Summary(path, "full fine-tuning", dialect, sum(p.stat().st_size for p in files), _digest(files))
     file = read_adapter_file(path)
     config = file.config
-    low_rank = [layer for layer in file.layers if f"{layer}.lora_A" in file.tensors]
+    ranked = [layer for layer, held in by_layer(file.tensors).items() if form_of(held).is_scaled(held)]
     known = file.description is not None
     made_for = file.header.get(MADE_FOR_KEY)
     alone = (f"made for one program alone, wrong in every other: {made_for}",) if made_for else ()
@@ -66,8 +68,8 @@ def summarise(path: Path) -> Summary:
         dialect=file.dialect,
         size=file.path.stat().st_size,
         sha256=_digest([file.path]),
-        ranks=dict(Counter(file.tensors[f"{layer}.lora_A"].shape[0] for layer in low_rank)),
-        alphas=dict(Counter(config.alpha_of(layer) for layer in low_rank)),
+        ranks=dict(Counter(config.rank_of(layer) for layer in ranked)),
+        alphas=dict(Counter(config.alpha_of(layer) for layer in ranked)),
         use_rslora=config.use_rslora,
         norm_axis=file.norm_axis,
         targets=dict(Counter(_target(layer) for layer in file.layers).most_common()),

@@ -57,10 +57,10 @@ def _shape(file: AdapterFile) -> tuple[object, ...]:
 
 def _cannot_be_trained(file: AdapterFile, kind: Kind, base: str) -> str:
     """Why this file is not one to train on, and the way out; empty where it is one."""
-    said = ""
+    said, strange = "", ("unscaled_magnitude", "shared_magnitude")
     if file.config.kind == "full":
         said = "holds whole differences, which are not trained here."
-    elif file.norm_axis == "mixed" or any(name.endswith("unscaled_magnitude") for name in file.tensors):
+    elif file.norm_axis == "mixed" or any(name.endswith(strange) for name in file.tensors):
         said = "has magnitudes of a kind that is not trained here."
     elif file.config.parametrisation not in TRAINED:
         said = f"is a {file.config.kind_label}, which is not trained here."

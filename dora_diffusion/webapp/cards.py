@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.webapp.heavy import ready
 from dora_diffusion.webapp.pictures import url_of
 
@@ -90,7 +91,12 @@ def inspection(shelved: list[Shelved], studio: Studio) -> str:
     with studio.painter.turn(lambda _: None) as base:
         analyses = [analysis for _, analysis in look_at(paths, base) if analysis is not None]
         plot = studio.albums.new().add(draw_analyses(comparable(analyses)))
-        tables = "".join(_parity_table(each.label, compare_programs(each.path, base)) for each in shelved)
+        tables = ""
+        for each in shelved:
+            try:
+                tables += _parity_table(each.label, compare_programs(each.path, base))
+            except AdapterFileError as error:  # of this file alone: what programs make of some forms is not known
+                tables += f"<p class='dd-card'><b>{escape(each.label)}</b>: {escape(str(error))}</p>"
     note = note_on_missing([analysis.name for analysis in analyses])
     label = "change of magnitude against change of direction, a point for each layer, and the spectra of the changes"
     return (
