@@ -28,6 +28,11 @@ def test_a_configuration_survives_the_way_through_a_file(tmp_path: Path) -> None
         ({"rank": 0}, "rank = 0: input should be greater than or equal to 1"),
         ({"kind": "doora"}, "kind = 'doora': input should be 'dora', 'lora' or 'both'"),
         ({"steps": "many"}, "steps = 'many'"),
+        ({"parametrisation": "locr"}, "parametrisation = 'locr': input should be 'lora', 'lokr' or 'loha'"),
+        ({"parametrisation": "lokr", "factor": 0}, "factor is 0; it must be a whole number of at least 1"),
+        ({"parametrisation": "lokr", "factor": True}, "factor = true: this key is no switch"),
+        ({"factor": 4}, "factor = 4 is LoKr's, and parametrisation is 'lora': leave factor out"),
+        ({"parametrisation": "loha", "full_matrix": True}, "full_matrix is LoKr's, and parametrisation is 'loha'"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_the_nearest_known_one(values: dict[str, object], expected: str) -> None:

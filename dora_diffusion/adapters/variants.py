@@ -1,4 +1,4 @@
-"""Updates that other programs' files hold and layers.py does not: found in the world, read here, not trained here.
+"""Updates of every form that files hold, as one table; parametrisations.py says which of them are trained here too.
 
 Each is computed as its writer computed it, never approximated by another; all add up with the rest through
 `AdaptedLayer`, as W0 + w (W' - W0). `update_class` picks the class by the parameters that a file has for a layer.

@@ -41,7 +41,10 @@ image = pipe({prompt}).images[0]
 
 BY_INPUT = "Its norm runs by input, as ComfyUI, Forge, A1111 and InvokeAI compute it: put the file among their LoRAs."
 FORM = "ComfyUI and LyCORIS read a {label}, stock diffusers does not: put the file among ComfyUI's LoRAs."
-FORM_BY_OUTPUT = FORM + " It divides magnitudes by output by another norm; train with norm_axis = 'input' for it."
+FORM_BY_OUTPUT = (
+    FORM + " Of magnitudes by output, as these are, ComfyUI computes another norm: what is trained with "
+    "norm_axis = 'input' is exact there."
+)
 
 
 def card_text(
@@ -87,10 +90,16 @@ def _front_matter(config: TrainConfig, files: Sequence[AdapterFile], pictures: M
         base_model=config.base if is_hub_id(config.base) and not Path(config.base).exists() else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["diffusers", "text-to-image", "template:diffusion-lora", *(file.config.kind for file in files)],
+        tags=["diffusers", "text-to-image", "template:diffusion-lora", *_kinds(files)],
         instance_prompt=config.instance_prompt,
         widget=[{"text": said, "output": {"url": path.as_posix()}} for said, path in pictures.items()] or None,
     ).to_yaml()
+
+
+def _kinds(files: Sequence[AdapterFile]) -> list[str]:
+    """As the hub's tags: of the kinds, and of the parametrisation where it is no LoRA's."""
+    forms = {file.config.parametrisation for file in files} - {"lora"}
+    return [*(file.config.kind for file in files), *sorted(forms)]
 
 
 def _table(files: Sequence[AdapterFile]) -> str:

@@ -50,9 +50,6 @@ def read_starts(config: TrainConfig) -> dict[Kind, AdapterFile]:
     return starts
 
 
-STRANGE = ("unscaled_magnitude", "shared_magnitude")  # what is read and not trained
-
-
 def _shape(file: AdapterFile) -> tuple[object, ...]:
     """What twins have in common."""
     return file.layers, file.config.rank, file.config.parametrisation
@@ -60,12 +57,12 @@ def _shape(file: AdapterFile) -> tuple[object, ...]:
 
 def _cannot_be_trained(file: AdapterFile, kind: Kind, base: str) -> str:
     """Why this file is not one to train on, and the way out; empty where it is one."""
-    said = ""
+    said, strange = "", ("unscaled_magnitude", "shared_magnitude")
     if file.config.kind == "full":
         said = "holds whole differences, which are not trained here."
     elif file.vectors:
         said = f"changes {file.vectors}, which are not trained here."
-    elif file.norm_axis == "mixed" or any(name.endswith(STRANGE) for name in file.tensors):
+    elif file.norm_axis == "mixed" or any(name.endswith(strange) for name in file.tensors):
         said = "has magnitudes of a kind that is not trained here."
     elif file.config.parametrisation not in TRAINED:
         said = f"is a {file.config.kind_label}, which is not trained here."
