@@ -26,6 +26,12 @@ def ones(*shapes: tuple[int, ...], keys: tuple[str, ...]) -> dict[str, Tensor]:
 LORA = ones((4, 32), (32, 4), keys=(f"{Q}.lora_down.weight", f"{Q}.lora_up.weight"))
 # One module as each program writes it, and what it is called.
 FILES = {
+    "T-LoRA": (
+        {f"lycoris_conv_in.{p}": torch.ones(4) for p in ("q_layer.weight", "p_layer.weight", "lambda_layer")},
+        "LyCORIS T-LoRA",
+    ),
+    "PEFT's BOFT": ({"base_model.model.x.boft_R": torch.ones(1, 4, 4, 4)}, "PEFT's BOFT"),
+    "PEFT's IA3": ({"base_model.model.x.ia3_l": torch.ones(4, 1)}, "PEFT's IA3"),
     "norms": ({"diffusion_model.out.0.diff": torch.ones(32)}, "a change of normalisation weights or biases"),
     "biases": ({"diffusion_model.out.2.diff_b": torch.ones(4)}, "a change of biases"),
     "3-D convolutions": (
@@ -38,7 +44,6 @@ FILES = {
     ),
     "PEFT's OFT": ({"base_model.model.x.oft_R.weight": torch.ones(4, 6)}, "PEFT's OFT"),
     "PEFT's VeRA": ({"base_model.model.x.vera_lambda_b": torch.ones(4)}, "PEFT's VeRA"),
-    "PEFT's IA3": ({"base_model.model.x.ia3_l": torch.ones(4, 1)}, "PEFT's IA3"),
     "nunchaku": (
         ones((4, 8), (8, 4), keys=("transformer_blocks.0.qkv_proj.lora_down", "transformer_blocks.0.qkv_proj.lora_up")),
         "a LoRA as nunchaku keeps it",
