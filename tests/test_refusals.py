@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.formats.kinds import advice
+from dora_diffusion.formats.leaves import _FOREIGN
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 DAMAGED = ("damaged", "download it again", "download or", "save it again")
@@ -154,6 +156,12 @@ def test_a_file_that_is_no_adapter_is_called_what_it_is_with_its_writer_and_the_
         message = str(raised.value)
         assert f"{path} is {what}" in message and " writes it. " in message and way in message, message
         assert not any(word in message for word in DAMAGED), message
+
+
+def test_every_method_that_is_not_read_has_a_way_out() -> None:
+    """Changes of biases and of normalisation are methods of their own."""
+    methods = {kind for kind in _FOREIGN.values() if not kind.startswith(("a change of", "a trained bias"))}
+    assert {kind for kind in methods if not advice(kind)} == set()
 
 
 # A layer of each as its trainers name it, and what the adapter is said to be for.

@@ -79,12 +79,9 @@ _FOREIGN = {
     r"lora_down|lora_up": "a LoRA as nunchaku keeps it",
     r"bm\.weight": "LyCORIS GLoRA with a core",
     r"(?:q_layer|p_layer)\.weight|lambda_layer": "LyCORIS T-LoRA, which is relative to values that its file lacks",
-    r"boft_[RS](?:\.weight)?": "PEFT's BOFT",
-    r"ia3_l(?:\.weight)?": "PEFT's IA3",
     r"lora_B\.bias": "a trained bias (PEFT's lora_bias)",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",
     r"set_weight|reshape_weight": "a weight that ComfyUI replaces whole",
-    r"emb_params|string_to_param|clip_[lg]|t5": "an embedding (textual inversion)",
 }
 _FOREIGN_KEYS = [(re.compile(rf"(?:(.*)\.)?(?:{ending})"), kind) for ending, kind in _FOREIGN.items()]
 
