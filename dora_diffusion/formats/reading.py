@@ -26,7 +26,7 @@ from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
 from dora_diffusion.formats.storage import read_header, read_safetensors
-from dora_diffusion.formats.words import split_off
+from dora_diffusion.formats.words import Word, split_off
 
 __all__ = ["check_adapter", "read_adapter_file", "read_what_fits", "read_with_findings", "some"]
 
@@ -93,7 +93,7 @@ def read_with_findings(
     sound, notes = _sound(modules, findings)
     keys = {key: split[0] if split else "" for key, split in _split(tensors).items()}
     peft_named = any(leaf.dialect == "PEFT" for leaf in leaves)
-    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *loose, *notes))
+    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *map(_beside, words), *loose, *notes))
     file = AdapterFile(found, "unet", AdapterConfig(), {}, read_description(found, header), dialect, header, raw=raw)
     file = replace(file, words=words, beside=tuple(loose))
     return place(file, anatomy, findings), findings
@@ -145,6 +145,10 @@ def _decoded(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor],
             f"{path} is scaled to 8 bits in a way that is not read here: {error}. Get the file as it was before that, "
             "in float16 or bfloat16."
         ) from error
+
+
+def _beside(word: Word) -> str:
+    return f"{word} stands beside the layers: a pipeline learns it with them"
 
 
 def _check_one_adapter(path: Path, keys: Collection[str]) -> None:
