@@ -111,7 +111,8 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
     if component in TEXT_ENCODERS:
         return _encoder_prefix(file, component) + path.replace(".", "_"), held
     if file.prefix == "transformer":
-        theirs = model.original(layer) if original else None
+        # Rows in another order than a product has them are in that order under the original's name alone.
+        theirs = model.original(layer) if original or "rows" in held else None
         if theirs is None:
             return _transformer_prefix(file) + layer.replace(".", "_"), held
         if theirs in model.swapped:
