@@ -56,6 +56,7 @@ FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "lokr": ("LokrModule", {"lora_dim": 2}),
     "lokr by 4": ("LokrModule", {"lora_dim": 2, "factor": 4}),
     "lokr by 3": ("LokrModule", {"lora_dim": 2, "factor": 3}),
+    "lokr by 1": ("LokrModule", {"lora_dim": 2, "factor": 1}),
     "lokr both": ("LokrModule", {"lora_dim": 1, "decompose_both": True}),
     "lokr whole": ("LokrModule", {"full_matrix": True, "factor": 4}),
     "lokr by input": ("LokrModule", {"lora_dim": 2, "weight_decompose": True, "wd_on_out": False}),
@@ -179,6 +180,39 @@ def test_a_shared_norm_goes_through_a_models_whole_life(tmp_path, form):
     first.eject()
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_halves_that_change_places_do_so_in_every_form(tmp_path, form):
+    """The final layer's scale and shift, which FLUX.1 has in another order than diffusers."""
+    model = bases.flux_transformer().eval()
+    layer = model.norm_out.linear
+    own = layer.weight.detach().clone()
+    layer.weight.data = torch.cat(own.chunk(2)[::-1])
+    FUSED["last"] = (bases.flux_transformer, "lora_unet_final_layer_adaLN_modulation_1", ["norm_out.linear"])
+    module, _ = written(model, form, "last", tmp_path / "a.safetensors")
+    del FUSED["last"]
+    with torch.no_grad():
+        delta = torch.cat(theirs_of(module).chunk(2)[::-1])
+    layer.weight.data = own
+    tensors = load_file(tmp_path / "a.safetensors")
+    name = "lora_unet_double_blocks_0_img_mod_lin"  # which says that it is FLUX.1's, where no base does
+    width = model.transformer_blocks[0].norm1.linear.weight.shape
+    tensors |= {f"{name}.lora_up.weight": torch.ones(width[0], 1), f"{name}.lora_down.weight": torch.ones(1, width[1])}
+    if any(key.endswith("dora_scale") for key in tensors):
+        tensors[f"{name}.dora_scale"] = torch.ones(width[0], 1)
+    save_file(tensors, tmp_path / "b.safetensors")
+    adapter = load_adapter(model, tmp_path / "b.safetensors")
+    with torch.no_grad():
+        found = adapter.updates()["norm_out.linear"].delta_weight()
+    assert (found - delta).norm() < 1e-5 * (1 + delta.norm())
+    again = load_file(convert_adapter(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "kohya", base=model).path)
+    ends = {key.partition(".")[0] for key in again}
+    assert "lora_transformer_norm_out_linear" in ends or "lora_unet_final_layer_adaLN_modulation_1" in ends
+    adapter.eject()
+    adapter = load_adapter(model, tmp_path / "c.safetensors")
+    with torch.no_grad():
+        assert torch.equal(adapter.updates()["norm_out.linear"].delta_weight(), found) or form == "oft rescaled"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -84,7 +84,12 @@ def _cut_lokr(tensors: Held, rows: Rows) -> Part:
     if "rows" not in tensors and tensors[first].shape[0] % (2 if rows.swapped else rows.of) == 0:
         return {**tensors, first: rows.cut(tensors[first])}
     height = form_of(tensors).sizes(tensors).outputs
-    numbers = rows.cut(torch.arange(height))
+    numbers = torch.arange(height)
+    if "rows" in tensors:  # cut before: these are rows of those
+        numbers = torch.cat([numbers[int(start) : int(stop)] for start, stop in tensors["rows"]])
+    numbers = rows.cut(numbers)
+    if torch.equal(numbers, torch.arange(height)):
+        return {p: t for p, t in tensors.items() if p != "rows"}
     breaks = (numbers.diff() != 1).nonzero().flatten() + 1
     ranges = [(int(run[0]), int(run[-1]) + 1) for run in torch.tensor_split(numbers, breaks)]
     return {**tensors, "rows": torch.tensor(ranges, dtype=torch.float32)}  # [ranges, 2]

@@ -50,7 +50,8 @@ def has_halves_turned(file: AdapterFile, layer: str) -> bool:
     model, layers = _model(file), by_layer(file.tensors)
     groups = fused_groups(file, layers, model, differences=_always_fused(file), ranks=_always_fused(file))
     theirs = model.original(layer)
-    if theirs is None or not _has_original_names(file, any(True for _ in groups)):
+    named = "rows" in layers[layer] or _has_original_names(file, any(True for _ in groups))
+    if theirs is None or not named:
         return False
     return _is_turned(model, theirs, layers[layer])
 
@@ -70,7 +71,8 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
     if component in TEXT_ENCODERS:
         return _encoder_prefix(file, component) + path.replace(".", "_"), held
     if file.prefix == "transformer":
-        theirs = model.original(layer) if original else None
+        # Rows in another order than a product has them are in that order under the original's name alone.
+        theirs = model.original(layer) if original or "rows" in held else None
         if theirs is None or _is_open(model, theirs, held):
             return _transformer_prefix(file) + layer.replace(".", "_"), held
         if _is_turned(model, theirs, held):
