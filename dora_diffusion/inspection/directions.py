@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["DIRECTIONS", "ENDINGS", "DoesNotFit", "form_of"]
+__all__ = ["DIRECTIONS", "ENDINGS", "OTHERWISE", "DoesNotFit", "form_of"]
 
 Held = Mapping[str, Tensor]
 # The forms by a tensor that they cannot do without, and the endings of their keys.
@@ -171,4 +171,12 @@ DIRECTIONS: Mapping[str, Callable[[Held, float | None, Tensor, float], Tensor]] 
     "boft": _boft,
     "boft of ComfyUI": _boft_of_comfyui,
     "ia3": _ia3,
+}
+# In words, what is otherwise where a program has a function of its own.
+OTHERWISE: Mapping[str, str] = {
+    "lokr of sd.cpp": "takes no alpha for LoKr factors of rank 1, and no Tucker core",
+    "glora of old": "takes GLoRA's factors in the order of old LyCORIS, which those of today do not fit",
+    "oft of ComfyUI": "takes OFT's constraint without the number of outputs, no rescaling, and the strength twice",
+    "oft of SD.Next": "takes OFT's constraint of 0 for one that lets nothing turn, and no rescaling",
+    "boft of ComfyUI": "takes BOFT's constraint without the number of outputs, and the strength inside each turn too",
 }
