@@ -159,6 +159,13 @@ def _ia3(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
     return w * W0 * held["weight"].reshape((1, -1, *ones) if by_input else (-1, 1, *ones))
 
 
+def _ia3_of_a1111(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
+    """It makes one column of the outputs' factors, whatever the weight's axes, so that convolutions fail."""
+    if W0.dim() > 2 and not bool(held["on_input"].item()):
+        raise DoesNotFit("its factors of the outputs have two axes, a convolution's weight four")
+    return _ia3(held, alpha, W0, w)
+
+
 DIRECTIONS: Mapping[str, Callable[[Held, float | None, Tensor, float], Tensor]] = {
     "loha": _loha,
     "lokr": _lokr,
@@ -171,6 +178,7 @@ DIRECTIONS: Mapping[str, Callable[[Held, float | None, Tensor, float], Tensor]] 
     "boft": _boft,
     "boft of ComfyUI": _boft_of_comfyui,
     "ia3": _ia3,
+    "ia3 of A1111": _ia3_of_a1111,
 }
 # In words, what is otherwise where a program has a function of its own.
 OTHERWISE: Mapping[str, str] = {

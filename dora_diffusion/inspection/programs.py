@@ -254,7 +254,7 @@ PROGRAMS = (
         parts={**_KOHYA, **_keys_of(*ENDINGS), "lora_A.weight": "down", "lora_B.weight": "up"},
         axis="input",
         on_error="skip",
-        forms=_forms(glora="glora of old"),
+        forms=_forms(glora="glora of old", ia3="ia3 of A1111"),
     ),
     Program(
         name="invokeai",
@@ -277,7 +277,7 @@ PROGRAMS = (
         knows=("unet", "flux"),
         parts={**_KOHYA, **_keys_of("loha", "lokr", "ia3"), "lora_A.weight": "down", "lora_B.weight": "up"},
         axis="input",
-        forms=_forms(glora="", oft="", boft=""),
+        forms=_forms(glora="", oft="", boft="", ia3="ia3 of A1111"),
         decomposes=("lora",),
         # A UNet's keys are grouped by what comes before their first dot; FLUX's in PEFT's names must be A and B alone.
         strict="(?!lora_).+",
@@ -331,7 +331,7 @@ PROGRAMS = (
         on_error="skip",
         cuts=True,
         unturned=True,
-        forms=_forms(glora="glora of old", oft="oft of SD.Next"),
+        forms=_forms(glora="glora of old", oft="oft of SD.Next", ia3="ia3 of A1111"),
     ),
     Program(
         name="lycoris",
