@@ -61,7 +61,14 @@ def _kronecker(held: Held) -> Tensor:
     w2 = held.get("lokr_w2")
     if w2 is None:
         w2 = _rebuilt(held["lokr_w2_a"], held["lokr_w2_b"], held.get("lokr_t2"))
-    return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2)
+    return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2.contiguous())
+
+
+def _lokr_of_comfyui(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
+    """It gives torch.kron what Tucker's core makes as it lies in memory, where that fails (seen with torch 2.13)."""
+    if "lokr_t2" in held:
+        raise DoesNotFit("torch.kron fails at what it makes of LoKr's Tucker core")
+    return _lokr(held, alpha, W0, w)
 
 
 def _lokr_of_sdcpp(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
@@ -169,6 +176,7 @@ def _ia3_of_a1111(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tens
 DIRECTIONS: Mapping[str, Callable[[Held, float | None, Tensor, float], Tensor]] = {
     "loha": _loha,
     "lokr": _lokr,
+    "lokr of ComfyUI": _lokr_of_comfyui,
     "lokr of sd.cpp": _lokr_of_sdcpp,
     "glora": _glora,
     "glora of old": _glora_of_old,

@@ -115,7 +115,7 @@ _COMFY_KEYS: dict[str, Part] = {
     "lora_linear_layer.up.weight": "up",
     **_keys_of("loha", "lokr", "glora"),
 }
-_COMFY_FORMS = _forms(oft="oft of ComfyUI", boft="boft of ComfyUI", ia3="")
+_COMFY_FORMS = _forms(lokr="lokr of ComfyUI", oft="oft of ComfyUI", boft="boft of ComfyUI", ia3="")
 # {last} is the number of the last block.
 _SWAPPED: dict[Model, tuple[str, ...]] = {
     "flux": ("norm_out.linear",),
@@ -199,7 +199,7 @@ PROGRAMS = (
         epsilon=FLOAT32_EPSILON,
         on_error="stop",
         swaps=_SWAPPED,
-        forms=_forms(oft="", boft="", ia3=""),
+        forms=_forms(lokr="lokr of ComfyUI", oft="", boft="", ia3=""),
     ),
     Program(
         name="forge-neo",

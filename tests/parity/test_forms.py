@@ -24,13 +24,13 @@ TURNS = {"oft", CONSTRAINED, "boft", "boft, rescaled"}
 RIGHT_IN = {
     "diffusers": set(),
     "peft": set(),
-    "comfyui": PLAIN | BY_INPUT | {"glora", "oft", "boft", "boft, rescaled"},
-    "forge": PLAIN | BY_INPUT | {"glora"},
-    "forge-neo": PLAIN | BY_INPUT | {"glora", "oft", "boft", "boft, rescaled"},
-    "a1111": PLAIN | BY_INPUT | TURNS | {"ia3 by input"},
-    "invokeai": PLAIN | {"ia3 by input", "locon dora by input"},
+    "comfyui": PLAIN - {"lokr tucker"} | BY_INPUT | {"glora", "oft", "boft", "boft, rescaled"},
+    "forge": PLAIN - {"lokr tucker"} | BY_INPUT | {"glora"},
+    "forge-neo": PLAIN - {"lokr tucker"} | BY_INPUT | {"glora", "oft", "boft", "boft, rescaled"},
+    "a1111": PLAIN | BY_INPUT | TURNS,
+    "invokeai": PLAIN | {"locon dora by input"},
     "stable-diffusion.cpp": PLAIN - {"lokr tucker"},
-    "sdnext": PLAIN | BY_OUTPUT | BY_INPUT | {"boft", "boft, rescaled", "ia3 by input"},
+    "sdnext": PLAIN | BY_OUTPUT | BY_INPUT | {"boft", "boft, rescaled"},
     "lycoris": PLAIN | BY_OUTPUT | TURNS | {"glora", "ia3", "ia3 by input"},
 }
 
