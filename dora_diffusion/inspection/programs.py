@@ -46,6 +46,7 @@ class Program:
     cuts         whether it has fused layers in parts, and leaves out one with a norm by input, which has none
     unturned     whether it leaves the halves of a final layer as the checkpoint has them, where its model has others
     strict       module names (a pattern) for which one key that it does not know makes it refuse the file
+    alone        a prefix that all keys have to have where one has it, or the file is refused
     least        the share of a file's keys that it has to find to take any
     bias         what happens to the layer's bias
     """
@@ -73,6 +74,7 @@ class Program:
     cuts: bool = False
     unturned: bool = False
     strict: str = ""
+    alone: str = ""
     least: float = 0.0
     bias: str = "left as it is"
 
@@ -272,6 +274,7 @@ PROGRAMS = (
             Spelling(("lora_unet_",), models=("flux",), layers="(?:double|single)_blocks_.+"),
             Spelling(("lora_transformer_",), models=("flux",), layers="(?:single_)?transformer_blocks_.+"),
             Spelling(("transformer.", "base_model.model."), models=("flux",)),
+            Spelling(("diffusion_model.",), "checkpoint", ("flux",)),
             Spelling(("lora_te1_",), models=("flux",), layers=FLAT_CLIP),
         ),
         knows=("unet", "flux"),
@@ -279,6 +282,7 @@ PROGRAMS = (
         axis="input",
         forms=_forms(glora="", oft="", boft="", ia3="ia3 of A1111"),
         decomposes=("lora",),
+        alone="diffusion_model.",
         # A UNet's keys are grouped by what comes before their first dot; FLUX's in PEFT's names must be A and B alone.
         strict="(?!lora_).+",
     ),
