@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["DIRECTIONS", "ENDINGS", "DoesNotFit", "form_of"]
+__all__ = ["DIRECTIONS", "ENDINGS", "OTHERWISE", "DoesNotFit", "form_of"]
 
 Held = Mapping[str, Tensor]
 # The forms by a tensor that they cannot do without, and the endings of their keys.
@@ -61,7 +61,14 @@ def _kronecker(held: Held) -> Tensor:
     w2 = held.get("lokr_w2")
     if w2 is None:
         w2 = _rebuilt(held["lokr_w2_a"], held["lokr_w2_b"], held.get("lokr_t2"))
-    return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2)
+    return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2.contiguous())
+
+
+def _lokr_of_comfyui(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
+    """It gives torch.kron what Tucker's core makes as it lies in memory, where that fails (seen with torch 2.13)."""
+    if "lokr_t2" in held:
+        raise DoesNotFit("torch.kron fails at what it makes of LoKr's Tucker core")
+    return _lokr(held, alpha, W0, w)
 
 
 def _lokr_of_sdcpp(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
@@ -159,9 +166,17 @@ def _ia3(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
     return w * W0 * held["weight"].reshape((1, -1, *ones) if by_input else (-1, 1, *ones))
 
 
+def _ia3_of_a1111(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
+    """It makes one column of the outputs' factors, whatever the weight's axes, so that convolutions fail."""
+    if W0.dim() > 2 and not bool(held["on_input"].item()):
+        raise DoesNotFit("its factors of the outputs have two axes, a convolution's weight four")
+    return _ia3(held, alpha, W0, w)
+
+
 DIRECTIONS: Mapping[str, Callable[[Held, float | None, Tensor, float], Tensor]] = {
     "loha": _loha,
     "lokr": _lokr,
+    "lokr of ComfyUI": _lokr_of_comfyui,
     "lokr of sd.cpp": _lokr_of_sdcpp,
     "glora": _glora,
     "glora of old": _glora_of_old,
@@ -171,4 +186,13 @@ DIRECTIONS: Mapping[str, Callable[[Held, float | None, Tensor, float], Tensor]] 
     "boft": _boft,
     "boft of ComfyUI": _boft_of_comfyui,
     "ia3": _ia3,
+    "ia3 of A1111": _ia3_of_a1111,
+}
+# In words, what is otherwise where a program has a function of its own.
+OTHERWISE: Mapping[str, str] = {
+    "lokr of sd.cpp": "takes no alpha for LoKr factors of rank 1, and no Tucker core",
+    "glora of old": "takes GLoRA's factors in the order of old LyCORIS, which those of today do not fit",
+    "oft of ComfyUI": "takes OFT's constraint without the number of outputs, no rescaling, and the strength twice",
+    "oft of SD.Next": "takes OFT's constraint of 0 for one that lets nothing turn, and no rescaling",
+    "boft of ComfyUI": "takes BOFT's constraint without the number of outputs, and the strength inside each turn too",
 }

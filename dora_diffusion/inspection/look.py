@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dora_diffusion.errors import AdapterFileError
+from dora_diffusion.formats.places import find_file
 from dora_diffusion.inspection.analysis import Analysis, analyse
-from dora_diffusion.inspection.changes import changes_of
+from dora_diffusion.inspection.changes import changes_of, source_kind
+from dora_diffusion.inspection.effects import effect_notes
 from dora_diffusion.inspection.summary import Summary, summarise
 from dora_diffusion.lettering.labels import named_apart
 from dora_diffusion.models.loading import Base
@@ -29,6 +32,9 @@ def look_at(paths: Sequence[Path], base: Base | None = None, partial: bool = Fal
         if base is not None:
             with changes_of(path, base, partial) as changes:
                 analysis = analyse(name, summary.kind, summary.rank, changes)
+            if source_kind(path) == "adapter":
+                found, _ = find_file(path)
+                summary = replace(summary, notes=(*summary.notes, *effect_notes(found, base)))
         looks.append((summary, analysis))
     return looks
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dora_diffusion.adapters.injection import Adapter, adaptable_layers, check_strength
 from dora_diffusion.adapters.layers import DoRAUpdate, InputAxisDoRAUpdate
-from dora_diffusion.adapters.variants import UnscaledNormDoRAUpdate
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import Anatomy, anatomy_of, model_of
 from dora_diffusion.formats.description import MADE_FOR_KEY
@@ -26,6 +25,7 @@ from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.storage import read_header, read_safetensors
 from dora_diffusion.formats.writing import file_layer
+from dora_diffusion.inspection.directions import OTHERWISE
 from dora_diffusion.inspection.formula import DoesNotFit, halves_swapped, program_update
 from dora_diffusion.inspection.programs import PROGRAMS, Program
 from dora_diffusion.inspection.reading import FileModule, Reading, read_as, split_key
@@ -219,12 +219,13 @@ def _reasons(
     """What a program that gets the file wrong does otherwise than it should."""
     if not reading.modules:
         return ("reads none of it: the pictures are the base's",)
-    kinds = {type(update) for update in adapter.updates().values()}
+    norms = {update.magnitude_name for update in adapter.updates().values() if isinstance(update, DoRAUpdate)}
+    by_output = DoRAUpdate.magnitude_name in norms
     has_magnitudes = any(module.magnitude is not None or module.untrained for module in reading.modules)
     reasons = []
     if missed := len({layer.layer for layer in layers} - {p.layer for m in reading.modules for p in m.pieces}):
         reasons.append(f"does not read {missed} layers")
-    if kinds & {DoRAUpdate, InputAxisDoRAUpdate, UnscaledNormDoRAUpdate} and not has_magnitudes:
+    if norms and not has_magnitudes:
         reasons.append("drops the magnitudes, which leaves a plain LoRA")
     if untrained := sum(module.untrained for module in reading.modules):
         reasons.append(f"loses the magnitudes of {untrained} layers of a text encoder, which stay ||W0||")
@@ -234,14 +235,18 @@ def _reasons(
         reasons.append(f"leaves out {skipped} layers whose shapes it cannot compute")
     if has_header and not program.header:
         reasons.append("does not read alpha from the header")
-    if has_magnitudes and DoRAUpdate in kinds:
+    computed = {program.forms[module.form] for module in reading.modules if module.form in program.forms}
+    reasons += [OTHERWISE[how] for how in sorted(computed) if how in OTHERWISE]
+    if program.unturned and any(piece.rows.swapped for module in reading.modules for piece in module.pieces):
+        reasons.append("leaves the halves of a final layer in the checkpoint's order, where its model has the other")
+    if has_magnitudes and by_output:
         if program.axis == "input":
             reasons.append("takes the norm of the columns, not of the rows")
         elif program.output_norm == "W0":
             reasons.append("divides by ||W0||, not by ||W0 + s B A||")
         if any(m.magnitude is not None and is_swapped(program, m.pieces, adapter) for m in reading.modules):
             reasons.append("turns round the halves of a final layer's B A and not of its magnitude")
-    if has_magnitudes and InputAxisDoRAUpdate in kinds and program.axis == "output":
+    if has_magnitudes and InputAxisDoRAUpdate.magnitude_name in norms and program.axis == "output":
         reasons.append("takes the norm of the rows, not of the columns")
     return tuple(reasons)
 

@@ -46,6 +46,7 @@ class Program:
     cuts         whether it has fused layers in parts, and leaves out one with a norm by input, which has none
     unturned     whether it leaves the halves of a final layer as the checkpoint has them, where its model has others
     strict       module names (a pattern) for which one key that it does not know makes it refuse the file
+    alone        a prefix that all keys have to have where one has it, or the file is refused
     least        the share of a file's keys that it has to find to take any
     bias         what happens to the layer's bias
     """
@@ -73,6 +74,7 @@ class Program:
     cuts: bool = False
     unturned: bool = False
     strict: str = ""
+    alone: str = ""
     least: float = 0.0
     bias: str = "left as it is"
 
@@ -115,7 +117,7 @@ _COMFY_KEYS: dict[str, Part] = {
     "lora_linear_layer.up.weight": "up",
     **_keys_of("loha", "lokr", "glora"),
 }
-_COMFY_FORMS = _forms(oft="oft of ComfyUI", boft="boft of ComfyUI", ia3="")
+_COMFY_FORMS = _forms(lokr="lokr of ComfyUI", oft="oft of ComfyUI", boft="boft of ComfyUI", ia3="")
 # {last} is the number of the last block.
 _SWAPPED: dict[Model, tuple[str, ...]] = {
     "flux": ("norm_out.linear",),
@@ -199,7 +201,7 @@ PROGRAMS = (
         epsilon=FLOAT32_EPSILON,
         on_error="stop",
         swaps=_SWAPPED,
-        forms=_forms(oft="", boft="", ia3=""),
+        forms=_forms(lokr="lokr of ComfyUI", oft="", boft="", ia3=""),
     ),
     Program(
         name="forge-neo",
@@ -254,7 +256,7 @@ PROGRAMS = (
         parts={**_KOHYA, **_keys_of(*ENDINGS), "lora_A.weight": "down", "lora_B.weight": "up"},
         axis="input",
         on_error="skip",
-        forms=_forms(glora="glora of old"),
+        forms=_forms(glora="glora of old", ia3="ia3 of A1111"),
     ),
     Program(
         name="invokeai",
@@ -272,13 +274,15 @@ PROGRAMS = (
             Spelling(("lora_unet_",), models=("flux",), layers="(?:double|single)_blocks_.+"),
             Spelling(("lora_transformer_",), models=("flux",), layers="(?:single_)?transformer_blocks_.+"),
             Spelling(("transformer.", "base_model.model."), models=("flux",)),
+            Spelling(("diffusion_model.",), "checkpoint", ("flux",)),
             Spelling(("lora_te1_",), models=("flux",), layers=FLAT_CLIP),
         ),
         knows=("unet", "flux"),
         parts={**_KOHYA, **_keys_of("loha", "lokr", "ia3"), "lora_A.weight": "down", "lora_B.weight": "up"},
         axis="input",
-        forms=_forms(glora="", oft="", boft=""),
+        forms=_forms(glora="", oft="", boft="", ia3="ia3 of A1111"),
         decomposes=("lora",),
+        alone="diffusion_model.",
         # A UNet's keys are grouped by what comes before their first dot; FLUX's in PEFT's names must be A and B alone.
         strict="(?!lora_).+",
     ),
@@ -331,7 +335,7 @@ PROGRAMS = (
         on_error="skip",
         cuts=True,
         unturned=True,
-        forms=_forms(glora="glora of old", oft="oft of SD.Next"),
+        forms=_forms(glora="glora of old", oft="oft of SD.Next", ia3="ia3 of A1111"),
     ),
     Program(
         name="lycoris",

@@ -97,6 +97,8 @@ def is_magnitude(ending: str) -> bool:
 def read_as(program: Program, tensors: Mapping[str, Tensor], anatomy: Anatomy) -> Reading:
     """What the program reads of a file with these tensors, for a base with this anatomy."""
     names = Names(anatomy)
+    if program.alone and 0 < sum(key.startswith(program.alone) for key in tensors) < len(tensors):
+        return Reading((), {}, f"refuses the file: some of its keys begin with {program.alone}, and some do not")
     found: dict[str, dict[str, Tensor]] = {}
     untrained: set[str] = set()
     dropped: Counter[str] = Counter()

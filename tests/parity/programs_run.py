@@ -198,6 +198,27 @@ def in_a1111(path: Path, base: Base, strength: float) -> Deltas:
     return deltas
 
 
+def in_sdnext(path: Path, base: Base, strength: float) -> Deltas:
+    """apply_weight_decompose and finalize_updown of modules/lora/network.py in SD.Next at commit d11a619."""
+    deltas = {}
+    for module, parts in modules_of(path).items():
+        layer = layer_named(module, base)
+        weight = weights_of(base.denoiser)[layer]
+        if "diff" in parts:
+            deltas[layer] = strength * parts["diff"].double()
+            continue
+        down, up = (parts[f"lora_{which}.weight"].double().flatten(1) for which in ("down", "up"))
+        updown = (up @ down).reshape(weight.shape) * parts["alpha"].item() / down.shape[0]
+        if "dora_scale" in parts:
+            merged, scale = updown + weight, parts["dora_scale"].double()
+            by_output = scale.shape[0] == len(weight) and scale.numel() == len(weight)
+            kept = 0 if by_output else 1
+            norm = merged.square().sum([a for a in range(weight.dim()) if a != kept], keepdim=True).sqrt()
+            updown = merged * (scale / norm) - weight
+        deltas[layer] = strength * updown
+    return deltas
+
+
 def in_sdcpp(path: Path, base: Base, strength: float) -> Deltas:
     """get_lora_weight_diff and get_raw_weight_diff of src/lora.hpp in stable-diffusion.cpp: `.dora_scale` is a TODO."""
     deltas = {}
@@ -251,4 +272,5 @@ TRANSCRIBED = {
     "a1111": in_a1111,
     "invokeai": in_a1111,
     "stable-diffusion.cpp": in_sdcpp,
+    "sdnext": in_sdnext,
 }

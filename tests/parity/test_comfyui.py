@@ -162,3 +162,36 @@ def of_transformers(name: str, layers: Deltas) -> str:
         if name.startswith(prefix):
             name = f"{encoder}.{name.removeprefix(prefix)}"
     return name if name in layers else name.replace(".text_model.", ".")
+
+
+FORMS = ("loha", "loha tucker", "loha dora", "loha dora by input", "lokr", "lokr, both low-rank", "lokr tucker")
+FORMS += ("lokr whole", "lokr dora", "lokr dora by input", "glora", "oft", "oft, constrained and rescaled")
+FORMS += ("boft", "boft, rescaled")
+# What ComfyUI computes otherwise than LyCORIS: a norm of W0, and OFT's limit and rescaling.
+OTHERWISE = ("loha dora", "lokr dora", "oft, constrained and rescaled")
+FAILS_AT_CONVOLUTIONS = "lokr tucker"
+
+
+@pytest.mark.parametrize("name", ["sd1", "qwen"])
+def test_comfyui_computes_what_the_rules_say_of_lycoris_forms(name, tmp_path):
+    from lycoris_files import write
+
+    family = FAMILIES[name]
+    weights, model = random_weights(name, family.comfyui, tmp_path), family.model()
+    model.load_state_dict(family.convert({n: weight.clone() for n, weight in weights.items()}, model))
+    pipeline = family.pipeline()
+    pipeline.register_modules(**{"unet" if "unet" in pipeline.components else "transformer": model})
+    base = Base(name, pipeline)
+    files, true = [], []
+    forms = [form for form in FORMS if name == "sd1" or "boft" not in form]  # it has no butterfly for Qwen's sizes
+    for form in forms:
+        written = write(model, form, tmp_path / f"{form}.lycoris.safetensors")
+        files.append(convert_adapter(written.path, tmp_path / f"{form}.safetensors", "comfyui", base=base).path)
+        true.append({layer: delta.double() for layer, delta in written.deltas.items()})
+    for form, file, deltas, loaded in zip(forms, files, true, changes(name, files, tmp_path)):
+        assert loaded.unread == [key for key in load_file(file) if key.endswith("rescale") and "boft" not in form], form
+        real = {w: of_diffusers(family, model, weights, loaded.changed[w]) for w in STRENGTHS}
+        parity = by_rules(file, base, "comfyui", 0.5)
+        assert_same(parity, real, deltas)
+        fails = form == FAILS_AT_CONVOLUTIONS and name == "sd1"
+        assert parity.right == (form not in OTHERWISE and not fails), form

@@ -132,9 +132,11 @@ def test_chromas_guidance_layer_is_found_by_the_checkpoints_name_alone(tmp_path)
         unread = [layer.layer for layer in parity.layers if layer.error == 1]
         assert unread == ["distilled_guidance_layer.in_proj"] and not parity.right
         assert "does not read 1 layers" in parity.reasons
+    made = repair(own, base, program_named("comfyui"), tmp_path / "repaired.safetensors")
+    assert made.form.name == "comfyui" and by_rules(made.path, base, "comfyui").right
     with pytest.raises(Unrepairable, match=r"in distilled_guidance_layer\.in_proj, the worst layer"):
-        repair(own, base, program_named("comfyui"), tmp_path / "repaired.safetensors")
-    assert not (tmp_path / "repaired.safetensors").exists()
+        repair(own, base, program_named("comfyui"), tmp_path / "never.safetensors", form="kohya")
+    assert not (tmp_path / "never.safetensors").exists()
     ending = "distilled_guidance_layer_in_proj"
     renamed = {key.replace(f"lycoris_{ending}", f"lora_unet_{ending}"): t for key, t in load_file(kohya).items()}
     save_file(renamed, tmp_path / "renamed.safetensors")

@@ -38,6 +38,7 @@ REPAIRED = {
         "a1111": "diff",
         "invokeai": "diff",
         "stable-diffusion.cpp": "diff",
+        "sdnext": "kohya",
     },
     "input": {"diffusers": "full-rank", "peft": "full-rank", "lycoris": "diff", "stable-diffusion.cpp": "diff"},
 }
