@@ -482,6 +482,17 @@ BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
         },
         "LoRA for a normalisation layer",
     ),
+    "a DoRA by input for a norm alone": (
+        {
+            f"{NORM}.diff": None,
+            f"{NORM}.diff_b": None,
+            f"{NORM}.lora_down.weight": torch.ones(2, 32),
+            f"{NORM}.lora_up.weight": torch.ones(32, 2),
+            f"{NORM}.dora_scale": torch.ones(1, 32),
+            f"{CONV}.dora_scale": torch.ones(1, 32, 1, 1),
+        },
+        "LoRA for a normalisation layer",
+    ),
     "a norm that is not there": (
         {"diffusion_model.input_blocks.1.0.in_layers.7.diff": torch.ones(32)},
         "not in this model",
