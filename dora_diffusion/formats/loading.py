@@ -43,6 +43,7 @@ __all__ = [
     "check_fits",
     "denoiser_of",
     "fit_of",
+    "given_a_bias",
     "load_adapter",
     "text_encoders_of",
 ]
@@ -122,6 +123,14 @@ def by_the_models_names(pipe_or_model: object, file: AdapterFile, partial: bool 
     }
     made = replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
     return replace(made, fellows=fitted.fellows())
+
+
+def given_a_bias(pipe_or_model: object, file: AdapterFile) -> list[str]:
+    """The layers of this model that have no bias and are given one (PEFT's lora_bias). Raises AdapterMismatchError."""
+    fitted = _fitted(pipe_or_model, file)
+    return [
+        path for path, held in fitted.tensors.items() if "bias_difference" in held and not fitted.views[path].has_bias
+    ]
 
 
 def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> _Fitted:
