@@ -18,6 +18,7 @@ import dialect_files as files
 import numpy as np
 import torch
 from dialect_files import make
+from mutant_forms import FORM_LEAVES, form_delta, form_seeds
 from torch import Tensor, nn
 
 SIZES = {
@@ -76,7 +77,8 @@ def seeds(model: nn.Module) -> list[tuple[Entries, dict[str, str]]]:
         norm = {f"{prefix}norm1.{end}": torch.randn(4) for end in ends[1:]}
         made.append((replace(m, tensors={**m.tensors, **biases, **norm}), header))
     made.append((replace(m, tensors={"diffusion_model.norm1.set_weight": torch.randn(4), **biases}), {}))
-    return [({key: entry_of(t) for key, t in m.tensors.items()}, header) for m, header in made]
+    sound = [({key: entry_of(t) for key, t in m.tensors.items()}, header) for m, header in made]
+    return sound + [({key: entry_of(t) for key, t in tensors.items()}, {}) for tensors in form_seeds(model)]
 
 
 def _peft_dora(v: files.Values) -> dict[str, Tensor]:
@@ -184,6 +186,23 @@ def _dtype(rng: random.Random, entries: Entries, *_: object) -> None:
     entries[key] = dtype, shape, (numbers * 8)[: count * SIZES[dtype]]
 
 
+def _swap(rng: random.Random, entries: Entries, *_: object) -> None:
+    """Two tensors of one module under each other's names."""
+    key = rng.choice(list(entries))
+    others = [other for other in entries if other.partition(".")[0] == key.partition(".")[0]]
+    other = rng.choice(others)
+    entries[key], entries[other] = entries[other], entries[key]
+
+
+def _truncate(rng: random.Random, entries: Entries, *_: object) -> None:
+    """The first rows of a tensor alone."""
+    key = rng.choice(list(entries))
+    dtype, shape, numbers = entries[key]
+    if shape and shape[0] > 1:
+        rows = rng.randrange(1, shape[0])
+        entries[key] = dtype, [rows, *shape[1:]], numbers[: len(numbers) // shape[0] * rows]
+
+
 def _mix(
     rng: random.Random, entries: Entries, metadata: dict[str, str], sound: list[tuple[Entries, dict[str, str]]]
 ) -> None:
@@ -280,7 +299,7 @@ def _pickle(rng: random.Random, data: bytearray) -> None:
     data[:0] = rng.choice((b"\x80\x02", b"\x80\x04\x95", b"PK\x03\x04"))
 
 
-TENSOR_CHANGES = (_drop, _rename, _rename, _values, _shape, _size, _dtype, _mix, _metadata)
+TENSOR_CHANGES = (_drop, _rename, _rename, _values, _shape, _size, _dtype, _mix, _metadata, _swap, _truncate)
 HEADER_CHANGES = tuple(map(_text, (_swap_number, _swap_number, _duplicate, _swap_text, _swap_dtype, _nest)))
 BYTE_CHANGES = (_flip, _flip, _flip, _cut, _insert, _remove, _size_of_header, _pickle)
 
@@ -292,7 +311,8 @@ LEAF = re.compile(
     r"(?P<module>.+?)(?:\.|_(?=lora\.))(?P<leaf>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|lora_down\.weight|"
     r"lora_up\.weight|lora_mid\.weight|dora_scale|alpha|magnitude|weight_m_wdecomp\.weight|diff|lora\.down\.weight|"
     r"lora\.up\.weight|lora_linear_layer\.down\.weight|lora_linear_layer\.up\.weight|"
-    r"diff_b|w_norm|b_norm|set_weight|reshape_weight|lora_B\.bias)$"
+    + "|".join(re.escape(leaf) for leaf in FORM_LEAVES)
+    + r"|diff_b|w_norm|b_norm|set_weight|reshape_weight|lora_B\.bias)$"
 )
 NAMED = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.(?!weight\b|bias\b)[^.]+(?=\.weight$|$)")  # an adapter's name
 FLAT = re.compile(r"lora_unet_|lora_transformer_|lycoris_")
@@ -328,7 +348,7 @@ def read_by_hand(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             numbers = eight_bit_floats(np.frombuffer(raw, "u1"), *EIGHT_BIT[entry["dtype"]])
         else:
             numbers = np.frombuffer(
-                raw, {"F": "<f", "I": "<i", "U": "<u"}[entry["dtype"][0]] + str(SIZES[entry["dtype"]])
+                raw, {"F": "<f", "I": "<i", "U": "<u", "B": "<u"}[entry["dtype"][0]] + str(SIZES[entry["dtype"]])
             )
         tensors[key] = numbers.astype("<f8").reshape(entry["shape"])
     return tensors, metadata
@@ -385,10 +405,7 @@ def _delta(layer: str, W0: np.ndarray, held: dict[str, np.ndarray], metadata: di
     if wholes:
         (whole,) = wholes
         return whole.reshape(W0.shape)
-    (A,), (B,) = ([held[leaf] for leaf in leaves if leaf in held] for leaves in (DOWN, UP))
-    rank = A.shape[0]
-    scale = _scale(layer, rank, held, metadata)
-    V = W0 + scale * (B.reshape(B.shape[0], -1) @ A.reshape(rank, -1)).reshape(W0.shape)
+    V = W0 + _before_magnitudes(W0, held, lambda rank: _scale(layer, rank, held, metadata))
     rows, columns = (V.shape[0], *(1,) * (V.ndim - 1)), (1, V.shape[1], *(1,) * (V.ndim - 2))
     magnitudes = [held[leaf] for leaf in (*BY_OUTPUT, "dora_scale") if leaf in held]
     if not magnitudes:
@@ -402,6 +419,14 @@ def _delta(layer: str, W0: np.ndarray, held: dict[str, np.ndarray], metadata: di
 
 def _scale(layer: str, rank: int, held: dict[str, np.ndarray], metadata: dict[str, str]) -> float:
     return float(held["alpha"].reshape(())) / rank if "alpha" in held else _peft_scale(layer, rank, metadata)
+
+
+def _before_magnitudes(W0: np.ndarray, held: dict[str, np.ndarray], scale_of: Callable[[int], float]) -> np.ndarray:
+    if (delta := form_delta(W0, held, scale_of)) is not None:
+        return delta
+    (A,), (B,) = ([held[leaf] for leaf in leaves if leaf in held] for leaves in (DOWN, UP))
+    factor = held["scalar"].item() if "scalar" in held else 1.0
+    return factor * scale_of(A.shape[0]) * (B.reshape(B.shape[0], -1) @ A.reshape(A.shape[0], -1)).reshape(W0.shape)
 
 
 def _peft_scale(layer: str, rank: int, metadata: dict[str, str]) -> float:

@@ -181,6 +181,20 @@ def test_a_shared_norm_goes_through_a_models_whole_life(tmp_path, form):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("form", ["lokr by 3", "lokr by 4 by input", "lora by input", "oft"])
+def test_rounding_leaves_the_parts_together(tmp_path, form, dtype):
+    model = bases.flux_transformer().eval()
+    fused = "flux double" if form == "oft" else "flux single"
+    written(model, form, fused, tmp_path / "a.safetensors")
+    again = convert_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", base=model, dtype=dtype)
+    ours, theirs = load_file(again.path), load_file(tmp_path / "a.safetensors")
+    assert ours.keys() == theirs.keys()
+    rounded = [key for key in theirs if not key.endswith("alpha")]
+    assert all(torch.equal(ours[key], theirs[key].to(ours[key].dtype)) for key in rounded)
+    assert {str(ours[key].dtype) for key in rounded} == {f"torch.{dtype}"}
+
+
 def test_a_part_without_its_fellows_is_not_loaded(tmp_path):
     """A model that lacks one of the layers that the norm runs over."""
     model = bases.flux_transformer().eval()

@@ -26,6 +26,10 @@ def ones(*shapes: tuple[int, ...], keys: tuple[str, ...]) -> dict[str, Tensor]:
 LORA = ones((4, 32), (32, 4), keys=(f"{Q}.lora_down.weight", f"{Q}.lora_up.weight"))
 # One module as each program writes it, and what it is called.
 FILES = {
+    "T-LoRA": (
+        {f"lycoris_conv_in.{p}": torch.ones(4) for p in ("q_layer.weight", "p_layer.weight", "lambda_layer")},
+        "LyCORIS T-LoRA",
+    ),
     "3-D convolutions": (
         ones(
             (4, 8, 3, 3, 3),

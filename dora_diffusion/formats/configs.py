@@ -98,7 +98,8 @@ def _alphas(
     elif elsewhere is not None and not silent:
         notes.append(f"the alpha that was given, {elsewhere:g}, is not used: the file has its own")
     if not peft.stabilised:
-        notes += overruled(file.header, {alpha for layer, alpha in said.items() if alpha and layer not in silent})
+        own = scaled - set(silent)
+        notes += overruled(file.header, {alpha for layer, alpha in said.items() if alpha and layer in own})
     for layer in silent:
         if elsewhere is not None:
             said[layer] = elsewhere

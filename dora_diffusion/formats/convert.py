@@ -34,6 +34,7 @@ __all__ = ["DTYPES", "TARGETS", "Conversion", "Target", "check_options", "conver
 
 Target = Literal["diffusers", "kohya", "diff", "lora"]
 TARGETS: tuple[Target, ...] = ("diffusers", "kohya", "diff", "lora")
+NOT_ROUNDED = (".rows", ".constraint", ".oft_scaled")  # numbers beside the weights, as alpha is one
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -239,6 +240,9 @@ def _rounded(file: AdapterFile, dtype: str | None) -> tuple[AdapterFile, float |
         return file, None, ""
     tensors, worst, name_of_worst = {}, 0.0, ""
     for name, tensor in file.tensors.items():
+        if name.endswith(NOT_ROUNDED):
+            tensors[name] = tensor
+            continue
         rounded = tensor.to(DTYPES[dtype])
         if not rounded.isfinite().all():
             raise AdapterFileError(f"{file.path}: {name} has values too large for {dtype}. Use bfloat16 or float32.")

@@ -44,7 +44,7 @@ class Sizes:
     """What a form's tensors say of its layer: 0 and None where they do not say it.
 
     `columns` are the inputs times a convolution's kernel, `inputs` those without it; `block` is what
-    the columns are a multiple of.
+    the columns are a multiple of, `divisor` what the inputs are.
     """
 
     outputs: int
@@ -52,6 +52,7 @@ class Sizes:
     kernel: tuple[int, ...] | None = None
     inputs: int = 0
     block: int = 0
+    divisor: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,7 +64,7 @@ class Sizes:
         """Why no layer of this shape has it; empty where one may."""
         wrong = self.outputs not in (0, out_features)
         wrong |= self.columns not in (0, math.prod(in_shape)) or self.inputs not in (0, in_shape[0])
-        wrong |= bool(self.block and math.prod(in_shape) % self.block)
+        wrong |= bool(self.block and math.prod(in_shape) % self.block) or in_shape[0] % self.divisor != 0
         wrong |= self.kernel is not None and set(in_shape[1:]) | set(self.kernel) != {1} and self.kernel != in_shape[1:]
         if not wrong:
             return ""
@@ -242,7 +243,7 @@ def _lokr_sizes(held: Held) -> Sizes:
         return Sizes(out_1 * w2.shape[0], in_1 * w2[0].numel(), tuple(w2.shape[2:]))
     a, b = held["lokr_w2_a"], held["lokr_w2_b"]
     if core is None:
-        return Sizes(out_1 * a.shape[0], in_1 * b.shape[1])
+        return Sizes(out_1 * a.shape[0], in_1 * b.shape[1], divisor=in_1)
     kernel = tuple(core.shape[2:])
     return Sizes(out_1 * a.shape[1], in_1 * b.shape[1] * math.prod(kernel), kernel)
 
@@ -480,9 +481,11 @@ def magnitude_problem(held: Held, sizes: Sizes) -> str:
         m = held.get(name)
         if m is None:
             continue
+        if not m.numel():
+            return f"{name} of shape {list(m.shape)}"
         by_output = m.shape[:1] == (sizes.outputs,) and m.numel() == sizes.outputs
         by_input = m.dim() >= 2 and m.shape[0] == 1 and m.numel() == m.shape[1] and not sizes.columns % m.shape[1]
-        if not (m.numel() and (by_output or by_input)):
+        if not (by_output or by_input):
             return f"{name} of shape {list(m.shape)} for {sizes.outputs} outputs and {sizes.columns} columns"
     return ""
 

@@ -86,6 +86,7 @@ _FOREIGN = {
     r"hra_u(?:\.\w+)?": "PEFT's HRA",
     r"lora_down|lora_up": "a LoRA as nunchaku keeps it",
     r"bm\.weight": "LyCORIS GLoRA with a core",
+    r"(?:q_layer|p_layer)\.weight|lambda_layer": "LyCORIS T-LoRA, which is relative to values that its file lacks",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",
     r"emb_params|string_to_param|clip_[lg]|t5": "an embedding (textual inversion)",
 }

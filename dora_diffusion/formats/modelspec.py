@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dora_diffusion.formats.content import AdapterFile
+from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import Description
+from dora_diffusion.formats.forms import form_of
 
 __all__ = ["modelspec"]
 
@@ -59,7 +60,6 @@ def _base_of(file: AdapterFile, is_xl: bool, predicts_v: bool) -> _Base | None:
         return FLUX if file.base.model_class == "FluxTransformer2DModel" else None
     if is_xl:
         return SDXL
-    texts = {
-        t.shape[1] for name, t in file.tensors.items() if name.endswith(("attn2.to_k.lora_A", "attn2.to_v.lora_A"))
-    }
+    layers = {la: held for la, held in by_layer(file.tensors).items() if la.endswith(("attn2.to_k", "attn2.to_v"))}
+    texts = {form_of(held).sizes(held).columns for held in layers.values()}
     return {frozenset({768}): SD1, frozenset({1024}): SD2_V if predicts_v else SD2}.get(frozenset(texts))

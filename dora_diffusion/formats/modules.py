@@ -25,6 +25,8 @@ def check_module(held: Held) -> tuple[list[str], list[str]]:
     """What is missing of a module, and what is misshapen, each in words."""
     held = _by_their_parameters(held)
     found = forms_in(held)
+    if "on_input" in held:
+        return _without_factor(held)
     if not found:
         return ["lora_A", "lora_B"], []
     if len(found) > 1:
@@ -42,7 +44,15 @@ def check_module(held: Held) -> tuple[list[str], list[str]]:
     if problem := form.problem(held):
         return [], [problem]
     wrong = _magnitude_problems(form, held) + _of_one_number(held) + bias_problems(held, form) + _shape_problems(held)
-    return [], wrong + _alpha_problems(held, form)
+    return [], wrong + _alpha_problems(held, form.is_scaled(held))
+
+
+def _without_factor(held: Held) -> tuple[list[str], list[str]]:
+    """What is wrong with an IA3 that could not be told by its input or output."""
+    on_input = held["on_input"]
+    wrong = on_input.numel() != 1 or on_input.item() not in (0, 1)
+    shown = f"on_input of shape {list(on_input.shape)}" if on_input.numel() != 1 else f"on_input is {on_input.item():g}"
+    return ([] if "factor" in held else ["weight"]), [f"{shown}; it must be 0 or 1"] if wrong else []
 
 
 def _said(form: Form) -> str:
@@ -115,16 +125,15 @@ def _fits(parameter: str, held: Held) -> bool:
     return tuple(m.shape) in ((out,), (out, 1), (1, out, *ones), (out, 1, *ones))
 
 
-def _alpha_problems(held: Held, form: Form) -> list[str]:
-    """One without a scale may have any number as its alpha, which counts for nothing."""
+def _alpha_problems(held: Held, counts: bool) -> list[str]:
     alpha = held.get("alpha")
     if alpha is None:
         return []
     if alpha.numel() != 1:
         return [f"alpha of shape {list(alpha.shape)}"]
-    value = float(alpha)
-    if not form.is_scaled(held):
+    if not counts:
         return []
+    value = float(alpha)
     return [] if math.isfinite(value) and value > 0 else [f"alpha is {value:g}; it must be above 0"]
 
 

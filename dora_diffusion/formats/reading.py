@@ -31,8 +31,11 @@ from dora_diffusion.formats.words import split_off
 __all__ = ["check_adapter", "read_adapter_file", "read_what_fits", "read_with_findings", "some"]
 
 FLOATS = ("F64", "F32", "F16", "BF16", *eight_bit.DTYPES)
-WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")  # some programs save alpha as one
-MAY_BE_WHOLE = (".alpha", ".on_input", ".scaled_oft", ".reshape_weight")
+WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # some programs save alpha as one
+MAY_BE_WHOLE = {
+    **dict.fromkeys((".alpha", ".reshape_weight"), WHOLE_NUMBERS),
+    **dict.fromkeys((".on_input", ".scaled_oft"), (*WHOLE_NUMBERS, "BOOL")),
+}
 SOUND_RANGE = 1e6  # no weight is near it, and products of two and their squares stay within float32
 
 
@@ -123,7 +126,7 @@ def _check_dtypes(path: Path) -> None:
     wrong = [
         f"{name} ({dtype})"
         for name, (dtype, _) in read_header(path).tensors.items()
-        if dtype not in FLOATS and not (dtype in WHOLE_NUMBERS and name.endswith(MAY_BE_WHOLE))
+        if dtype not in (*FLOATS, *MAY_BE_WHOLE.get("." + name.rpartition(".")[2], ()))
     ]
     if wrong:
         raise AdapterFileError(
