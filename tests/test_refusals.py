@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError, AdapterMismatchError
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.formats.kinds import advice
+from dora_diffusion.formats.leaves import _FOREIGN
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 DAMAGED = ("damaged", "download it again", "download or", "save it again")
@@ -40,7 +42,6 @@ FILES = {
     ),
     "PEFT's OFT": ({"base_model.model.x.oft_R.weight": torch.ones(4, 6)}, "PEFT's OFT"),
     "PEFT's VeRA": ({"base_model.model.x.vera_lambda_b": torch.ones(4)}, "PEFT's VeRA"),
-    "PEFT's IA3": ({"base_model.model.x.ia3_l": torch.ones(4, 1)}, "PEFT's IA3"),
     "nunchaku": (
         ones((4, 8), (8, 4), keys=("transformer_blocks.0.qkv_proj.lora_down", "transformer_blocks.0.qkv_proj.lora_up")),
         "a LoRA as nunchaku keeps it",
@@ -151,6 +152,12 @@ def test_a_file_that_is_no_adapter_is_called_what_it_is_with_its_writer_and_the_
         message = str(raised.value)
         assert f"{path} is {what}" in message and " writes it. " in message and way in message, message
         assert not any(word in message for word in DAMAGED), message
+
+
+def test_every_method_that_is_not_read_has_a_way_out() -> None:
+    """Changes of biases and of normalisation are methods of their own."""
+    methods = {kind for kind in _FOREIGN.values() if not kind.startswith(("a change of", "a trained bias"))}
+    assert {kind for kind in methods if not advice(kind)} == set()
 
 
 # A layer of each as its trainers name it, and what the adapter is said to be for.

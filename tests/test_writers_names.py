@@ -430,6 +430,31 @@ def test_a_model_that_has_its_projections_fused_takes_them_whole(tmp_path):
     assert_means(load_quietly(model, made.save(tmp_path / "a.safetensors")), made.deltas)
 
 
+def test_a_layer_that_a_fused_model_does_not_compute_with_is_not_loaded_in_silence(tmp_path):
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    paths = [f"{block}.attn1.to_q", f"{block}.attn2.to_k", f"{block}.attn2.to_q", f"{block}.attn1.to_out.0"]
+    path = make(bases.unet(), paths, files.dotted("unet."), files.peft, files.lora_delta, s=1.0).save(
+        tmp_path / "a.safetensors"
+    )
+    model = bases.unet()
+    model.fuse_qkv_projections()
+    with pytest.raises(AdapterMismatchError, match=r"2 of 4 layers match.*(?s:.)*attn1.to_q: .*unfuse_qkv_projections"):
+        load_adapter(model, path)
+    model.unfuse_qkv_projections()
+    assert len(load_quietly(model, path).layers) == 4
+
+
+def test_flux_with_fused_projections_is_asked_to_unfuse_them(tmp_path):
+    model = bases.flux_transformer()
+    made = make(model, qkv(DOUBLE), files.dotted("transformer."), files.peft, files.lora_delta, s=1.0)
+    path = made.save(tmp_path / "a.safetensors")
+    model.fuse_qkv_projections()
+    with pytest.raises(AdapterMismatchError, match=r"0 of 3 layers match.*(?s:.)*attn.to_q: .*unfuse_qkv_projections"):
+        load_adapter(model, path)
+    model.unfuse_qkv_projections()
+    assert_means(load_quietly(model, path), made.deltas)
+
+
 def test_blocks_that_lost_the_first_letters_of_their_name(tmp_path):
     model = bases.flux2_transformer()
     made = add(Made(), model, alone(model), files.dotted("diffusion_model."), files.peft, s=1.0)

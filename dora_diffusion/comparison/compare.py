@@ -17,6 +17,7 @@ from dora_diffusion.comparison.request import BASE, Cell, Column, CompareRequest
 from dora_diffusion.errors import AdapterMismatchError
 from dora_diffusion.formats.description import identify_base
 from dora_diffusion.formats.files import AdapterFile, attach, fit_of, read_what_fits
+from dora_diffusion.formats.findings import counted
 from dora_diffusion.generation import OnStep, check_prompt, generate
 from dora_diffusion.lettering.labels import named_apart
 from dora_diffusion.models.loading import Base
@@ -114,7 +115,7 @@ def _attach(base: Base, column: Column, file: AdapterFile | None, name: str, tol
         note = f"{fit.matched} of {fit.total} keys matched: made for another base, so this is the base's picture"
         return _Ready(column, file, None, note, fits=False)
     if fit.unmatched or fit.left_out:
-        note = f"loaded in part: {fit.matched} of {fit.total} layers, {fit.left_out} keys of the file left out"
+        note = f"loaded in part: {fit.matched} of {fit.total} layers, {counted(fit.left_out)} of the file left out"
         return _Ready(column, file, adapter, note)
     if fit.same_weights:
         return _Ready(column, file, adapter)

@@ -13,6 +13,7 @@ from PIL import Image
 from dora_diffusion.comparison.curves import Curve, draw_curves
 from dora_diffusion.comparison.request import Cell, CompareRequest
 from dora_diffusion.formats.files import AdapterFile, read_what_fits
+from dora_diffusion.formats.findings import counted
 
 __all__ = ["write_report"]
 
@@ -122,7 +123,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def _left_out(file: AdapterFile) -> str:
-    return f" <small>({len(file.left_out)} keys left out)</small>" if file.left_out else ""
+    return f" <small>({counted(len(file.left_out))} left out)</small>" if file.left_out else ""
 
 
 def _adapters(files: Sequence[AdapterFile]) -> str:

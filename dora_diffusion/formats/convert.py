@@ -23,7 +23,7 @@ from dora_diffusion.formats import kohya
 from dora_diffusion.formats.anatomy import MODEL_LABEL, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import identify_base
-from dora_diffusion.formats.findings import some
+from dora_diffusion.formats.findings import counted, some
 from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.loading import attach, by_the_models_names, denoiser_of, given_a_bias
 from dora_diffusion.formats.placing import open_names
@@ -69,7 +69,7 @@ class Conversion:
             yield f"rounding changes a tensor by {self.rounding:.2e} of its size at most ({self.rounded_worst})"
         yield from (f"note: {note}" for note in self.notes)
         if self.file.left_out:
-            yield f"{len(self.file.left_out)} keys of the file are left out"
+            yield f"left out: {counted(len(self.file.left_out))} of the file"
         yield f"{self.path}: {self.file.config.kind_label}, {len(self.file.layers)} layers, read as {self.file.dialect}"
 
 

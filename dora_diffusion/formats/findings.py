@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dora_diffusion.formats.kinds import advice
 
-__all__ = ["Findings", "some"]
+__all__ = ["Findings", "counted", "some"]
 
 MENTIONED = 20  # keys of one sort named in a message; the rest is counted
 
@@ -53,6 +53,11 @@ class Findings:
         if self.foreign and not self.unexpected:
             return "The file is sound. Load the rest of it with partial=True (--partial), if that is what you want."
         return "Load the rest of it with partial=True (--partial), if that is what you want."
+
+
+def counted(number: int, what: str = "key") -> str:
+    """ "1 key", "2 keys"."""
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 def some(keys: list[str], between: str = ", ") -> str:

@@ -198,6 +198,7 @@ IN_PEFT = (
     "PEFT reads it: load it there, merge_and_unload(), and save_pretrained the model, which is a base here. Or train a "
     "LoRA, DoRA, LoHa or LoKr, which every program takes"
 )
+IN_LYCORIS = "LyCORIS reads it: merge it into its base there; the merged model is a base here"
 # By what leaves.py calls a method, and modules.py a module.
 ADVICE = {
     "PEFT's OFT": IN_PEFT,
@@ -208,6 +209,9 @@ ADVICE = {
     "PEFT's FourierFT": IN_PEFT,
     "PEFT's HRA": IN_PEFT,
     "PEFT's embedding LoRA": "PEFT reads it: a change of the token embedding, which no program for pictures loads",
+    "LyCORIS GLoRA with a core": IN_LYCORIS,
+    "LyCORIS T-LoRA, which is relative to values that its file lacks": IN_LYCORIS,
+    "a LoKr with a core in its first factor, which no program writes": "train it again without the core",
     "kohya's OFT": "sd-scripts reads it (networks/merge_lora.py merges it into its base, which is a base here then)",
     "a weight that ComfyUI replaces whole": "ComfyUI reads it; it is no change of a weight, and has no strength",
     "a LoRA as nunchaku keeps it": "its rows stand in the order of nunchaku's kernels: give the file it was made from",

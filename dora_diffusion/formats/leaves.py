@@ -88,7 +88,6 @@ _FOREIGN = {
     r"bm\.weight": "LyCORIS GLoRA with a core",
     r"(?:q_layer|p_layer)\.weight|lambda_layer": "LyCORIS T-LoRA, which is relative to values that its file lacks",
     r"lora_embedding_[AB]": "PEFT's embedding LoRA",
-    r"emb_params|string_to_param|clip_[lg]|t5": "an embedding (textual inversion)",
 }
 _FOREIGN_KEYS = [(re.compile(rf"(?:(.*)\.)?(?:{ending})"), kind) for ending, kind in _FOREIGN.items()]
 

@@ -27,7 +27,7 @@ from dora_diffusion.errors import AdapterFileError, AdapterMismatchError, neares
 from dora_diffusion.formats.anatomy import MODEL_LABEL, Anatomy, anatomy_of, model_of
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import BaseIdentity, identify_base
-from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.findings import Findings, counted, some
 from dora_diffusion.formats.forms import BY_CHANNEL, form_of, with_axes
 from dora_diffusion.formats.kinds import FIRST_LAYERS, model_of_names, wider_base
 from dora_diffusion.formats.names import TEXT_ENCODERS
@@ -47,6 +47,14 @@ __all__ = [
     "load_adapter",
     "text_encoders_of",
 ]
+
+
+# What diffusers' fuse_qkv_projections puts in the place of what.
+FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
 
 
 def denoiser_of(pipe_or_model: object) -> nn.Module:
@@ -144,6 +152,7 @@ def _fit_or_report(
 ) -> _Fitted:
     file.check_universal()
     fitted = _fit(file, views)
+    fitted.leave(_not_computed_with(denoiser_of(pipe_or_model)))
     if fitted.problems or findings:
         _report(fitted, findings, identify_base(denoiser_of(pipe_or_model)), partial)
     return fitted
@@ -230,6 +239,26 @@ def _look_at(pipe_or_model: object) -> tuple[Mapping[str, FrozenWeight], Anatomy
     return views, anatomy_of(model, views)
 
 
+def _is_fused(module: nn.Module) -> bool:
+    """diffusers' older attention says so by its processor alone: the mark stays when it is unfused."""
+    if not getattr(module, "fused_projections", False):
+        return False
+    return hasattr(module, "unfuse_projections") or "Fused" in type(getattr(module, "processor", None)).__name__
+
+
+def _not_computed_with(model: nn.Module) -> dict[str, str]:
+    """The projections that a model has fused since it was loaded: they are there, and nothing goes through them."""
+    unused: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not _is_fused(module):
+            continue
+        for fused, parts in FUSED_PROJECTIONS.items():
+            if hasattr(module, fused):
+                said = f"this model computes with {fused} in its place: call unfuse_qkv_projections() on it first"
+                unused |= {f"{name}.{part}": said for part in parts}
+    return unused
+
+
 def _identity(pipe_or_model: object, file: AdapterFile) -> BaseIdentity:
     """The denoiser's, sketched where the file's base is."""
     model = denoiser_of(pipe_or_model)
@@ -295,6 +324,13 @@ class _Fitted:
         """The parts of fused layers that share a norm, by the model's paths."""
         places = self.places
         return {places[la]: tuple(places[each] for each in f) for la, f in self.file.fellows.items() if la in places}
+
+    def leave(self, unused: Mapping[str, str]) -> None:
+        """Take out layers that the model does not compute with, and say why."""
+        for path in self.tensors.keys() & unused.keys():
+            del self.tensors[path]
+            self.places = {layer: place for layer, place in self.places.items() if place != path}
+            self.problems.append(f"{path}: {unused[path]}")
 
     def by_name(self) -> dict[str, Tensor]:
         """The tensors by the names of an adapter's parameters."""
@@ -409,7 +445,7 @@ def _report(fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bo
     fitting, total = len(fitted.tensors), max(len(file.layers), len(fitted.tensors))
     lines = (("\n  " + some(fitted.problems, "\n  ")) if fitted.problems else "") + findings.lines()
     if partial and fitting:
-        dropped = f" and {len(file.left_out)} keys left out" if file.left_out else ""
+        dropped = f" and {counted(len(file.left_out))} left out" if file.left_out else ""
         warnings.warn(f"{file.path.name} is loaded in part: {fitting} of {total} layers{dropped}.{lines}", stacklevel=5)
         return
     if not fitted.problems:

@@ -19,14 +19,14 @@ from dora_diffusion.formats import eight_bit, kinds, names
 from dora_diffusion.formats.anatomy import Anatomy
 from dora_diffusion.formats.configs import read_description
 from dora_diffusion.formats.content import AdapterFile, Raw
-from dora_diffusion.formats.findings import Findings, some
+from dora_diffusion.formats.findings import Findings, counted, some
 from dora_diffusion.formats.forms import forms_in
 from dora_diffusion.formats.leaves import Leaf, adapter_names, dialect_of, foreign, split_keys
 from dora_diffusion.formats.modules import check_module, foreign_kind, one_form
 from dora_diffusion.formats.places import find_file
 from dora_diffusion.formats.placing import place
 from dora_diffusion.formats.storage import read_header, read_safetensors
-from dora_diffusion.formats.words import split_off
+from dora_diffusion.formats.words import Word, split_off
 
 __all__ = ["check_adapter", "read_adapter_file", "read_what_fits", "read_with_findings", "some"]
 
@@ -54,7 +54,7 @@ def read_adapter_file(
     """
     file, findings = _read(path, partial, alpha)
     if findings:
-        warnings.warn(f"{file.path.name}: {len(file.left_out)} keys are left out.{findings.lines()}", stacklevel=2)
+        warnings.warn(f"{file.path.name}: left out: {counted(len(file.left_out))}.{findings.lines()}", stacklevel=2)
     return file
 
 
@@ -91,7 +91,7 @@ def read_with_findings(
     sound, notes = _sound(modules, findings)
     keys = {key: split[0] if split else "" for key, split in _split(tensors).items()}
     peft_named = any(leaf.dialect == "PEFT" for leaf in leaves)
-    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *loose, *notes))
+    raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *map(_beside, words), *loose, *notes))
     file = AdapterFile(found, "unet", AdapterConfig(), {}, read_description(found, header), dialect, header, raw=raw)
     file = replace(file, words=words, beside=tuple(loose))
     return place(file, anatomy, findings), findings
@@ -143,6 +143,10 @@ def _decoded(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor],
             f"{path} is scaled to 8 bits in a way that is not read here: {error}. Get the file as it was before that, "
             "in float16 or bfloat16."
         ) from error
+
+
+def _beside(word: Word) -> str:
+    return f"{word} stands beside the layers: a pipeline learns it with them"
 
 
 def _check_one_adapter(path: Path, keys: Collection[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from dora_diffusion.formats.content import by_layer
 from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.files import read_adapter_file
+from dora_diffusion.formats.findings import counted
 from dora_diffusion.formats.forms import form_of
 from dora_diffusion.inspection.changes import source_kind, weight_files
 
@@ -82,7 +83,7 @@ def summarise(path: Path, partial: bool = False) -> Summary:
             *((f"it changes {file.vectors} too",) if file.vectors else ()),
             *file.notes,
             *alone,
-            *([f"{len(file.left_out)} keys are left out"] if file.left_out else []),
+            *([f"left out: {counted(len(file.left_out))}"] if file.left_out else []),
         ),
     )
 

@@ -37,9 +37,11 @@ def short_card(shelved: Shelved | None) -> str:
 
 def _left_out(card: AdapterCard) -> str:
     """What the box beside the pickers is for."""
+    from dora_diffusion.formats.findings import counted
+
     if not card.left_out:
         return ""
-    return f" · <span class='dd-nothing'>{card.left_out} keys are not read: tick “{LOAD_WHAT_FITS}”</span>"
+    return f" · <span class='dd-nothing'>not read: {counted(card.left_out)}, so tick “{LOAD_WHAT_FITS}”</span>"
 
 
 def full_card(shelved: Shelved, studio: Studio) -> str:
@@ -57,12 +59,14 @@ def full_card(shelved: Shelved, studio: Studio) -> str:
 
 
 def _rows(card: AdapterCard, fit: Fit | None) -> list[tuple[str, str]]:
+    from dora_diffusion.formats.findings import counted
+
     base = f"{escape(card.base_name)} ({escape(card.base_class)}), fingerprint {card.base_fingerprint}"
     return [
         ("kind, by its tensors", card.kind),
         ("rank, alpha", f"{card.rank}, {card.alpha:g}"),
         ("targets", escape(", ".join(card.targets))),
-        ("layers", str(card.layers) + (f", and {card.left_out} keys that are not read" if card.left_out else "")),
+        ("layers", str(card.layers) + (f"; not read: {counted(card.left_out)}" if card.left_out else "")),
         ("trainable parameters", f"{card.parameters:,}"),
         ("size", f"{card.size / 1024:,.0f} KiB"),
         ("SHA-256", f"<code>{card.sha256}</code>"),

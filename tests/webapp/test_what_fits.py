@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import bases
 import pytest
+import torch
+from dialect_files import flat, kohya, lora_delta, make
 from PIL import Image
 from web_pages import ME, OTHER, PAGE, draw, last_html, shown_in
 
@@ -16,6 +19,7 @@ from dora_diffusion.webapp.visitors import visitor_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:gradio")  # toasts, which no page is there to show
 
+Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 SWEEP = ("cat", "1", "0.5, 1")  # its own form
 
 
@@ -126,6 +130,23 @@ def test_restoring_leaves_no_adapter_that_the_picture_had_not(tabs, pair):
     sweep = shown_in(list(tabs.compare.sweep("cat\ndog", "1", "0.5, 1", *pair, 2, "2", "", "", False, PAGE)))
     restored = tabs.compare.restore(str(sweep.cells[2].path), PAGE)
     assert (restored[2]["value"], restored[4]["value"]) == pair and restored[3] == restored[5] == 0.5
+
+
+def test_what_fits_of_a_file_is_drawn_when_it_is_asked_for_with_the_count(tabs, pair, studio, tmp_path):
+    made = make(bases.stable_diffusion().unet, [Q], flat("lora_unet_"), kohya, lora_delta)
+    made.tensors |= {f"lora_unet_x.lora_{part}.weight": torch.ones(4, 4) for part in ("down", "up")}
+    made.tensors["lora_unet_y.lora_embedding_A"] = torch.ones(4, 4)
+    key = studio.shelf.take_in(made.save(tmp_path / "mixed.safetensors"), visitor_of(PAGE)).key
+    card = tabs.compare.show_card(key, PAGE)[0]
+    assert "2 layers" in card and "not read: 1 key" in card and "Load what fits of a file" in card
+    refused = draw(tabs, first=key)
+    assert "Load what fits of a file" in last_html(refused, 2) and "partial=" not in last_html(refused, 2)
+    updates = draw(tabs, first=key, partial=True)
+    (note,) = {cell.note for cell in shown_in(updates).cells if cell.column == 1}
+    assert note == "loaded in part: 1 of 2 layers, 1 key of the file left out"
+    assert "--partial" in last_html(updates, 7)
+    picture = str(shown_in(updates).cells[1].path)
+    assert tabs.compare.restore(picture, PAGE)[10] is True
 
 
 # Votes

@@ -41,9 +41,9 @@ def test_a_comparison_says_how_much_of_a_file_it_drew_with(sd_base, mixed):
     with pytest.warns(UserWarning, match="loaded in part: 2 of 3 layers"):
         base, drawn = compare(sd_base, request, tolerant=True)
     assert drawn.fits and drawn.difference > 0
-    assert drawn.note == "loaded in part: 2 of 3 layers, 1 keys of the file left out"
+    assert drawn.note == "loaded in part: 2 of 3 layers, 1 key of the file left out"
     assert "--partial" in command_of(request, "emoji") and record_of(request, "emoji").partial
-    assert "(1 keys left out)" in write_report("x", request, [base, drawn], base_name="x")
+    assert "(1 key left out)" in write_report("x", request, [base, drawn], base_name="x")
 
 
 def test_nothing_is_taken_in_part_without_being_asked(sd_base, tmp_path):
