@@ -311,9 +311,8 @@ LEAF = re.compile(
     r"(?P<module>.+?)(?:\.|_(?=lora\.))(?P<leaf>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|lora_down\.weight|"
     r"lora_up\.weight|lora_mid\.weight|dora_scale|alpha|magnitude|weight_m_wdecomp\.weight|diff|lora\.down\.weight|"
     r"lora\.up\.weight|lora_linear_layer\.down\.weight|lora_linear_layer\.up\.weight|"
-    r"diff_b|w_norm|b_norm|set_weight|reshape_weight|lora_B\.bias|"
     + "|".join(re.escape(leaf) for leaf in FORM_LEAVES)
-    + ")$"
+    + r"|diff_b|w_norm|b_norm|set_weight|reshape_weight|lora_B\.bias)$"
 )
 NAMED = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.(?!weight\b|bias\b)[^.]+(?=\.weight$|$)")  # an adapter's name
 FLAT = re.compile(r"lora_unet_|lora_transformer_|lycoris_")
@@ -418,16 +417,16 @@ def _delta(layer: str, W0: np.ndarray, held: dict[str, np.ndarray], metadata: di
     return g * V - W0
 
 
+def _scale(layer: str, rank: int, held: dict[str, np.ndarray], metadata: dict[str, str]) -> float:
+    return float(held["alpha"].reshape(())) / rank if "alpha" in held else _peft_scale(layer, rank, metadata)
+
+
 def _before_magnitudes(W0: np.ndarray, held: dict[str, np.ndarray], scale_of: Callable[[int], float]) -> np.ndarray:
     if (delta := form_delta(W0, held, scale_of)) is not None:
         return delta
     (A,), (B,) = ([held[leaf] for leaf in leaves if leaf in held] for leaves in (DOWN, UP))
     factor = held["scalar"].item() if "scalar" in held else 1.0
     return factor * scale_of(A.shape[0]) * (B.reshape(B.shape[0], -1) @ A.reshape(A.shape[0], -1)).reshape(W0.shape)
-
-
-def _scale(layer: str, rank: int, held: dict[str, np.ndarray], metadata: dict[str, str]) -> float:
-    return float(held["alpha"].reshape(())) / rank if "alpha" in held else _peft_scale(layer, rank, metadata)
 
 
 def _peft_scale(layer: str, rank: int, metadata: dict[str, str]) -> float:

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations
 from dora_diffusion import AdapterConfig, inject_adapter
 from dora_diffusion.adapters.frozen import FrozenLinear, freeze_view
 from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
+from dora_diffusion.adapters.variants import update_of
 from dora_diffusion.errors import AdapterStateError, TargetError
 
 IN, OUT, RANK, ALPHA = 128, 96, 4, 6.0  # 128 x 96 values: no other tensor of these tests has so many
@@ -628,3 +629,25 @@ def test_the_attention_module_whose_projection_is_never_called_is_left_alone():
 def test_sizes_that_are_no_numbers_make_no_linear_layer():
     assert freeze_view(nn.LazyLinear(4)) is None
     assert isinstance(freeze_view(nn.Linear(3, 4)), FrozenLinear)
+
+
+LOW_RANK = {"lora_A": 0.1 * torch.ones(RANK, IN), "lora_B": 0.1 * torch.ones(OUT, RANK)}
+BESIDE = {"alone": {}, "B A": LOW_RANK, "a magnitude": {**LOW_RANK, "magnitude": torch.linspace(0.5, 2, OUT)}}
+
+
+@every_base
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_change_of_the_bias_is_added_to_the_output_of_any_layer(name, beside):
+    """Packed ones add their bias themselves: the change comes after it, and no magnitude touches it."""
+    base = BASES[name]
+    module, b = base.make(), torch.randn(OUT, generator=torch.Generator().manual_seed(2))
+    found = []
+    for change in (torch.zeros(OUT), b):
+        held = {**BESIDE[beside], "bias_difference": change}
+        layer = AdaptedLayer(module, freeze_view(module))
+        layer.updates["0"] = update_of(held)(layer.frozen, RANK, 1.0, tensors=held)
+        layer.updates["0"].strength = 0.7
+        with torch.no_grad():
+            found.append(layer(example(base.x_dtype)).double())
+    added = found[1] - found[0] - 0.7 * b.double()
+    assert added.abs().max() <= base.rounding * found[1].abs().max()

@@ -279,8 +279,11 @@ def test_a_file_of_peft_with_lora_bias_gives_what_peft_gives(tmp_path, make, rsl
     if without:  # a UNet's to_q has no bias: PEFT gives it one
         with pytest.raises(AdapterStateError, match="without a bias"):
             adapter.fuse()
-        with pytest.raises(AdapterFileError, match="layers that have none"):
-            convert_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "diff", base=make())
+        for target in ("diff", "kohya"):
+            with pytest.raises(AdapterFileError, match=r"layers that have none.*--to diffusers"):
+                convert_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", target, base=make())
+        noted = convert_adapter(tmp_path / "a.safetensors", tmp_path / "d.safetensors", "kohya").notes
+        assert any("only where it has a bias" in note for note in noted)
     else:
         adapter.fuse()
         assert relative_error(output_of(model) - base, expected - base) < 1e-5
@@ -479,6 +482,17 @@ BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
             f"{NORM}.diff_b": None,
             f"{NORM}.lora_down.weight": torch.ones(2, 32),
             f"{NORM}.lora_up.weight": torch.ones(32, 2),
+        },
+        "LoRA for a normalisation layer",
+    ),
+    "a DoRA by input for a norm alone": (
+        {
+            f"{NORM}.diff": None,
+            f"{NORM}.diff_b": None,
+            f"{NORM}.lora_down.weight": torch.ones(2, 32),
+            f"{NORM}.lora_up.weight": torch.ones(32, 2),
+            f"{NORM}.dora_scale": torch.ones(1, 32),
+            f"{CONV}.dora_scale": torch.ones(1, 32, 1, 1),
         },
         "LoRA for a normalisation layer",
     ),

@@ -24,7 +24,7 @@ from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.description import identify_base
 from dora_diffusion.formats.findings import counted, some
 from dora_diffusion.formats.forms import form_of
-from dora_diffusion.formats.loading import attach, by_the_models_names, denoiser_of
+from dora_diffusion.formats.loading import attach, by_the_models_names, denoiser_of, given_a_bias
 from dora_diffusion.formats.placing import open_names
 from dora_diffusion.formats.reading import read_adapter_file
 from dora_diffusion.formats.writing import LAYOUT_LABEL, Layout, describe, file_layer, keys_in, write_adapter_file
@@ -43,6 +43,13 @@ LAYOUT_OF: Mapping[Target, Layout] = {
 }
 NOT_ROUNDED = (".rows", ".constraint", ".oft_scaled")  # numbers beside the weights, as alpha is one
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+GIVES_BIASES = (
+    "{path} gives a bias (lora_B.bias) to layers that have none in this base, among them {layer}. Programs add a "
+    "change of a bias to one that is there, so that no other layout holds it. Write it for PEFT and diffusers: --to "
+    "diffusers."
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ def convert_adapter(
         file, residuals = _by_difference(file, base, to, rank, partial)
     elif base is not None:
         file = _with_base(file, base, partial)
+        if layout == "kohya" and (given := given_a_bias(base, file)):
+            raise AdapterFileError(GIVES_BIASES.format(path=file.path, layer=given[0]))
     else:
         _check_told(file, layout)
     file, rounding, worst = _rounded(file, dtype)
@@ -172,7 +181,10 @@ def _by_difference(
         for path, update in adapter.updates().items():
             layer, delta = file_layer(path), update.delta_weight().cpu()
             if to == "diff":
-                tensors |= {f"{layer}.{name}": tensor for name, tensor in whole_difference(update, delta).items()}
+                tensors |= {
+                    f"{layer}.{name}": tensor
+                    for name, tensor in whole_difference(file.path, layer, update, delta).items()
+                }
             else:
                 A, B, residuals[layer] = best_low_rank(delta, rank)
                 tensors |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
@@ -190,16 +202,13 @@ def _by_difference(
     return replace(named, tensors=tensors, config=config, notes=file.notes), residuals
 
 
-def whole_difference(update: LoRAUpdate, delta: Tensor) -> dict[str, Tensor]:
+def whole_difference(path: Path, layer: str, update: LoRAUpdate, delta: Tensor) -> dict[str, Tensor]:
     """The parameters of a whole difference that is the update: of the weight, and of the bias where it changes it.
     Raises AdapterFileError for a bias that the base's layer does not have."""
     held = {} if isinstance(update, BiasUpdate) else {"difference": delta}
     if update.bias_difference is not None:
         if not update.frozen.has_bias:
-            raise AdapterFileError(
-                "the adapter adds a bias (lora_B.bias) to layers that have none in this base, which no difference "
-                "holds. Write it for PEFT and diffusers: --to diffusers."
-            )
+            raise AdapterFileError(GIVES_BIASES.format(path=path, layer=layer))
         held["bias_difference"] = update.bias_difference.detach().cpu()
     return held
 

@@ -147,6 +147,15 @@ def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
             f"{len(lost)} biases are of parts of one layer of the original checkpoint ({lost[0]}): ComfyUI reads the "
             "weights of such parts, and not their biases (--to diff puts them together where all parts are there)"
         )
+    if (
+        file.dialect in ("PEFT", "diffusers")
+        and file.base.model_class == "unknown"
+        and any(".diff_b" in k for k in keys)
+    ):
+        notes.append(
+            "lora_B.bias is written as .diff_b, which other programs add to a layer only where it has a bias; the file "
+            "does not say whether its base has them (--base does)"
+        )
     in_encoders = {key.partition(".")[0] for key in keys if key.startswith("lora_te") and "layer_norm" in key}
     if any(re.match(r"lora_te[12]?_text_model", name) for name in in_encoders):
         notes.append(

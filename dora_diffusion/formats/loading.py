@@ -44,6 +44,7 @@ __all__ = [
     "check_fits",
     "denoiser_of",
     "fit_of",
+    "given_a_bias",
     "load_adapter",
     "text_encoders_of",
 ]
@@ -131,6 +132,14 @@ def by_the_models_names(pipe_or_model: object, file: AdapterFile, partial: bool 
     }
     made = replace(fitted.file, tensors=tensors, config=fitted.config(), flat=frozenset(), raw=None)
     return replace(made, fellows=fitted.fellows())
+
+
+def given_a_bias(pipe_or_model: object, file: AdapterFile) -> list[str]:
+    """The layers of this model that have no bias and are given one (PEFT's lora_bias). Raises AdapterMismatchError."""
+    fitted = _fitted(pipe_or_model, file)
+    return [
+        path for path, held in fitted.tensors.items() if "bias_difference" in held and not fitted.views[path].has_bias
+    ]
 
 
 def _fitted(pipe_or_model: object, file: AdapterFile, partial: bool = False) -> _Fitted:
@@ -376,11 +385,11 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -
         return problem
     if held.keys() == {"bias_difference"}:
         return ""
+    if not view.in_shape and not held.keys() & {"difference", "replacement"}:
+        return f"a {form_of(held).label} for a normalisation layer, which has no rows and columns"
     m = held.get("input_magnitude", held.get("shared_magnitude"))
     if m is not None and m.numel() != view.in_shape[0]:
         return f"a magnitude of {m.numel()} inputs, this layer has {view.in_shape[0]}"
-    if not view.in_shape and not held.keys() & {"difference", "replacement"}:
-        return f"a {form_of(held).label} for a normalisation layer, which has no rows and columns"
     if not held.keys() & {"difference", "replacement", "lora_A"}:
         sizes = form_of(held).sizes(held)
         if "rows" in held:
@@ -416,8 +425,10 @@ def _misfitting_bias(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases
 
 def _for_more_inputs(path: str, held: Mapping[str, Tensor], view: FrozenWeight) -> str:
     """What to say of a first layer that is wider in the file's base than here."""
-    own, theirs = view.in_shape[0], held["lora_A"].shape[1] if "lora_A" in held else 0
-    return wider_base(own, theirs) if path in FIRST_LAYERS and theirs > own else ""
+    if path not in FIRST_LAYERS or "lora_A" not in held:
+        return ""
+    own, theirs = view.in_shape[0], held["lora_A"].shape[1]
+    return wider_base(own, theirs) if theirs > own else ""
 
 
 def _same(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -33,10 +33,8 @@ __all__ = ["check_adapter", "read_adapter_file", "read_what_fits", "read_with_fi
 FLOATS = ("F64", "F32", "F16", "BF16", *eight_bit.DTYPES)
 WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # some programs save alpha as one
 MAY_BE_WHOLE = {
-    ".alpha": WHOLE_NUMBERS,
-    ".on_input": (*WHOLE_NUMBERS, "BOOL"),
-    ".scaled_oft": (*WHOLE_NUMBERS, "BOOL"),
-    ".reshape_weight": WHOLE_NUMBERS,
+    **dict.fromkeys((".alpha", ".reshape_weight"), WHOLE_NUMBERS),
+    **dict.fromkeys((".on_input", ".scaled_oft"), (*WHOLE_NUMBERS, "BOOL")),
 }
 SOUND_RANGE = 1e6  # no weight is near it, and products of two and their squares stay within float32
 
