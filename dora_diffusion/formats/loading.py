@@ -169,6 +169,9 @@ def attach_trainable(
             "Write it as a LoRA of some rank first: dora-diffusion convert FILE --to lora --rank 32 --base BASE."
         )
     fitted = _fitted(pipe_or_model, file)
+    if file.words:
+        words = ", ".join(map(str, file.words))
+        warnings.warn(f"{file.path.name}: {words} is not trained on, and not in what is saved.", stacklevel=2)
     config, becomes_dora = fitted.config(), file.config.kind != kind
     adapter = inject_into(
         denoiser_of(pipe_or_model),
