@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dora_diffusion.errors import AdapterFileError, PromptError
 from dora_diffusion.formats.convert import convert_adapter
-from dora_diffusion.formats.files import load_adapter, read_adapter_file
+from dora_diffusion.formats.files import attach_trainable, load_adapter, read_adapter_file
 from dora_diffusion.generation import check_prompt
 
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -197,6 +197,12 @@ def test_a_converted_file_keeps_its_words_or_says_that_it_cannot(tmp_path):
     conversion = convert_adapter(path, tmp_path / "d.safetensors", "diffusers")
     assert any("'my_token' (clip_l, 2 vectors) is not written" in note for note in conversion.notes)
     assert read_adapter_file(tmp_path / "k.safetensors").words[0].text == "my_token"
+
+
+def test_training_on_says_that_words_are_left_behind(tmp_path):
+    path = with_words(bases.unet(), {"bundle_emb.my_token.clip_l": vectors(2)}).save(tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match="'my_token'.*is not trained on, and not in what is saved"):
+        attach_trainable(bases.unet(), read_adapter_file(path), "lora")
 
 
 def test_merged_words_stay_in_what_is_saved(tmp_path):

@@ -185,6 +185,9 @@ def attach_trainable(
             "the base and train on that: dora-diffusion merge FILE --base BASE --out FOLDER."
         )
     fitted = _fitted(pipe_or_model, file)
+    if file.words:
+        words = ", ".join(map(str, file.words))
+        warnings.warn(f"{file.path.name}: {words} is not trained on, and not in what is saved.", stacklevel=2)
     config = replace(fitted.config(), kind=kind, dropout=dropout)
     if file.config.kind != kind:
         config = replace(config, norm_axis=norm_axis)
