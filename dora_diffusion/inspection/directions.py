@@ -43,7 +43,7 @@ def _scale(alpha: float | None, rank: int | None) -> float:
 
 def _rebuilt(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     """a b, or with Tucker's core [r, r, ...] what it makes of a [r, n] and b [r, m]."""
-    return a @ b if core is None else torch.einsum("ij...,jr,ip->pr...", core, b, a)
+    return a @ b if core is None else torch.einsum("ijkl,jr,ip->prkl", core, b, a)
 
 
 def _loha(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
