@@ -43,7 +43,7 @@ def _scale(alpha: float | None, rank: int | None) -> float:
 
 def _rebuilt(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     """a b, or with Tucker's core [r, r, ...] what it makes of a [r, n] and b [r, m]."""
-    return a @ b if core is None else torch.einsum("ij...,jr,ip->pr...", core, b, a)
+    return a @ b if core is None else torch.einsum("ijkl,jr,ip->prkl", core, b, a)
 
 
 def _loha(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
@@ -56,18 +56,21 @@ def _lokr(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
     return w * _scale(alpha, None if factor is None else factor.shape[0]) * _kronecker(held).reshape(W0.shape)
 
 
-def _kronecker(held: Held) -> Tensor:
+def _kronecker(held: Held, as_it_lies: bool = False) -> Tensor:
     w1 = held["lokr_w1"] if "lokr_w1" in held else held["lokr_w1_a"] @ held["lokr_w1_b"]
     w2 = held.get("lokr_w2")
     if w2 is None:
         w2 = _rebuilt(held["lokr_w2_a"], held["lokr_w2_b"], held.get("lokr_t2"))
-    return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2.contiguous())
+    return torch.kron(w1.reshape(*w1.shape, *(1,) * (w2.dim() - 2)), w2 if as_it_lies else w2.contiguous())
 
 
 def _lokr_of_comfyui(held: Held, alpha: float | None, W0: Tensor, w: float) -> Tensor:
     """It gives torch.kron what Tucker's core makes as it lies in memory, where that fails (seen with torch 2.13)."""
     if "lokr_t2" in held:
-        raise DoesNotFit("torch.kron fails at what it makes of LoKr's Tucker core")
+        try:
+            _kronecker(held, as_it_lies=True)
+        except RuntimeError as error:
+            raise DoesNotFit("torch.kron fails at what it makes of LoKr's Tucker core") from error
     return _lokr(held, alpha, W0, w)
 
 
