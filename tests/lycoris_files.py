@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,19 @@ class Written:
     deltas: dict[str, Tensor]
 
 
+ITS_OWN = {name: value for name, value in vars(lycoris.LycorisNetwork).items() if name.isupper()}
+
+
+def preset(changes: dict[str, object]) -> None:
+    """What LyCORIS names and wraps from here on: it keeps this for the process, whoever said it last."""
+    for name, value in ITS_OWN.items():
+        setattr(lycoris.LycorisNetwork, name, copy.copy(value))
+    lycoris.LycorisNetwork.apply_preset(changes)
+
+
 def wrapped(model: nn.Module, algorithm: str, seed: int = 0) -> nn.Module:
     """LyCORIS's own network over all layers of the model, with random values everywhere."""
-    lycoris.LycorisNetwork.apply_preset({"enable_conv": True, "target_module": [type(model).__name__]})
+    preset({"enable_conv": True, "target_module": [type(model).__name__]})
     options = {"linear_dim": 4, "linear_alpha": 3.0, "conv_dim": 4, "conv_alpha": 3.0, **ALGORITHMS[algorithm]}
     torch.manual_seed(seed)
     network = lycoris.create_lycoris(model, 1.0, **options)

@@ -192,9 +192,10 @@ class Holder(nn.Module):
 
 def by_lycoris(file: Path, prefix: str, model: nn.Module) -> dict[str, Tensor]:
     """W' - W0 by the module's name, as LyCORIS makes it from the file."""
-    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
+    from lycoris import create_lycoris_from_weights
+    from lycoris_files import preset
 
-    LycorisNetwork.apply_preset({"lora_prefix": prefix})
+    preset({"lora_prefix": prefix})
     network, _ = create_lycoris_from_weights(1.0, str(file), model)
     assert network.loras
     return {lora.lora_name: (lora.get_merged_weight()[0] - lora.org_weight).detach() for lora in network.loras}

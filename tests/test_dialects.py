@@ -609,11 +609,10 @@ def test_a_hub_id_that_is_nowhere_says_both(unet):
 
 @pytest.mark.parametrize("on_output", [True, False])
 def test_a_file_that_lycoris_saved_means_what_lycoris_computes(tmp_path, unet, on_output):
-    from lycoris.wrapper import LycorisNetwork, create_lycoris
+    from lycoris import create_lycoris
+    from lycoris_files import preset
 
-    LycorisNetwork.apply_preset(
-        {"target_name": [], "target_module": ["Transformer2DModel", "ResnetBlock2D"], "lora_prefix": "lycoris"}
-    )
+    preset({"target_name": [], "target_module": ["Transformer2DModel", "ResnetBlock2D"]})
     network = create_lycoris(
         unet, 1.0, 4, 6, preset="full", algo="lora", dora_wd=True, wd_on_output=on_output, warn_on_unmatched=False
     )

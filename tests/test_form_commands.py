@@ -23,9 +23,9 @@ from dora_diffusion.training.start import read_starts
 
 LABELS = {
     "loha": "LoHa",
-    "loha dora": "LoHa with magnitudes (DoRA)",
+    "loha dora": "DoHa",
     "lokr": "LoKr",
-    "lokr dora by input": "DoKR (LoKr with magnitudes)",
+    "lokr dora by input": "DoKR",
     "glora": "GLoRA",
     "oft": "OFT",
     "boft": "BOFT",
@@ -57,11 +57,11 @@ def test_parity_says_that_it_does_not_know_and_repair_writes_the_difference(sd_b
 
 def test_training_does_not_go_on_from_a_form_and_says_the_way_out(tmp_path: Path):
     model = bases.unet().eval()
-    path = write(model, "lokr", tmp_path / "a.safetensors").path
-    with pytest.raises(AdapterMismatchError, match=r"it is LoKr, and LoRA and DoRA are trained here.*--to lora"):
+    path = write(model, "glora", tmp_path / "a.safetensors").path
+    with pytest.raises(AdapterMismatchError, match=r"it is GLoRA, which is not trained here.*--to lora"):
         attach_trainable(model, read_adapter_file(path), "dora")
     settings = TrainConfig(images=str(tmp_path), out=str(tmp_path / "out"), kind="dora", start_from=str(path))
-    with pytest.raises(ConfigError, match=r"is LoKr, which is not gone on from here"):
+    with pytest.raises(ConfigError, match=r"is a GLoRA, which is not trained here.*--to lora"):
         read_starts(settings)
 
 

@@ -67,6 +67,6 @@ def test_the_commands_say_what_needs_less_memory(tmp_path: Path) -> None:
     trained = run_limited("train", "--images", sample_folder(), "--out", tmp_path / "trained", *options)
     said = " ".join(trained.stderr.split())
     assert trained.returncode == 1 and "Traceback" not in trained.stderr
-    assert "not enough memory on this machine to train so" in said and "quantise" not in said
+    assert "not enough memory on this machine to train so" in said and 'quantise = "nf4"' in said
     assert "batch_size = 1 with gradient_accumulation_steps = 512" in said and "below 256" in said
     assert "gradient_checkpointing" not in said

@@ -474,7 +474,7 @@ def test_a_norm_by_input_trains_resumes_and_is_right_in_the_programs_that_comput
     assert {key.split("_")[1] for key in stored} == {"unet", "te"}
     base = load_base(str(sd_folder), device="cpu")
     right = {p.program.name for p in compare_programs(finished.path, base) if p.right and p.right_at_strength}
-    assert right == {"comfyui", "forge", "a1111", "invokeai"}
+    assert right == {"comfyui", "forge", "forge-neo", "a1111", "invokeai", "sdnext"}
     adapter = load_adapter(base.pipe, finished.path)
     assert adapter.config.norm_axis == "input"
     assert read_adapter_file(tmp_path / "whole" / "lora.safetensors").dialect == "diffusers"

@@ -131,12 +131,13 @@ def in_peft(path: Path, strength: float) -> Deltas:
 
 def in_lycoris(path: Path, strength: float) -> Deltas:
     """LyCORIS's own loader for any model, which names modules `lycoris_` where sd-scripts says `lora_unet_`."""
-    from lycoris import LycorisNetwork, create_lycoris_from_weights
+    from lycoris import create_lycoris_from_weights
+    from lycoris_files import preset
 
     model = bases.unet()
     before = weights_of(model)
     tensors = {key.replace("lora_unet_", "lycoris_"): tensor for key, tensor in load_file(path).items()}
-    LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})  # it lasts for the process
+    preset({})
     network, _ = create_lycoris_from_weights(strength, str(path), model, tensors)
     deltas = {}
     for module in network.loras:

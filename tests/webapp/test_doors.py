@@ -210,7 +210,9 @@ def test_train_is_shut_by_every_way_in(
     visitor: Visitor, foreign: dict[str, str], path: str, wrap: dict, no_traceback: None
 ) -> None:
     number = visitor.number("train")
-    body = {**wrap, "data": [[], ["a"], "a", "lora", 1, 2, 1, *[False] * 5, "output", "", False]}
+    parts = {each["id"]: each for each in visitor.config["components"]}
+    fields = next(each["inputs"] for each in visitor.config["dependencies"] if each["id"] == number)
+    body = {**wrap, "data": [_harmless(parts[field]) for field in fields]}
     if "fn_index" in wrap:
         body["fn_index"] = number
     for named in foreign.values():

@@ -64,7 +64,7 @@ def test_a_shared_run_tells_its_owner_nowhere(tabs: Tabs, studio: Studio, shared
     told.append(str(tabs.compare.show_facts(keys["lora"], keys["dora"], OTHER)))
     told.append(str(tabs.train.starts(keys["dora"], OTHER)))
     chosen = [Chosen(key, 1.0) for key in keys.values()]
-    told.append(api._compare(studio, OTHER, "cat", [1], chosen, 1, "").model_dump_json())
+    told.append(api._compare(studio, OTHER, "cat", [1], chosen, 1, "", False).model_dump_json())
     for text in told:
         assert ME not in text and "visitors" not in text
     assert "dora-diffusion compare" in last_html(updates, 7)
