@@ -122,11 +122,6 @@ def compare_programs(
     found, _ = find_file(path)
     refuse_marked(found, read_header(found).metadata)
     with attached(base, path) as adapter:
-        if adapter.config.parametrisation != "lora":
-            raise AdapterFileError(
-                f"{found} is {adapter.config.kind_label}: what other programs make of it is not known here. What "
-                "convert --to diff writes of it is exact in all that read differences, and parity says which do."
-            )
         check_matrices(found, adapter)
         return evaluate(programs, found, base, adapter, strength)
 
