@@ -135,11 +135,7 @@ def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
             f"{len(lost)} biases are of parts of one layer of the original checkpoint ({lost[0]}): ComfyUI reads the "
             "weights of such parts, and not their biases (--to diff puts them together where all parts are there)"
         )
-    if (
-        file.dialect in IN_PEFTS_KEYS
-        and file.base.model_class == "unknown"
-        and any(".diff_b" in k for k in keys)
-    ):
+    if file.dialect in IN_PEFTS_KEYS and file.base.model_class == "unknown" and any(".diff_b" in k for k in keys):
         notes.append(
             "lora_B.bias is written as .diff_b, which other programs add to a layer only where it has a bias; the file "
             "does not say whether its base has them (--base does)"

@@ -20,10 +20,10 @@ import torch
 from comfyui_families import FAMILIES, Family, Weights
 from oracles import perturb
 from programs_run import Deltas, assert_same, by_rules
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
+from dora_diffusion.adapters.injection import AdapterConfig, changeable_layers, inject_adapter
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.models.loading import Base
@@ -127,6 +127,52 @@ def test_comfyui_computes_what_the_rules_say(name, tmp_path):
         assert_same(parity, real, true)
         if form in ("diff", "input", "comfyui, input") or (kind, form) in (("lora", "kohya"), ("lora", "comfyui")):
             assert parity.right and parity.right_at_strength
+
+
+VECTORS = ("sd1", "sd3", "flux", "chroma", "flux2", "qwen", "z-image")
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_comfyui_makes_of_biases_and_norms_what_the_rules_say(name, tmp_path):
+    family = FAMILIES[name]
+    weights, model = random_weights(name, family.comfyui, tmp_path), family.model()
+    model.load_state_dict(family.convert({n: weight.clone() for n, weight in weights.items()}, model))
+    pipeline = family.pipeline()
+    pipeline.register_modules(**{"unet" if "unet" in pipeline.components else "transformer": model})
+    base = Base(name, pipeline)
+    files = vector_files(base, tmp_path)
+    for (path, true), loaded in zip(files, changes(name, [path for path, _ in files], tmp_path)):
+        real = {w: of_diffusers(family, model, weights, loaded.changed[w]) for w in STRENGTHS}
+        parity = by_rules(path, base, "comfyui", 0.5)
+        assert parity.known and not parity.stopped
+        assert_same(parity, real, true)
+        if path.stem == "comfyui":
+            assert parity.right and parity.right_at_strength and loaded.unread == []
+
+
+def vector_files(base: Base, folder: Path) -> list[tuple[Path, Deltas]]:
+    """Differences of every weight and bias, by diffusers' names and by the checkpoint's, and weights in the base's place."""
+    g = torch.Generator().manual_seed(5)
+    prefix = "unet." if "unet" in base.pipe.components else "transformer."
+    differences, wholes, true = {}, {}, {}
+    for layer in changeable_layers(base.denoiser):
+        module = base.denoiser.get_submodule(layer)
+        for end, key, name in (("weight", "diff", layer), ("bias", "diff_b", f"{layer}.bias")):
+            own = module._parameters.get(end)
+            if own is not None:
+                true[name] = 0.05 * torch.randn(own.shape, generator=g)
+                differences[f"{prefix}{layer}.{key}"] = true[name]
+        wholes[f"{prefix}{layer}.set_weight"] = module.weight.detach() + true[layer]
+    save_file(differences, folder / "theirs.safetensors")
+    save_file(wholes, folder / "wholes.safetensors")
+    true = {name: delta.double() for name, delta in true.items()}
+    of_weights = {name: delta for name, delta in true.items() if f"{prefix}{name}.set_weight" in wholes}
+    files = [(folder / "theirs.safetensors", true), (folder / "wholes.safetensors", of_weights)]
+    for to in ("comfyui", "diff", "kohya"):
+        made = convert_adapter(folder / "theirs.safetensors", folder / f"{to}.safetensors", to, base=base).path
+        files.append((made, true))
+    made = convert_adapter(folder / "wholes.safetensors", folder / "whole_comfyui.safetensors", "comfyui", base=base).path
+    return [*files, (made, of_weights)]
 
 
 # One layer more than the pipeline has: ComfyUI reads the last but one.
