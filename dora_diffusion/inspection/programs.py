@@ -44,6 +44,7 @@ class Program:
     forms        the forms that it reads beside LoRA and differences, and how it computes each (`directions.py`)
     decomposes   the forms whose magnitudes it reads; a file of another one with magnitudes is refused
     vectors      the endings of changes of biases and of normalisation layers that it reads; None where it is not known
+    vectors_of   the models for which that is known
     loses_biases_of_parts   whether biases are lost of parts of a fused layer, and of halves that changed places, where
                  they go by diffusers' names
     biases_of_differences   whether it reads a bias beside a whole difference alone, and no difference of a norm
@@ -76,6 +77,7 @@ class Program:
     forms: Mapping[str, str] = field(default_factory=dict)
     decomposes: tuple[str, ...] = ("lora", "loha", "lokr", "glora", "oft", "boft")
     vectors: Mapping[str, Part] | None = None
+    vectors_of: tuple[Model, ...] = EVERY
     loses_biases_of_parts: bool = False
     biases_of_differences: bool = False
     cuts: bool = False
@@ -214,6 +216,7 @@ PROGRAMS = (
         swaps=_SWAPPED,
         forms=_forms(lokr="lokr of ComfyUI", oft="", boft="", ia3=""),
         vectors=_VECTORS,
+        vectors_of=("unet", "sd3"),  # FLUX's norms are called otherwise in its model
         loses_biases_of_parts=True,
     ),
     Program(

@@ -14,6 +14,7 @@ from torch import Tensor
 from dora_diffusion.adapters.injection import Adapter
 from dora_diffusion.adapters.layers import LoRAUpdate
 from dora_diffusion.adapters.whole import BiasUpdate, ReplacementUpdate
+from dora_diffusion.formats.anatomy import model_of
 from dora_diffusion.inspection.directions import DoesNotFit
 from dora_diffusion.inspection.formula import scale_of
 from dora_diffusion.inspection.programs import Program
@@ -37,7 +38,8 @@ def unknown(program: Program, adapter: Adapter, keys: Iterable[str]) -> str:
     whole = any(isinstance(update, ReplacementUpdate) for update in adapter.updates().values())
     if whole and (program.asked or not any(key.endswith(".set_weight") for key in keys)):
         return "not known here: what it makes of norms that a file has whole"
-    if program.vectors is None and not program.asked:
+    known = program.vectors is not None and model_of(type(adapter.model).__name__) in program.vectors_of
+    if not known and not program.asked:
         return "not known here: what it makes of changes of biases and of normalisation layers"
     return ""
 

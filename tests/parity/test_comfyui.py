@@ -19,11 +19,11 @@ import pytest
 import torch
 from comfyui_families import FAMILIES, Family, Weights
 from oracles import perturb
-from programs_run import Deltas, assert_same, by_rules
+from programs_run import Deltas, assert_same, by_rules, error_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dora_diffusion.adapters.injection import AdapterConfig, changeable_layers, inject_adapter
+from dora_diffusion.adapters.injection import AdapterConfig, adaptable_layers, changeable_layers, inject_adapter
 from dora_diffusion.formats.convert import convert_adapter
 from dora_diffusion.formats.files import save_adapter
 from dora_diffusion.models.loading import Base
@@ -151,7 +151,7 @@ def test_comfyui_makes_of_biases_and_norms_what_the_rules_say(name, tmp_path):
 
 
 def vector_files(base: Base, folder: Path) -> list[tuple[Path, Deltas]]:
-    """Differences of every weight and bias, by diffusers' names and by the checkpoint's, and weights in the base's place."""
+    """Differences of all weights and biases, by either side's names, and weights in the place of the base's."""
     g = torch.Generator().manual_seed(5)
     prefix = "unet." if "unet" in base.pipe.components else "transformer."
     differences, wholes, true = {}, {}, {}
@@ -171,7 +171,9 @@ def vector_files(base: Base, folder: Path) -> list[tuple[Path, Deltas]]:
     for to in ("comfyui", "diff", "kohya"):
         made = convert_adapter(folder / "theirs.safetensors", folder / f"{to}.safetensors", to, base=base).path
         files.append((made, true))
-    made = convert_adapter(folder / "wholes.safetensors", folder / "whole_comfyui.safetensors", "comfyui", base=base).path
+    made = convert_adapter(
+        folder / "wholes.safetensors", folder / "whole_comfyui.safetensors", "comfyui", base=base
+    ).path
     return [*files, (made, of_weights)]
 
 
@@ -208,6 +210,30 @@ def of_transformers(name: str, layers: Deltas) -> str:
         if name.startswith(prefix):
             name = f"{encoder}.{name.removeprefix(prefix)}"
     return name if name in layers else name.replace(".text_model.", ".")
+
+
+T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 1, "vocab_size": 64}
+T5 |= {"is_gated_act": False, "dense_act_fn": "relu"}  # the pipeline's
+
+
+def test_comfyui_loads_every_key_of_a_t5(tmp_path):
+    pipeline = bases.flux()
+    options = {"model_options": {"t5xxl_model_config": T5, "clip_l_model_config": {**TEXT, "num_hidden_layers": 1}}}
+    random_weights("t5", ("FluxClipModel", options), tmp_path)
+    layers = adaptable_layers(pipeline.text_encoder_2)
+    g = torch.Generator().manual_seed(2)
+    keys, true = {}, {}
+    for layer, frozen in layers.items():
+        A, B = (torch.randn(shape, generator=g) for shape in ((4, *frozen.in_shape), (frozen.out_features, 4)))
+        name = f"text_encoder_2.{layer}"
+        keys |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        true[f"t5xxl.transformer.{layer}.weight"] = B.double() @ A.double()
+    save_file(keys, tmp_path / "peft.safetensors")
+    made = convert_adapter(tmp_path / "peft.safetensors", tmp_path / "a.safetensors", "comfyui", base=pipeline).path
+    [loaded] = changes("t5", [made], tmp_path)
+    assert loaded.unread == [] and loaded.changed[1.0].keys() == true.keys() and len(true) == 6
+    for strength, changed in loaded.changed.items():
+        assert all(error_of(changed[n].double(), strength * delta) < 1e-5 for n, delta in true.items())
 
 
 FORMS = ("loha", "loha tucker", "loha dora", "loha dora by input", "lokr", "lokr, both low-rank", "lokr tucker")
