@@ -111,6 +111,40 @@ def test_every_layer_comes_back_with_the_same_bits_and_scale(tmp_path, name, kin
     assert again.keys() == first.keys() and all(torch.equal(again[key], first[key]) for key in first)
 
 
+def test_the_last_modulation_of_sd3_has_the_checkpoints_rows(tmp_path):
+    """Its two halves change places; the other blocks' six parts do not, in ComfyUI's layout as in kohya's."""
+    own, tensors = written("sd3", "dora", tmp_path)
+    model = MODELS["sd3"]()
+    last = len(model.transformer_blocks) - 1
+    keys = load_file(convert_adapter(own, tmp_path / "c.safetensors", "comfyui", base=model).path)
+    for block in range(last + 1):
+        ours, theirs = f"transformer_blocks.{block}.norm1_context.linear", f"joint_blocks.{block}.context_block"
+        for parameter, ending in (("lora_B", "lora_B.weight"), ("magnitude", "dora_scale")):
+            found = keys[f"diffusion_model.{theirs}.adaLN_modulation.1.{ending}"]
+            held = tensors[f"{ours}.{parameter}"]
+            wanted = torch.cat(held.chunk(2)[::-1]) if block == last else held
+            assert torch.equal(found.flatten(), wanted.flatten()), (block, parameter)
+
+
+def test_a_t5_has_comfyuis_name_and_comes_back_with_the_same_bits(tmp_path):
+    pipe = bases.flux()
+    layers = adaptable_layers(pipe.text_encoder_2)
+    keys = {
+        f"text_encoder_2.{layer}.lora_{end}.weight": torch.randn(shape)
+        for layer, frozen in layers.items()
+        for end, shape in (("A", (3, *frozen.in_shape)), ("B", (frozen.out_features, 3)))
+    }
+    save_file(keys, tmp_path / "own.safetensors")
+    made = convert_adapter(tmp_path / "own.safetensors", tmp_path / "comfyui.safetensors", "comfyui", base=pipe).path
+    ends = ("lora_A.weight", "lora_B.weight", "alpha")
+    assert load_file(made).keys() == {f"text_encoders.t5xxl.transformer.{la}.{end}" for la in layers for end in ends}
+    back = load_adapter(pipe, made)
+    assert set(back.layers) == {f"text_encoder_2.{layer}" for layer in layers}
+    assert all(torch.equal(held, keys[f"{name}.weight"]) for name, held in held_in(back).items())
+    dialects = [read_adapter_file(path).dialect for path in (tmp_path / "own.safetensors", made)]
+    assert dialects == ["diffusers", "ComfyUI"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_names_are_the_checkpoints_where_comfyui_knows_those(tmp_path, name):
     own, _ = written(name, "dora", tmp_path)

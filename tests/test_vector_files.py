@@ -621,7 +621,11 @@ def test_every_command_does_with_such_a_file_what_it_says(extracted_sd, tmp_path
     folder, path = map(str, extracted_sd)
     assert "it changes" in run("inspect", path).flat
     assert run("inspect", path, "--base", folder, "--json").status == 0
-    refused = run("parity", path, "--base", folder)
+    found = {each["program"]: each for each in json.loads(run("parity", path, "--base", folder, "--json").out)}
+    assert {name for name, each in found.items() if each["right"]} == {"comfyui", "forge"}
+    assert not found["a1111"]["known"] and "not known here" in found["a1111"]["stopped"]
+    assert "not known here" in run("parity", path, "--base", folder).flat
+    refused = run("parity", path, "--base", folder, "--repair", "comfyui", "--out", str(tmp_path / "r.safetensors"))
     assert refused.status == 1 and "biases or normalisation layers" in refused.flat
     assert run("convert", path, "--to", "diff", "--base", folder, "--out", str(tmp_path / "d.safetensors")).status == 0
     refused = run("convert", path, "--to", "lora", "--base", folder, "--out", str(tmp_path / "l.safetensors"))

@@ -164,5 +164,4 @@ def _after_training(config: TrainConfig, prompt: str, made: list[str]) -> Iterat
     yield shell_line(
         ["dora-diffusion", "compare", "--prompt", prompt, "--seeds", "1,2,3", *base, "--adapters", *made, *out]
     )
-    # Of other forms than B A parity knows no rules of other programs: what it looks like inside, then.
-    yield shell_line(["dora-diffusion", "parity" if config.parametrisation == "lora" else "inspect", made[-1], *base])
+    yield shell_line(["dora-diffusion", "parity", made[-1], *base])

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.cutting import cut
-from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.fusing import Held, fused_groups
-from dora_diffusion.formats.lycoris import module_keys
+from dora_diffusion.formats.leaves import IN_PEFTS_KEYS
+from dora_diffusion.formats.lycoris import is_open, is_turned, module_keys
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.original import FLUX, SWAPPED, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original
@@ -53,7 +53,7 @@ def has_halves_turned(file: AdapterFile, layer: str) -> bool:
     named = "rows" in layers[layer] or _has_original_names(file, any(True for _ in groups))
     if theirs is None or not named:
         return False
-    return _is_turned(model, theirs, layers[layer])
+    return is_turned(model, theirs, layers[layer])
 
 
 def _model(file: AdapterFile) -> Transformer:
@@ -73,27 +73,15 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
     if file.prefix == "transformer":
         # Rows in another order than a product has them are in that order under the original's name alone.
         theirs = model.original(layer) if original or "rows" in held else None
-        if theirs is None or _is_open(model, theirs, held):
+        if theirs is None or is_open(model, theirs, held):
             return _transformer_prefix(file) + layer.replace(".", "_"), held
-        if _is_turned(model, theirs, held):
+        if is_turned(model, theirs, held):
             [held] = cut(held, [SWAPPED])
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
     if is_xl(file) and layer not in file.flat:
         theirs = unet_original(layer, file.base.layers_per_block or 2, file.base.plain_up_blocks)
     return "lora_unet_" + (theirs or layer).replace(".", "_"), held
-
-
-def _is_open(model: Transformer, theirs: str, held: Held) -> bool:
-    """Whether nothing says in which order the checkpoint's layer has its halves."""
-    sizes = form_of(held).sizes(held)
-    return any(part.rows.settled(sizes.outputs, sizes.columns).swapped_if_two for part in model.parts(theirs))
-
-
-def _is_turned(model: Transformer, theirs: str, held: Held) -> bool:
-    """Whether the checkpoint's layer has its two halves the other way round."""
-    sizes = form_of(held).sizes(held)
-    return model.is_turned(theirs, sizes.outputs, sizes.columns)
 
 
 def _encoder_prefix(file: AdapterFile, component: str) -> str:
@@ -147,11 +135,7 @@ def _notes(file: AdapterFile, keys: Mapping[str, Tensor]) -> list[str]:
             f"{len(lost)} biases are of parts of one layer of the original checkpoint ({lost[0]}): ComfyUI reads the "
             "weights of such parts, and not their biases (--to diff puts them together where all parts are there)"
         )
-    if (
-        file.dialect in ("PEFT", "diffusers")
-        and file.base.model_class == "unknown"
-        and any(".diff_b" in k for k in keys)
-    ):
+    if file.dialect in IN_PEFTS_KEYS and file.base.model_class == "unknown" and any(".diff_b" in k for k in keys):
         notes.append(
             "lora_B.bias is written as .diff_b, which other programs add to a layer only where it has a bias; the file "
             "does not say whether its base has them (--base does)"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = [
+    "IN_PEFTS_KEYS",
     "LEAVES",
     "Leaf",
     "adapter_names",
@@ -26,6 +27,9 @@ class Leaf:
     holds: str
 
 
+IN_PEFTS_KEYS = ("PEFT", "diffusers", "ComfyUI")  # the dialects that call the factors lora_A and lora_B
+# What ComfyUI's files have before a checkpoint's names, and no file of diffusers.
+_COMFYUIS = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
 LEAVES = {
     "lora_A.weight": Leaf("PEFT", "lora_A"),
     "lora_B.weight": Leaf("PEFT", "lora_B"),
@@ -138,9 +142,12 @@ def split_key(key: str) -> tuple[str, Leaf] | None:
     return None
 
 
-def dialect_of(leaves: Iterable[Leaf], header: Iterable[str], prefixed: bool) -> str:
-    """The dialect's name, by whose endings the keys have. Raises ValueError naming two that do not go together."""
-    leaves = list(leaves)
+def dialect_of(leaves: Iterable[Leaf], header: Iterable[str], modules: Iterable[str], prefixes: Iterable[str]) -> str:
+    """The dialect's name, by whose endings and prefixes the keys have. `prefixes` are those that diffusers' files have.
+
+    Raises ValueError naming two that do not go together.
+    """
+    leaves, modules = list(leaves), list(modules)
     has_forms = any(leaf.dialect == "LyCORIS" for leaf in leaves)  # which stand beside any dialect's LoRA
     named = {(leaf.dialect, "lora_" in leaf.holds) for leaf in leaves if leaf.dialect and leaf.dialect != "LyCORIS"}
     low_rank = sorted({name for name, is_low_rank in named if is_low_rank})
@@ -153,4 +160,8 @@ def dialect_of(leaves: Iterable[Leaf], header: Iterable[str], prefixed: bool) ->
     name = low_rank[0] if low_rank else "LyCORIS" if has_forms else "diff"
     if name == "kohya" and any(key.startswith("ot_") for key in header):
         return "OneTrainer"
-    return "diffusers" if name == "PEFT" and prefixed else name
+    if name != "PEFT":
+        return name
+    if magnitudes == ["kohya"] or any(module.startswith(_COMFYUIS) for module in modules):
+        return "ComfyUI"
+    return "diffusers" if any(module.startswith(tuple(prefixes)) for module in modules) else name

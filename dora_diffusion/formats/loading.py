@@ -31,6 +31,7 @@ from dora_diffusion.formats.description import BaseIdentity, identify_base
 from dora_diffusion.formats.findings import Findings, counted, some
 from dora_diffusion.formats.forms import BY_CHANNEL, form_of, with_axes
 from dora_diffusion.formats.kinds import FIRST_LAYERS, model_of_names, wider_base
+from dora_diffusion.formats.leaves import IN_PEFTS_KEYS
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.placing import bare_names, families_of, place_again
 from dora_diffusion.formats.reading import read_with_findings
@@ -364,7 +365,7 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenWeight]) -> _Fitted:
             )
         elif path in fitted.tensors:
             fitted.problems.append(f"{_said(layer, file)}: {path} has an update of this file already")
-        elif problem := _misfit(held, views[path], file.dialect in ADDING_BIASES):
+        elif problem := _misfit(held, views[path], file.dialect in IN_PEFTS_KEYS):
             fitted.problems.append(f"{_said(layer, file)}: {problem}{_for_more_inputs(path, held, views[path])}")
         else:
             fitted.places[layer] = path
@@ -408,11 +409,6 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -
             f"this layer has {view.out_features} x {list(view.in_shape)}"
         )
     return ""
-
-
-# In these a layer without a bias is given one (PEFT's lora_bias); other programs leave out a difference of what is not
-# there, so that a file that has one is for another base.
-ADDING_BIASES = ("PEFT", "diffusers")
 
 
 def _misfitting_bias(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -> str:

@@ -199,9 +199,7 @@ def _dialect(
             "form of LyCORIS (LoHa, LoKr, GLoRA, OFT, BOFT, IA3), or differences."
         )
     try:
-        return dialect_of(
-            leaves, header, prefixed=any(module.startswith(tuple(names.DOTTED_PREFIXES)) for module in modules)
-        )
+        return dialect_of(leaves, header, modules, names.DOTTED_PREFIXES)
     except ValueError as error:
         raise AdapterFileError(
             f"{path} mixes two dialects, {error}: no program reads both. It was put together from two files; "

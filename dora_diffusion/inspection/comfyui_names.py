@@ -12,18 +12,19 @@ CLIP = r"text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\
 FLAT_CLIP = CLIP.replace(r"\.", "_")
 # The layers of diffusers' transformers in flux_to_diffusers, mmdit_to_diffusers and z_image_to_diffusers; FLUX.2 and
 # Chroma have FLUX.1's map, whose time, modulation and guidance layers are not in it.
-_ATTENTION = r"attn\.(?:to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+_ATTENTION = r"attn\.(?:to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out|norm_(?:added_)?[qk])"
 _OUTSIDE = (
     r"context_embedder|time_text_embed\.(?:timestep|text|guidance)_embedder\.linear_[12]|norm_out\.linear|proj_out"
 )
 _FLUX_BLOCK = rf"{_ATTENTION}|norm1(?:_context)?\.linear|ff(?:_context)?\.(?:net\.(?:0\.proj|2)|linear_(?:in|out))"
-_FLUX_SINGLE = r"attn\.(?:to_[qkv]|to_qkv_mlp_proj|to_out)|proj_mlp|norm\.linear|proj_out"
+_FLUX_SINGLE = r"attn\.(?:to_[qkv]|to_qkv_mlp_proj|to_out|norm_[qk])|proj_mlp|norm\.linear|proj_out"
 _FLUX_LAYERS = (
     rf"transformer_blocks\.\d+\.(?:{_FLUX_BLOCK})|single_transformer_blocks\.\d+\.(?:{_FLUX_SINGLE})"
     rf"|{_OUTSIDE}|x_embedder"
 )
 _SD3_BLOCK = (
-    rf"{_ATTENTION}|attn2\.(?:to_[qkv]|to_out\.0)|norm1(?:_context)?\.linear|ff(?:_context)?\.net\.(?:0\.proj|2)"
+    rf"{_ATTENTION}|attn2\.(?:to_[qkv]|to_out\.0|norm_[qk])|norm1(?:_context)?\.linear"
+    r"|ff(?:_context)?\.net\.(?:0\.proj|2)"
 )
 _SD3_LAYERS = rf"transformer_blocks\.\d+\.(?:{_SD3_BLOCK})|{_OUTSIDE}|pos_embed\.proj"
 _FLUXES: tuple[Model, ...] = ("flux", "chroma", "flux2")

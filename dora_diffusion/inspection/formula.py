@@ -9,7 +9,7 @@ from dora_diffusion.inspection.directions import DIRECTIONS, DoesNotFit
 from dora_diffusion.inspection.programs import Program
 from dora_diffusion.inspection.reading import FileModule
 
-__all__ = ["DoesNotFit", "halves_swapped", "program_update"]
+__all__ = ["DoesNotFit", "halves_swapped", "program_update", "scale_of"]
 
 
 def program_update(
@@ -26,10 +26,16 @@ def program_update(
     Raises DoesNotFit where the program's own code would fail.
     """
     W0 = W0.double()
+    if module.replacement is not None:
+        return _replaced(module.replacement.double(), W0, swapped)
     if module.difference is not None:
         if module.difference.shape != W0.shape:
             raise DoesNotFit(f"the difference is {_shape(module.difference)}, the weight {_shape(W0)}")
+        if program.biases_of_differences and W0.dim() == 1 and not module.of_norm:
+            raise DoesNotFit("it reads a norm's difference as .w_norm alone")
         return strength * module.difference.double()
+    if not module.form:
+        return torch.zeros_like(W0)  # the file changes its bias alone
     m = module.magnitude
     if module.untrained:
         m = _peft_shaped(W0.flatten(1).norm(dim=1), W0)
@@ -48,6 +54,13 @@ def program_update(
     return outside * (_product(V, g) - W0)
 
 
+def _replaced(W: Tensor, W0: Tensor, swapped: bool) -> Tensor:
+    """W in the place of W0, whatever the strength; where its rows stay and all else is turned, seen from there."""
+    if W.shape != W0.shape:
+        raise DoesNotFit(f"the weight is {_shape(W0)}, that of the file {_shape(W)}")
+    return (halves_swapped(W) if swapped else W) - W0
+
+
 def _direction(program: Program, module: FileModule, W0: Tensor, strength: float, header_scale: float | None) -> Tensor:
     """The update without a magnitude, [out, in, ...]."""
     try:
@@ -55,7 +68,7 @@ def _direction(program: Program, module: FileModule, W0: Tensor, strength: float
             others = {name: tensor.double() for name, tensor in module.others.items()}
             return DIRECTIONS[program.forms[module.form]](others, module.alpha, W0, strength)
         assert module.up is not None, "incomplete modules are not read"
-        s = _scale(program, module, header_scale)
+        s = scale_of(program, module, header_scale)
         return strength * s * (module.up.double().flatten(1) @ _down(module).flatten(1)).reshape(W0.shape)
     except RuntimeError as error:
         raise DoesNotFit(f"the update does not have the weight's shape {_shape(W0)}") from error
@@ -73,7 +86,8 @@ def _down(module: FileModule) -> Tensor:
     return A if module.core is None else torch.einsum("mn...,nj->mj...", module.core.double(), A.flatten(1))
 
 
-def _scale(program: Program, module: FileModule, header_scale: float | None) -> float:
+def scale_of(program: Program, module: FileModule, header_scale: float | None) -> float:
+    """s, as the program takes it from the file. Raises DoesNotFit where it needs one that is not there."""
     assert module.down is not None
     if program.header and header_scale is not None:
         return header_scale

@@ -15,11 +15,10 @@ from torch import Tensor
 from dora_diffusion.adapters.injection import Adapter, adaptable_layers, check_strength
 from dora_diffusion.adapters.layers import DoRAUpdate, InputAxisDoRAUpdate
 from dora_diffusion.errors import AdapterFileError
-from dora_diffusion.formats.anatomy import Anatomy, anatomy_of, model_of
+from dora_diffusion.formats.anatomy import anatomy_of, model_of
 from dora_diffusion.formats.description import MADE_FOR_KEY
 from dora_diffusion.formats.diffusers import METADATA_KEY
 from dora_diffusion.formats.files import load_adapter, read_adapter_file
-from dora_diffusion.formats.names import locate
 from dora_diffusion.formats.original import WHOLE
 from dora_diffusion.formats.original import Part as Piece
 from dora_diffusion.formats.places import find_file
@@ -30,6 +29,8 @@ from dora_diffusion.inspection.formula import DoesNotFit, halves_swapped, progra
 from dora_diffusion.inspection.programs import PROGRAMS, Program
 from dora_diffusion.inspection.reading import FileModule, Reading, read_as, split_key
 from dora_diffusion.inspection.stock import read_by_diffusers
+from dora_diffusion.inspection.truth import TrueUpdate, is_part, is_swapped, pieces_of, true_update
+from dora_diffusion.inspection.vectors import program_bias, unknown
 from dora_diffusion.models.loading import Base
 
 __all__ = [
@@ -37,10 +38,8 @@ __all__ = [
     "LayerParity",
     "Parity",
     "attached",
-    "check_matrices",
     "compare_programs",
     "evaluate",
-    "is_swapped",
     "knows",
     "refuse_marked",
 ]
@@ -52,7 +51,8 @@ RIGHT = 1e-4  # a relative error up to this is rounding: programs compute in flo
 class LayerParity:
     """One layer: the relative error of the update at strength 1 and at the strength asked for, and what went wrong.
 
-    `size` is the norm of the true update; an error is infinite where the program gives no finite number.
+    `size` is the norm of the true update; an error is infinite where the program gives no finite number. A layer's bias
+    is one of its own (`is_bias`), by the name of the parameter.
     """
 
     layer: str
@@ -60,11 +60,15 @@ class LayerParity:
     error: float
     error_at_strength: float
     note: str = ""
+    is_bias: bool = False
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What one program makes of the file: its error in every layer that the file is for."""
+    """What one program makes of the file: its error in every layer that the file is for.
+
+    `stopped` says why nothing of it is loaded, or, where it is not `known`, what is not.
+    """
 
     program: Program
     strength: float
@@ -72,7 +76,13 @@ class Parity:
     read: int
     dropped: Mapping[str, int] = field(default_factory=dict)
     stopped: str = ""
+    known: bool = True
     reasons: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many layers the file is for."""
+        return len({layer.layer.removesuffix(".bias") if layer.is_bias else layer.layer for layer in self.layers})
 
     @property
     def total(self) -> float:
@@ -102,14 +112,6 @@ class Parity:
         return math.sqrt(squares / size) if size else max(getattr(layer, which) for layer in self.layers)
 
 
-@dataclass(frozen=True)
-class TrueUpdate:
-    """What the file means for one module of it: W0 and W' - W0 in the file's rows."""
-
-    weight: Tensor
-    delta: Tensor
-
-
 def compare_programs(
     path: str | os.PathLike[str], base: Base, strength: float = 1.0, programs: tuple[Program, ...] = PROGRAMS
 ) -> list[Parity]:
@@ -122,23 +124,7 @@ def compare_programs(
     found, _ = find_file(path)
     refuse_marked(found, read_header(found).metadata)
     with attached(base, path) as adapter:
-        if adapter.config.parametrisation != "lora":
-            raise AdapterFileError(
-                f"{found} is {adapter.config.kind_label}: what other programs make of it is not known here. What "
-                "convert --to diff writes of it is exact in all that read differences, and parity says which do."
-            )
-        check_matrices(found, adapter)
         return evaluate(programs, found, base, adapter, strength)
-
-
-def check_matrices(path: Path, adapter: Adapter) -> None:
-    """Raises AdapterFileError for changes of biases and norms: what other programs make of these is not known here."""
-    if any(u.bias_difference is not None or not u.frozen.in_shape for u in adapter.updates().values()):
-        raise AdapterFileError(
-            f"{path} changes biases or normalisation layers too: what other programs make of these is not known here, "
-            "so that nothing can be said of the file as a whole. Merged into the base it is right in every program: "
-            "dora-diffusion merge FILE --base BASE --out FOLDER."
-        )
 
 
 def knows(program: Program, base: Base) -> bool:
@@ -187,12 +173,17 @@ def evaluate(programs: Sequence[Program], path: Path, base: Base, adapter: Adapt
             if not reading.by_layer:
                 moved = is_swapped(program, pieces, adapter)
                 found += _layers(program, modules.get(name), pieces, true, strength, scale, moved)
+                by_other_name = moved or is_part(pieces, adapter)
+                found += _biases(program, modules.get(name), pieces, true, strength, scale, by_other_name)
                 continue
             for piece in pieces:
-                own = TrueUpdate(piece.rows.cut(true.weight), piece.rows.cut(true.delta))
-                found += _layers(program, modules.get(piece.layer), (Piece(piece.layer, WHOLE),), own, strength, None)
+                own, module, alone = true.cut(piece), modules.get(piece.layer), (Piece(piece.layer, WHOLE),)
+                found += _layers(program, module, alone, own, strength, None)
+                found += _biases(program, module, alone, own, strength, None, False)
     return [
-        _judged(program, reading, found, adapter, has_header, strength)
+        Parity(program, strength, tuple(found), 0, stopped=why, known=False)
+        if (why := unknown(program, adapter, tensors))
+        else _judged(program, reading, found, adapter, has_header, strength)
         for program, reading, found in zip(programs, readings, layers)
     ]
 
@@ -210,7 +201,7 @@ def _judged(
     reasons = () if stopped else _reasons(program, reading, layers, adapter, has_header)
     if strays and not stopped:
         reasons = (*reasons, f"changes {len(strays)} layers that the file is not for")
-    return Parity(program, strength, tuple(layers), read, reading.dropped, stopped, reasons)
+    return Parity(program, strength, tuple(layers), read, reading.dropped, stopped, reasons=reasons)
 
 
 def _reasons(
@@ -223,10 +214,14 @@ def _reasons(
     by_output = DoRAUpdate.magnitude_name in norms
     has_magnitudes = any(module.magnitude is not None or module.untrained for module in reading.modules)
     reasons = []
-    if missed := len({layer.layer for layer in layers} - {p.layer for m in reading.modules for p in m.pieces}):
+    if missed := len(
+        {layer.layer for layer in layers if not layer.is_bias} - {p.layer for m in reading.modules for p in m.pieces}
+    ):
         reasons.append(f"does not read {missed} layers")
     if norms and not has_magnitudes:
         reasons.append("drops the magnitudes, which leaves a plain LoRA")
+    if biases := sum(layer.is_bias and layer.error > RIGHT and not layer.note for layer in layers):
+        reasons.append(f"leaves the biases of {biases} layers as they are")
     if untrained := sum(module.untrained for module in reading.modules):
         reasons.append(f"loses the magnitudes of {untrained} layers of a text encoder, which stay ||W0||")
     if rescaled := _rescaled(reading, adapter):
@@ -262,13 +257,6 @@ def _rescaled(reading: Reading, adapter: Adapter) -> int:
     return sum(not math.isclose(s, updates[name].scale, rel_tol=1e-5) for name, s in scales.items() if name in updates)
 
 
-def is_swapped(program: Program, pieces: Sequence[Piece], adapter: Adapter) -> bool:
-    """Whether the program turns round the halves of this module's B A, which has the name and the rows of diffusers."""
-    last = getattr(getattr(adapter.model, "config", None), "num_layers", 0) - 1
-    names = program.swaps.get(model_of(type(adapter.model).__name__), ())
-    return not pieces[0].rows.swapped and pieces[0].layer in {name.format(last=last) for name in names}
-
-
 def _layers(
     program: Program,
     module: FileModule | None,
@@ -289,12 +277,41 @@ def _layers(
         except DoesNotFit as error:
             note = str(error)
     layers = []
-    for piece in pieces:
-        delta = piece.rows.cut(true.delta)
-        ours = [piece.rows.cut(update) if update.dim() else update for update in (updates[0], updates[-1])]
-        errors = [_relative(update, w * delta) for update, w in zip(ours, (1.0, strength))]
-        layers.append(LayerParity(piece.layer, delta.norm().item(), errors[0], errors[1], note))
+    for piece in () if true.of_bias_alone else pieces:
+        layers.append(_compared(piece.layer, piece, updates, true.delta, strength, note))
     return layers
+
+
+def _compared(
+    name: str, piece: Piece, updates: Sequence[Tensor], true: Tensor, strength: float, note: str, is_bias: bool = False
+) -> LayerParity:
+    """A piece of the module's updates at strength 1 and at the other, beside what they should be."""
+    delta = piece.rows.cut(true)
+    ours = [piece.rows.cut(update) if update.dim() else update for update in updates]
+    errors = [_relative(update, w * delta) for update, w in zip(ours, (1.0, strength))]
+    return LayerParity(name, delta.norm().item(), errors[0], errors[1], note, is_bias)
+
+
+def _biases(
+    program: Program,
+    module: FileModule | None,
+    pieces: tuple[Piece, ...],
+    true: TrueUpdate,
+    strength: float,
+    header_scale: float | None,
+    by_other_name: bool,
+) -> list[LayerParity]:
+    if true.bias is None:
+        return []
+    updates, note = [torch.zeros(())] * 2, ""
+    if module is not None:
+        try:
+            updates = [
+                program_bias(program, module, true.has_bias, w, header_scale, by_other_name) for w in (1.0, strength)
+            ]
+        except DoesNotFit as error:
+            note = str(error)
+    return [_compared(f"{piece.layer}.bias", piece, updates, true.bias, strength, note, True) for piece in pieces]
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -302,18 +319,3 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     if not math.isfinite(off):
         return math.inf
     return off / size if size else (0.0 if off == 0 else math.inf)
-
-
-def pieces_of(name: str, anatomy: Anatomy, adapter: Adapter) -> tuple[Piece, ...]:
-    """The adapter's layers that a file's module of this name is; none for what is no layer."""
-    return tuple(piece for piece in locate(name, anatomy).parts if piece.layer in adapter.layers)
-
-
-def true_update(pieces: tuple[Piece, ...], adapter: Adapter) -> TrueUpdate:
-    """The true update of a file's module, its layers put together again in the file's rows."""
-    updates = [adapter.updates()[piece.layer] for piece in pieces]
-    weights = [update.frozen.dense_weight().double() for update in updates]
-    deltas = [update.delta_weight().double() for update in updates]
-    if pieces[0].rows.swapped:  # changing places twice changes nothing
-        return TrueUpdate(pieces[0].rows.cut(weights[0]), pieces[0].rows.cut(deltas[0]))
-    return TrueUpdate(torch.cat(weights), torch.cat(deltas))

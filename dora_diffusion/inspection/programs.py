@@ -43,6 +43,11 @@ class Program:
                  brought into its order, a magnitude by output is not (where the file has the checkpoint's name, all is)
     forms        the forms that it reads beside LoRA and differences, and how it computes each (`directions.py`)
     decomposes   the forms whose magnitudes it reads; a file of another one with magnitudes is refused
+    vectors      the endings of changes of biases and of normalisation layers that it reads; None where it is not known
+    vectors_of   the models for which that is known
+    loses_biases_of_parts   whether biases are lost of parts of a fused layer, and of halves that changed places, where
+                 they go by diffusers' names
+    biases_of_differences   whether it reads a bias beside a whole difference alone, and no difference of a norm
     cuts         whether it has fused layers in parts, and leaves out one with a norm by input, which has none
     unturned     whether it leaves the halves of a final layer as the checkpoint has them, where its model has others
     strict       module names (a pattern) for which one key that it does not know makes it refuse the file
@@ -71,6 +76,10 @@ class Program:
     swaps: Mapping[Model, tuple[str, ...]] = field(default_factory=dict)
     forms: Mapping[str, str] = field(default_factory=dict)
     decomposes: tuple[str, ...] = ("lora", "loha", "lokr", "glora", "oft", "boft")
+    vectors: Mapping[str, Part] | None = None
+    vectors_of: tuple[Model, ...] = EVERY
+    loses_biases_of_parts: bool = False
+    biases_of_differences: bool = False
     cuts: bool = False
     unturned: bool = False
     strict: str = ""
@@ -117,6 +126,7 @@ _COMFY_KEYS: dict[str, Part] = {
     "lora_linear_layer.up.weight": "up",
     **_keys_of("loha", "lokr", "glora"),
 }
+_VECTORS: dict[str, Part] = {"diff_b": "bias", "w_norm": "norm", "b_norm": "norm_bias"}
 _COMFY_FORMS = _forms(lokr="lokr of ComfyUI", oft="oft of ComfyUI", boft="boft of ComfyUI", ia3="")
 # {last} is the number of the last block.
 _SWAPPED: dict[Model, tuple[str, ...]] = {
@@ -150,6 +160,7 @@ PROGRAMS = (
         read_on="2026-11-23",
         spellings=(Spelling(("base_model.model.", "unet.", "transformer.", "text_encoder.", "text_encoder_2.")),),
         parts=_PEFT,
+        vectors={"lora_B.bias": "scaled_bias"},
         header=True,
         magnitude="peft",
         strength="low rank",
@@ -178,6 +189,8 @@ PROGRAMS = (
         on_error="skip",
         swaps=_SWAPPED,
         forms=_COMFY_FORMS,
+        vectors={**_VECTORS, "set_weight": "replacement"},
+        loses_biases_of_parts=True,
     ),
     Program(
         name="forge",
@@ -202,6 +215,9 @@ PROGRAMS = (
         on_error="stop",
         swaps=_SWAPPED,
         forms=_forms(lokr="lokr of ComfyUI", oft="", boft="", ia3=""),
+        vectors=_VECTORS,
+        vectors_of=("unet", "sd3"),  # FLUX's norms are called otherwise in its model
+        loses_biases_of_parts=True,
     ),
     Program(
         name="forge-neo",
@@ -349,6 +365,8 @@ PROGRAMS = (
         spellings=(Spelling(("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lycoris_")),),
         parts={**_KOHYA, **_keys_of(*ENDINGS)},
         forms=_forms(),
+        vectors=_VECTORS,
+        biases_of_differences=True,
         needs_alpha=True,
         axis="output",
         epsilon=FLOAT32_EPSILON,

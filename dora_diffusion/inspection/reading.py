@@ -24,6 +24,7 @@ _ENDINGS = sorted(
         *("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "diff", "diff_b"),
         *("lora_A.weight", "lora_B.weight", "lora_A.default.weight", "lora_B.default.weight", "lora_A", "lora_B"),
         *("lora.down.weight", "lora.up.weight", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
+        *("w_norm", "b_norm", "set_weight", "lora_B.bias"),
         *("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
         *("magnitude", "weight_m_wdecomp.weight"),
         *(ending for form in ENDINGS.values() for ending in form if ending != "weight"),
@@ -31,7 +32,7 @@ _ENDINGS = sorted(
     key=len,
     reverse=True,
 )
-_PARTS = ("down", "up", "core", "magnitude", "difference")
+_PARTS = ("down", "up", "core", "magnitude", "difference", "bias", "scaled_bias", "replacement")
 _JOINED = ("_lora.down.weight", "_lora.up.weight")
 
 
@@ -40,7 +41,8 @@ class FileModule:
     """What a program took from a file for one module; `pieces` are its layers in diffusers, and their rows in it.
 
     `untrained` says that the program makes a magnitude of its own, ||W0||, and loses the file's. `others` are the
-    tensors of a form that is not B A, by the endings of their keys.
+    tensors of a form that is not B A, by the endings of their keys. `scaled_bias` is B's own, which s multiplies too;
+    `of_norm` says that the difference has LyCORIS's name for a norm's.
     """
 
     name: str
@@ -51,12 +53,17 @@ class FileModule:
     alpha: float | None = None
     magnitude: Tensor | None = None
     difference: Tensor | None = None
+    replacement: Tensor | None = None
+    bias: Tensor | None = None
+    scaled_bias: Tensor | None = None
+    of_norm: bool = False
     untrained: bool = False
     others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
-        return self.difference is not None or bool(self.form)
+        whole = (self.difference, self.replacement, self.bias)
+        return any(tensor is not None for tensor in whole) or bool(self.form)
 
     @property
     def form(self) -> str:
@@ -102,9 +109,10 @@ def read_as(program: Program, tensors: Mapping[str, Tensor], anatomy: Anatomy) -
     found: dict[str, dict[str, Tensor]] = {}
     untrained: set[str] = set()
     dropped: Counter[str] = Counter()
+    parts_read = {**program.parts, **(program.vectors or {})}
     for key, tensor in tensors.items():
         module, ending = split_key(key)
-        part = program.parts.get(ending)
+        part = parts_read.get(ending)
         spelling = next((s for s in program.spellings if s.finds(module, names)), None)
         if part is not None and spelling is not None and ending not in spelling.lost:
             is_row = part == "magnitude by output" and tensor.dim() == 1
@@ -119,10 +127,12 @@ def read_as(program: Program, tensors: Mapping[str, Tensor], anatomy: Anatomy) -
     modules = []
     for module, parts in found.items():
         pieces = locate(module, anatomy).parts
+        of_norm = _join_norm(parts, dropped)
         alpha = parts.pop("alpha", None)
         scale = None if alpha is None else float(alpha)
         others = {part: parts.pop(part) for part in list(parts) if part not in _PARTS}
-        made = FileModule(module, pieces, alpha=scale, untrained=module in untrained, others=others, **parts)
+        others_held = {"untrained": module in untrained, "others": others, "of_norm": of_norm}
+        made = FileModule(module, pieces, alpha=scale, **others_held, **parts)  # type: ignore[arg-type]
         if made.complete and (made.form in ("", "lora") or made.form in program.forms):
             modules.append(made)
             if made.magnitude is not None and made.form and made.form not in program.decomposes:
@@ -132,3 +142,16 @@ def read_as(program: Program, tensors: Mapping[str, Tensor], anatomy: Anatomy) -
     if dropped and 1 - sum(dropped.values()) / len(tensors) < program.least:
         return Reading((), dict(dropped), "takes none of a file of which it does not know half of the keys")
     return Reading(tuple(modules), dict(dropped))
+
+
+def _join_norm(parts: dict[str, Tensor], dropped: Counter[str]) -> bool:
+    """A norm's difference as any other, and whether there is one; that of its bias is looked for beside it alone."""
+    bias = parts.pop("norm_bias", None)
+    if "norm" in parts:
+        parts.setdefault("difference", parts.pop("norm"))
+        if bias is not None:
+            parts.setdefault("bias", bias)
+        return True
+    if bias is not None:
+        dropped["b_norm"] += 1
+    return False

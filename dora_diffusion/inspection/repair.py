@@ -33,13 +33,13 @@ from dora_diffusion.inspection.parity import (
     RIGHT,
     Parity,
     attached,
-    check_matrices,
     evaluate,
-    is_swapped,
     knows,
     refuse_marked,
 )
 from dora_diffusion.inspection.programs import FLOAT32_EPSILON, Program
+from dora_diffusion.inspection.truth import is_swapped
+from dora_diffusion.inspection.vectors import changes_vectors
 from dora_diffusion.models.loading import Base
 from dora_diffusion.outputs import make_folder, scratch_folder
 
@@ -99,7 +99,7 @@ def repair(
     tried = []
     make_folder(out.parent)
     with attached(base, path) as adapter, torch.no_grad(), scratch_folder(out) as scratch:
-        check_matrices(Path(path), adapter)
+        _check_known(Path(path), program, adapter)
         written = scratch / out.name
         training = description.training if description else None
         file = file_of(adapter, out, training=training, base_name=description.base.name if description else None)
@@ -118,6 +118,16 @@ def repair(
         f"no file of this adapter comes out right in {program.label}{at} (up to {RIGHT:g}). Tried: {'; '.join(tried)}. "
         + ("Use it at strength 1 there, or in this project." if strength != 1 else "Use it in another program.")
     )
+
+
+def _check_known(path: Path, program: Program, adapter: Adapter) -> None:
+    """Raises AdapterFileError for changes of biases and norms where no form is known to keep them in the program."""
+    if changes_vectors(adapter):
+        raise AdapterFileError(
+            f"{path} changes biases or normalisation layers too, which no file here is made for with --repair. parity "
+            f"says what {program.label} makes of the file as it is; --to diff writes all that it changes. Merged into "
+            "the base it is right in every program: dora-diffusion merge FILE --base BASE --out FOLDER."
+        )
 
 
 def _check(

@@ -101,6 +101,7 @@ def _module(path: str, layer: LoraLayer) -> FileModule:
     magnitude = None
     if NAME in layer.lora_magnitude_vector:
         magnitude = cast(Tensor, layer.lora_magnitude_vector[NAME].weight).detach()
+    bias = layer.lora_B[NAME].bias if layer.lora_bias.get(NAME) else None
     untrained = magnitude is not None and bool(magnitude.isnan().any())
     return FileModule(
         path,
@@ -110,6 +111,7 @@ def _module(path: str, layer: LoraLayer) -> FileModule:
         alpha=layer.scaling[NAME] * down.shape[0],
         magnitude=None if untrained else magnitude,
         untrained=untrained,
+        scaled_bias=None if bias is None else cast(Tensor, bias).detach(),
     )
 
 

@@ -37,7 +37,9 @@ def print_parity(console: Screen, found: Sequence[Parity], model: str) -> None:
     for parity in found:
         errors = [parity.total, parity.worst.error, *([parity.total_at_strength] if strength != 1 else [])]
         shown = [styled("-") if parity.stopped else _error(error) for error in errors]
-        table.add_row(parity.program.label, f"{parity.read} of {len(parity.layers)}", *shown, _verdict(parity))
+        table.add_row(
+            parity.program.label, f"{parity.read} of {parity.count}" if parity.known else "-", *shown, _verdict(parity)
+        )
     console.print(table)
     for parity in found:
         if not parity.stopped and parity.read and not parity.right:
@@ -56,7 +58,7 @@ def print_parity(console: Screen, found: Sequence[Parity], model: str) -> None:
 
 def _verdict(parity: Parity) -> Text:
     if parity.stopped:
-        return styled((parity.stopped, "red"))
+        return styled((parity.stopped, "red" if parity.known else "yellow"))
     if not parity.right:
         return styled(("; ".join(parity.reasons) or "wrong", "red"))
     if not parity.right_at_strength:
@@ -71,6 +73,7 @@ def parity_json(found: Sequence[Parity]) -> Json:
             "version": parity.program.version,
             "sources": list(parity.program.sources),
             "read_on": parity.program.read_on,
+            "known": parity.known,
             "right": parity.right,
             "right_at_strength": parity.right_at_strength,
             "strength": parity.strength,

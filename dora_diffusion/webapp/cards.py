@@ -121,8 +121,8 @@ def inspection(shelved: list[Shelved], studio: Studio) -> str:
 
 def _parity_table(label: str, found: Sequence[Parity]) -> str:
     rows = "".join(
-        f"<tr><th scope='row'>{escape(each.program.label)}</th><td>{each.read} of {len(each.layers)}</td>"
-        f"<td>{_verdict(each)}</td></tr>"
+        f"<tr><th scope='row'>{escape(each.program.label)}</th>"
+        f"<td>{f'{each.read} of {each.count}' if each.known else '-'}</td><td>{_verdict(each)}</td></tr>"
         for each in found
     )
     name = escape(label, quote=True)
@@ -134,6 +134,8 @@ def _parity_table(label: str, found: Sequence[Parity]) -> str:
 
 
 def _verdict(parity: Parity) -> str:
+    if not parity.known:
+        return escape(parity.stopped)
     if parity.stopped:
         return f"<span class='dd-nothing'>fails: {escape(parity.stopped)}</span>"
     if parity.right:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +36,15 @@ def by(convert: Callable[[Weights], Weights]) -> Callable[[Weights, nn.Module], 
     return lambda weights, _: convert({SCALES.sub(r"\1.scale", name): weight for name, weight in weights.items()})
 
 
+def narrow(convert: Callable[[Weights], Weights]) -> Callable[[Weights], Weights]:
+    """diffusers' converter for a model of this width: it cuts fused layers by the published one, 3072."""
+    source = textwrap.dedent(inspect.getsource(convert))
+    assert source.count("inner_dim = 3072") == 1
+    scope: dict[str, Callable[[Weights], Weights]] = {}
+    exec(source.replace("inner_dim = 3072", f"inner_dim = {WIDTH}"), vars(converters), scope)
+    return scope[convert.__name__]
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture: ComfyUI's class and configuration, the same in diffusers, and diffusers' converter."""
@@ -54,7 +65,7 @@ UNET = {
     "legacy": False,
     "use_temporal_attention": False,
 }
-# The converters of FLUX.1 and Chroma cut fused layers by the published width.
+WIDTH = 256  # of FLUX.1 and Chroma, two heads of the published 128
 FLUX = {
     "in_channels": 16,
     "out_channels": 16,
@@ -65,8 +76,8 @@ FLUX = {
     "context_in_dim": 32,
     "depth": 1,
     "depth_single_blocks": 1,
-    "hidden_size": 3072,
-    "num_heads": 24,
+    "hidden_size": WIDTH,
+    "num_heads": 2,
     "axes_dim": [16, 56, 56],
     "txt_ids_dims": [],
     "vec_in_dim": None,
@@ -168,10 +179,15 @@ FAMILIES = {
     "flux": Family(
         ("Flux", {**FLUX, "image_model": "flux", "guidance_embed": True, "vec_in_dim": 32}),
         lambda: FluxTransformer2DModel(
-            num_layers=1, num_single_layers=1, joint_attention_dim=32, guidance_embeds=True, pooled_projection_dim=32
+            num_layers=1,
+            num_single_layers=1,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            guidance_embeds=True,
+            pooled_projection_dim=32,
         ),
         bases.flux,
-        by(converters.convert_flux_transformer_checkpoint_to_diffusers),
+        by(narrow(converters.convert_flux_transformer_checkpoint_to_diffusers)),
     ),
     "chroma": Family(
         (
@@ -182,7 +198,7 @@ FAMILIES = {
                 "in_channels": 64,
                 "out_channels": 64,
                 "in_dim": 64,
-                "out_dim": 3072,
+                "out_dim": WIDTH,
                 "hidden_dim": 32,
                 "n_layers": 1,
             },
@@ -190,12 +206,13 @@ FAMILIES = {
         lambda: ChromaTransformer2DModel(
             num_layers=1,
             num_single_layers=1,
+            num_attention_heads=2,
             joint_attention_dim=32,
             approximator_hidden_dim=32,
             approximator_layers=1,
         ),
         bases.chroma,
-        by(converters.convert_chroma_transformer_checkpoint_to_diffusers),
+        by(narrow(converters.convert_chroma_transformer_checkpoint_to_diffusers)),
     ),
     "flux2": Family(
         (

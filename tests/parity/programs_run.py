@@ -8,6 +8,7 @@ from the sources named at each; ComfyUI, InvokeAI and stable-diffusion.cpp are r
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import bases
@@ -238,10 +239,14 @@ def in_sdcpp(path: Path, base: Base, strength: float) -> Deltas:
 
 def errors_of(found: Deltas, true: Deltas, strength: float) -> dict[str, float]:
     nothing = torch.zeros(1, dtype=torch.float64)
-    return {
-        layer: ((found.get(layer, nothing) - strength * t).norm() / (strength * t).norm()).item()
-        for layer, t in true.items()
-    }
+    return {layer: error_of(found.get(layer, nothing), strength * t) for layer, t in true.items()}
+
+
+def error_of(found: Tensor, true: Tensor) -> float:
+    """The relative error; of what is nothing (an OFT in blocks of one output turns none) nothing is right."""
+    if not true.any():
+        return math.inf if found.any() else 0.0
+    return ((found - true).norm() / true.norm()).item()
 
 
 def by_rules(path: Path, base: Base, program: str, strength: float = 1.0) -> Parity:

