@@ -16,7 +16,7 @@ from torch import Tensor
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import MODEL_LABEL
 from dora_diffusion.formats.content import AdapterFile, by_layer
-from dora_diffusion.formats.cutting import cut
+from dora_diffusion.formats.cutting import cut, is_open, is_turned
 from dora_diffusion.formats.fusing import Held, fused_groups
 from dora_diffusion.formats.lycoris import module_keys
 from dora_diffusion.formats.names import TEXT_ENCODERS
@@ -58,7 +58,7 @@ def to_keys(file: AdapterFile) -> tuple[dict[str, Tensor], list[str]]:
         keys |= _module(PREFIX + name, held, file, members[0])
     for layer, held in layers.items():
         if layer not in in_groups:
-            name = _name(file, layer)
+            name = _name(file, layer, held)
             turned = cut(held, [SWAPPED])[0] if turned_in_comfyui(file, layer) else held
             keys |= _module(name, turned, file, layer)
     return keys, _notes(file)
@@ -80,7 +80,8 @@ def _module(name: str, held: Held, file: AdapterFile, layer: str) -> Held:
 def turned_in_comfyui(file: AdapterFile, layer: str) -> bool:
     """Whether this layer is written by the checkpoint's name, with its two halves in the checkpoint's order."""
     model = _model(file)
-    return model is not None and model.original(layer) in model.swapped
+    theirs = model.original(layer) if model is not None else None
+    return model is not None and theirs is not None and is_turned(model, theirs, by_layer(file.tensors)[layer])
 
 
 def _model(file: AdapterFile) -> Transformer | None:
@@ -92,7 +93,7 @@ def _groups(file: AdapterFile, layers: Mapping[str, Held]) -> list[tuple[str, tu
     return [] if model is None else list(fused_groups(file, layers, model, differences=True, ranks=False))
 
 
-def _name(file: AdapterFile, layer: str) -> str:
+def _name(file: AdapterFile, layer: str, held: Held) -> str:
     """The module's name. Raises AdapterFileError for a layer that ComfyUI has no name for, or none that is known."""
     family = file.models[0]
     component, _, path = layer.partition(".")
@@ -100,7 +101,7 @@ def _name(file: AdapterFile, layer: str) -> str:
         raise AdapterFileError(
             f"{file.path}: where the dots go in {layer!r} only the model can tell. Give the base with --base."
         )
-    found = _in_encoder(family, component, path) if component in TEXT_ENCODERS else _in_denoiser(file, family, layer)
+    found = _in_encoder(family, component, path) if component in TEXT_ENCODERS else _in_denoiser(file, family, layer, held)
     if found is None:
         raise AdapterFileError(
             f"{file.path}: ComfyUI's name for {layer} of {MODEL_LABEL[family]} is not known here, so that it would not "
@@ -115,12 +116,12 @@ def _in_encoder(family: str, component: str, path: str) -> str | None:
     return f"text_encoders.t5xxl.transformer.{path}" if T5S.get(family) == component else None
 
 
-def _in_denoiser(file: AdapterFile, family: str, layer: str) -> str | None:
+def _in_denoiser(file: AdapterFile, family: str, layer: str, held: Held) -> str | None:
     model = TRANSFORMERS.get(family)
     if model is None:
         theirs = unet_original(layer, file.base.layers_per_block or 2, file.base.plain_up_blocks)
         return PREFIX + theirs if theirs and family == "unet" else None
-    if theirs := model.original(layer):
+    if (theirs := model.original(layer)) and not is_open(model, theirs, held):
         return PREFIX + theirs
     return APART[family] + layer if family in APART and model.has(layer) else None
 

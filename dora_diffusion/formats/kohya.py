@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
-from dora_diffusion.formats.cutting import cut
+from dora_diffusion.formats.cutting import cut, is_open, is_turned
 from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.fusing import Held, fused_groups
 from dora_diffusion.formats.lycoris import module_keys
@@ -53,7 +53,7 @@ def has_halves_turned(file: AdapterFile, layer: str) -> bool:
     named = "rows" in layers[layer] or _has_original_names(file, any(True for _ in groups))
     if theirs is None or not named:
         return False
-    return _is_turned(model, theirs, layers[layer])
+    return is_turned(model, theirs, layers[layer])
 
 
 def _model(file: AdapterFile) -> Transformer:
@@ -73,27 +73,15 @@ def _named(file: AdapterFile, layer: str, held: Held, model: Transformer, origin
     if file.prefix == "transformer":
         # Rows in another order than a product has them are in that order under the original's name alone.
         theirs = model.original(layer) if original or "rows" in held else None
-        if theirs is None or _is_open(model, theirs, held):
+        if theirs is None or is_open(model, theirs, held):
             return _transformer_prefix(file) + layer.replace(".", "_"), held
-        if _is_turned(model, theirs, held):
+        if is_turned(model, theirs, held):
             [held] = cut(held, [SWAPPED])
         return "lora_unet_" + theirs.replace(".", "_"), held
     theirs = None
     if is_xl(file) and layer not in file.flat:
         theirs = unet_original(layer, file.base.layers_per_block or 2, file.base.plain_up_blocks)
     return "lora_unet_" + (theirs or layer).replace(".", "_"), held
-
-
-def _is_open(model: Transformer, theirs: str, held: Held) -> bool:
-    """Whether nothing says in which order the checkpoint's layer has its halves."""
-    sizes = form_of(held).sizes(held)
-    return any(part.rows.settled(sizes.outputs, sizes.columns).swapped_if_two for part in model.parts(theirs))
-
-
-def _is_turned(model: Transformer, theirs: str, held: Held) -> bool:
-    """Whether the checkpoint's layer has its two halves the other way round."""
-    sizes = form_of(held).sizes(held)
-    return model.is_turned(theirs, sizes.outputs, sizes.columns)
 
 
 def _encoder_prefix(file: AdapterFile, component: str) -> str:
