@@ -26,6 +26,10 @@ PEFT: dict[str, tuple[type, dict[str, object]]] = {
     "lokr both": (LoKrConfig, {"r": 1, "alpha": 3, "decompose_both": True}),
     "lokr tucker": (LoKrConfig, {"r": 2, "alpha": 6, "use_effective_conv2d": True, "decompose_factor": 2}),
     "lokr whole": (LoKrConfig, {"r": 64, "alpha": 16}),
+    "lokr whole, patterns": (
+        LoKrConfig,
+        {"r": 64, "alpha": 16, "rank_pattern": {"to_q": 32}, "alpha_pattern": {"conv1": 3}},
+    ),
 }
 
 

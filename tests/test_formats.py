@@ -474,7 +474,7 @@ def test_a_form_of_which_a_part_is_missing_is_refused(tmp_path, ending, missing)
 
 def test_a_whole_model_is_no_adapter(tmp_path, unet):
     save_file(dict(unet.state_dict()), tmp_path / "model.safetensors")
-    refused(tmp_path / "model.safetensors", "is no adapter that this version reads", "and ", "more")
+    refused(tmp_path / "model.safetensors", "is the denoiser of a model, whole", "--base FILE", "inspect FILE")
 
 
 @pytest.mark.parametrize("leaf", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"])

@@ -16,9 +16,9 @@ from torch import Tensor
 from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.anatomy import MODEL_LABEL
 from dora_diffusion.formats.content import AdapterFile, by_layer
-from dora_diffusion.formats.cutting import cut
+from dora_diffusion.formats.cutting import cut, is_open, is_turned
 from dora_diffusion.formats.fusing import Held, fused_groups
-from dora_diffusion.formats.lycoris import is_open, is_turned, module_keys
+from dora_diffusion.formats.lycoris import module_keys
 from dora_diffusion.formats.names import TEXT_ENCODERS
 from dora_diffusion.formats.original import SWAPPED, TRANSFORMERS, Transformer
 from dora_diffusion.formats.unet_names import unet_original

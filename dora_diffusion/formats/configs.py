@@ -57,6 +57,8 @@ def config_of(file: AdapterFile, parameters: Parameters, prefix: str) -> tuple[A
     assert raw is not None
     try:
         peft = PeftConfig(file.header, prefix, raw.peft_config)
+        if more := peft.more_than_tensors():
+            raise AdapterFileError(f"{file.path} {more[0]}: its tensors alone are another model. {more[1]}.")
         alphas, notes = _alphas(file, raw, parameters, ranks, peft)
         voted = [a for layer, a in alphas.items() if not voting or name_of(parameters[layer]) != "difference"]
         usual = peft.default if peft.default is not None else _most_common(voted) or float(rank)
@@ -132,17 +134,20 @@ def fold_scale_of_whole(file: AdapterFile, parameters: Mapping[str, dict[str, Te
 
     Raises AdapterFileError.
     """
-    whole = [held for held in parameters.values() if {"lokr_w1", "lokr_w2"} <= held.keys()]
+    whole = {layer: held for layer, held in parameters.items() if {"lokr_w1", "lokr_w2"} <= held.keys()}
     if not whole or file.raw is None or file.raw.peft_config is None:
         return []
     try:
-        scale = PeftConfig(file.header, prefix, file.raw.peft_config).scale_of_whole()
+        peft = PeftConfig(file.header, prefix, file.raw.peft_config)
+        scales = {layer: peft.scale_of_whole(layer) for layer in whole}
     except (ValueError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{file.path} has a damaged header ({error}). Download or save it again.") from error
-    for held in whole if scale != 1 else ():
-        held["lokr_w1"] = held["lokr_w1"].float() * scale
-    said = f"PEFT scales a LoKr of two whole factors by alpha / r = {scale:g}, other programs by 1: it is multiplied in"
-    return [said] if scale != 1 else []
+    for layer, scale in scales.items():
+        if scale != 1:
+            whole[layer]["lokr_w1"] = whole[layer]["lokr_w1"].float() * scale
+    shown = ", ".join(f"{scale:g}" for scale in sorted(set(scales.values()) - {1.0}))
+    said = f"PEFT scales a LoKr of two whole factors by alpha / r = {shown}, other programs by 1: it is multiplied in"
+    return [said] if shown else []
 
 
 def _of_lokr(description: Description | None) -> dict[str, object]:

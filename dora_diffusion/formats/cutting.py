@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.forms import BIASES, Held, form_of, name_of
-from dora_diffusion.formats.original import Rows
+from dora_diffusion.formats.original import Rows, Transformer
 
-__all__ = ["cannot_fall_apart", "cut", "has_no_parts", "together"]
+__all__ = ["cannot_fall_apart", "cut", "has_no_parts", "is_open", "is_turned", "together"]
 
 BESIDE_BY_ROW = ("magnitude", "unscaled_magnitude", *BIASES)
 Part = dict[str, Tensor]
@@ -47,6 +47,18 @@ def has_no_parts(tensors: Held, rows: Sequence[Rows]) -> str:
     if name == "oft" and any(_blocks_of(tensors, part) is None for part in rows):
         return "an OFT of a fused layer, with blocks that reach from one part into another"
     return ""
+
+
+def is_open(model: Transformer, theirs: str, tensors: Held) -> bool:
+    """Whether nothing says in which order the checkpoint's layer of this name has its halves."""
+    sizes = form_of(tensors).sizes(tensors)
+    return any(part.rows.settled(sizes.outputs, sizes.columns).swapped_if_two for part in model.parts(theirs))
+
+
+def is_turned(model: Transformer, theirs: str, tensors: Held) -> bool:
+    """Whether the checkpoint's layer of this name has its two halves the other way round."""
+    sizes = form_of(tensors).sizes(tensors)
+    return model.is_turned(theirs, sizes.outputs, sizes.columns)
 
 
 def cut(tensors: Held, rows: Sequence[Rows]) -> list[Part]:
@@ -107,15 +119,20 @@ def _blocks_of(tensors: Held, rows: Rows) -> Tensor | None:
 
 
 def _cut_oft(tensors: Held, rows: Rows) -> Part:
-    """The blocks of these rows. The constraint is on all blocks together, so it is done with before."""
-    numbers, P = _blocks_of(tensors, rows), tensors["oft_blocks"]
+    """The blocks of these rows."""
+    numbers, part = _blocks_of(tensors, rows), _constrained(tensors)
     assert numbers is not None, "callers ask has_no_parts first"
-    constraint = float(tensors.get("constraint", torch.zeros(())))
+    part["oft_blocks"] = part["oft_blocks"][numbers]
+    return part | ({"rescale": rows.cut(tensors["rescale"])} if "rescale" in tensors else {})
+
+
+def _constrained(tensors: Held) -> Part:
+    """An OFT whose constraint, which is on all of its blocks together, is done with."""
+    P, constraint = tensors["oft_blocks"], float(tensors.get("constraint", torch.zeros(())))
     if constraint > 0:
         norm, limit = (P - P.mT).double().norm(), constraint * P.shape[0] * P.shape[1]
-        P = (P.double() * min(1.0, limit / (float(norm) + 1e-8))).to(P.dtype)
-    part = {**tensors, "oft_blocks": P[numbers], "constraint": torch.zeros(())}
-    return part | ({"rescale": rows.cut(tensors["rescale"])} if "rescale" in tensors else {})
+        P = (P.double() * min(1.0, limit / (float(norm) + 1e-8))).float()
+    return {**tensors, "oft_blocks": P, "constraint": torch.zeros(())}
 
 
 _CUTTERS: dict[str, Callable[[Held, Rows], Part]] = {"loha": _cut_loha, "lokr": _cut_lokr, "oft": _cut_oft}
@@ -135,8 +152,13 @@ def _own_ranks(parts: list[Part]) -> list[Part]:
 def together(parts: Sequence[Mapping[str, Tensor]]) -> Part | None:
     """The fused layer's update whose parts these are, all of them and in order; None where they are of no such one."""
     first = parts[0]
-    if any(part.keys() != first.keys() for part in parts) or "unscaled_magnitude" in first:
+    if any(part.keys() != first.keys() for part in parts) or first.keys() & {"unscaled_magnitude", "input_magnitude"}:
+        return None  # a norm by input of each alone is none of all their rows
+    if name_of(first) == "boft":
         return None
+    if name_of(first) == "oft" and "oft_blocks" in first:
+        parts = [_constrained(part) for part in parts]
+        first = parts[0]
     whole: Part = {}
     for name, tensor in first.items():
         if name == "rows":

@@ -11,9 +11,8 @@ from dora_diffusion.errors import AdapterFileError
 from dora_diffusion.formats.content import AdapterFile
 from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.fusing import Held
-from dora_diffusion.formats.original import Transformer
 
-__all__ = ["is_open", "is_turned", "module_keys"]
+__all__ = ["module_keys"]
 
 ENDINGS = {
     "lora_A": "lora_down.weight",
@@ -64,15 +63,3 @@ def _dora_scale(parameter: str, m: Tensor, held: Held) -> Tensor:
     """With the weight's number of axes: LoRA's A tells it, of other forms the magnitude has it."""
     ones = (1,) * (held["lora_A"].dim() - 2 if "lora_A" in held else max(m.dim() - 2, 0))
     return m.reshape((-1, 1, *ones) if parameter == "magnitude" else (1, -1, *ones))
-
-
-def is_open(model: Transformer, theirs: str, held: Held) -> bool:
-    """Whether nothing says in which order the checkpoint's layer has its halves."""
-    sizes = form_of(held).sizes(held)
-    return any(part.rows.settled(sizes.outputs, sizes.columns).swapped_if_two for part in model.parts(theirs))
-
-
-def is_turned(model: Transformer, theirs: str, held: Held) -> bool:
-    """Whether the checkpoint's layer has its two halves the other way round."""
-    sizes = form_of(held).sizes(held)
-    return model.is_turned(theirs, sizes.outputs, sizes.columns)

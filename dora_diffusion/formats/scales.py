@@ -6,6 +6,7 @@ Everything here comes from a file, so every value is checked before it is used.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -21,6 +22,42 @@ __all__ = ["ALPHA_KEYS", "RANK_KEYS", "PeftConfig", "alpha_in_header", "overrule
 _NAMES = ("", "unet.", "transformer.")
 ALPHA_KEYS = ("alpha", "network_alpha", "ss_network_alpha", *(f"{name}lora_alpha" for name in _NAMES))
 RANK_KEYS = ("rank", "network_dim", "ss_network_dim", *(f"{name}r" for name in _NAMES))
+
+# What PEFT's configuration says of an adapter that its A and B alone do not: where it is so, W0 + s B A is another model.
+# The values that say it (None: any that is set), and what it is.
+_BASE_CHANGED = "is taken relative to a base that PEFT changes first"
+_WAY_OUT = (
+    "Load it in PEFT over the base it was trained on, merge_and_unload() it, and give the model, saved with "
+    "save_pretrained, as a base"
+)
+_CONVERTED = (
+    "Save it again in PEFT, where it was trained, with save_pretrained(..., path_initial_model_for_weight_conversion="
+    "FOLDER), FOLDER being the adapter as it was before training: that writes a LoRA of the base itself. Or load it in "
+    "PEFT, merge_and_unload() it, and give the model, saved with save_pretrained, as a base"
+)
+_MORE_THAN_TENSORS: tuple[tuple[str, re.Pattern[str] | None, str, str], ...] = (
+    (
+        "init_lora_weights",
+        re.compile(r"pissa(_niter_\d+)?", re.I),
+        f"is PEFT's PiSSA, which {_BASE_CHANGED}",
+        _CONVERTED,
+    ),
+    ("init_lora_weights", re.compile(r"olora", re.I), f"is PEFT's OLoRA, which {_BASE_CHANGED}", _CONVERTED),
+    ("init_lora_weights", re.compile(r"corda", re.I), f"is PEFT's CorDA, which {_BASE_CHANGED}", _CONVERTED),
+    ("init_lora_weights", re.compile(r"lora_ga", re.I), f"is PEFT's LoRA-GA, which {_BASE_CHANGED}", _CONVERTED),
+    ("init_lora_weights", re.compile(r"loftq", re.I), f"is PEFT's LoftQ, which {_BASE_CHANGED}", _WAY_OUT),
+    ("kasa_config", None, "is PEFT's KaSA, which has singular values between B and A and cuts its base's", _WAY_OUT),
+    ("monteclora_config", None, "is PEFT's MonteCLoRA, which draws A at random", _WAY_OUT),
+    ("use_bdlora", None, "is PEFT's BD-LoRA, whose factors are block-diagonal", _WAY_OUT),
+    ("arrow_config", None, "is PEFT's Arrow, which chooses among adapters for every token", "Give one of these"),
+    (
+        "alora_invocation_tokens",
+        None,
+        "is PEFT's activated LoRA, which works on the words behind its own alone",
+        "PEFT reads it, for language models",
+    ),
+    ("layer_replication", None, "was trained on a base whose layers PEFT repeats", _WAY_OUT),
+)
 
 
 class PeftConfig:
@@ -38,6 +75,7 @@ class PeftConfig:
             self.fields[""] = diffusers.scales(folder_config, "")
         self._values = {component: _pattern_values(fields) for component, fields in self.fields.items()}
         self._patterns = {component: Patterns(values) for component, values in self._values.items()}
+        self._rank_patterns: Patterns | None = None
         default = self._default("")
         self.default = default if default is not None else next(filter(None, map(self._default, TEXT_ENCODERS)), None)
         # One flag for the whole adapter; a component with the other one gets alphas that mean the same.
@@ -54,14 +92,29 @@ class PeftConfig:
             raise ValueError(f"use_rslora is {value!r}; it must be true or false")
         return bool(value)
 
-    def scale_of_whole(self) -> float:
+    def more_than_tensors(self) -> tuple[str, str] | None:
+        """What the adapter is, and the way out, where its tensors alone do not say what PEFT computes; else None."""
+        for field, values, what, way_out in _MORE_THAN_TENSORS:
+            for said in (fields.get(field) for fields in self.fields.values()):
+                if said if values is None else isinstance(said, str) and values.fullmatch(said):
+                    return f"{what} (its configuration says {field} = {str(said)[:60]!r})", way_out
+        return None
+
+    def scale_of_whole(self, layer: str) -> float:
         """What PEFT multiplies a LoKr of two whole factors with: alpha / r; LyCORIS takes 1. Raises ValueError."""
         fields = self.fields[""]
         if fields.get("peft_type") != "LOKR":
             return 1.0
-        alpha, r = self._default(""), fields.get("r", 8)
-        if fields.get("alpha_pattern") or fields.get("rank_pattern") or not isinstance(r, int) or r < 1:
-            raise ValueError("PEFT's LoKr with whole factors has patterns of ranks, or an r that is none")
+        r, patterns = fields.get("r", 8), fields.get("rank_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise ValueError("rank_pattern is no table")
+        self._rank_patterns = self._rank_patterns or Patterns(patterns)
+        if (found := self._rank_patterns.first(layer)) is not None:
+            r = list(patterns.values())[found]
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"r is {str(r)[:80]!r}; it must be a whole number above 0")
+        found_alpha = self._patterns[""].first(layer)
+        alpha = self._default("") if found_alpha is None else list(self._values[""].values())[found_alpha]
         return (8.0 if alpha is None else alpha) / r
 
     def overruled_ranks(self, ranks: Mapping[str, int]) -> list[str]:
