@@ -15,7 +15,6 @@ from dora_diffusion.adapters.injection import Adapter
 from dora_diffusion.adapters.layers import LoRAUpdate
 from dora_diffusion.adapters.whole import BiasUpdate, ReplacementUpdate
 from dora_diffusion.formats.anatomy import model_of
-from dora_diffusion.inspection.directions import DoesNotFit
 from dora_diffusion.inspection.formula import scale_of
 from dora_diffusion.inspection.programs import Program
 from dora_diffusion.inspection.reading import FileModule
@@ -72,8 +71,6 @@ def program_bias(
     """
     nothing = torch.zeros(())
     if module.scaled_bias is not None:
-        if module.magnitude is not None:
-            raise DoesNotFit("it has no biases of B beside magnitudes")
         return strength * scale_of(program, module, header_scale) * module.scaled_bias.double()
     b = module.bias
     if b is None or not has_bias or (program.loses_biases_of_parts and by_other_name):
