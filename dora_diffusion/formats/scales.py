@@ -23,7 +23,7 @@ _NAMES = ("", "unet.", "transformer.")
 ALPHA_KEYS = ("alpha", "network_alpha", "ss_network_alpha", *(f"{name}lora_alpha" for name in _NAMES))
 RANK_KEYS = ("rank", "network_dim", "ss_network_dim", *(f"{name}r" for name in _NAMES))
 
-# What PEFT's configuration says of an adapter that its A and B alone do not: where it is so, W0 + s B A is another model.
+# What PEFT's configuration says of an adapter that its A and B alone do not: then W0 + s B A is another model.
 # The values that say it (None: any that is set), and what it is.
 _BASE_CHANGED = "is taken relative to a base that PEFT changes first"
 _WAY_OUT = (

@@ -108,7 +108,7 @@ def inspection(shelved: list[Shelved], studio: Studio) -> str:
         for each in shelved:
             try:
                 tables += _parity_table(each.label, compare_programs(each.path, base))
-            except AdapterFileError as error:  # of this file alone: what programs make of some forms is not known
+            except AdapterFileError as error:  # of this file alone: one made for a single program
                 tables += f"<p class='dd-card'><b>{escape(each.label)}</b>: {escape(str(error))}</p>"
     note = note_on_missing([analysis.name for analysis in analyses])
     label = "change of magnitude against change of direction, a point for each layer, and the spectra of the changes"

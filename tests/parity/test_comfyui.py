@@ -140,6 +140,8 @@ def test_comfyui_makes_of_biases_and_norms_what_the_rules_say(name, tmp_path):
     pipeline = family.pipeline()
     pipeline.register_modules(**{"unet" if "unet" in pipeline.components else "transformer": model})
     base = Base(name, pipeline)
+    if (tmp_path / "version.txt").read_text() == "0.3.75":
+        pytest.skip("its names for norms are not those of 0.33.0, which the rules are of")
     files = vector_files(base, tmp_path)
     for (path, true), loaded in zip(files, changes(name, [path for path, _ in files], tmp_path)):
         real = {w: of_diffusers(family, model, weights, loaded.changed[w]) for w in STRENGTHS}

@@ -93,13 +93,13 @@ def test_the_form_can_be_chosen_and_a_wrong_one_is_refused_with_its_error(base, 
 
 
 def test_none_can_is_said_where_none_can(tmp_path):
-    base = Base("flux", bases.flux())
-    config = AdapterConfig("dora", rank=2, alpha=2.0, target_modules=("to_q",))  # a third of a layer of kohya's names
+    base = Base("flux", bases.flux())  # of which A1111 has no names
+    config = AdapterConfig("dora", rank=2, alpha=2.0, target_modules=("norm1.linear",))
     adapter = perturb(inject_adapter(base.denoiser, config, seed=1))
     path = save_adapter(adapter, tmp_path / "dora.safetensors")
     adapter.eject()
-    with pytest.raises(Unrepairable, match="no file of this adapter comes out right in LyCORIS"):
-        repair(path, base, program_named("lycoris"), tmp_path / "x.safetensors")
+    with pytest.raises(Unrepairable, match="no file of this adapter comes out right in A1111"):
+        repair(path, base, program_named("a1111"), tmp_path / "x.safetensors")
 
 
 def test_the_command_compares_repairs_and_refuses(run, tmp_path):
