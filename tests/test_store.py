@@ -12,10 +12,11 @@ import pytest
 import torch
 from training_helpers import config
 
+from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
 from dora_diffusion.data import cache
 from dora_diffusion.data.cache import EncodedImages, encode_images
 from dora_diffusion.data.folder import TrainingImage, read_folder
-from dora_diffusion.data.store import CACHE_VARIABLE, Store
+from dora_diffusion.data.store import CACHE_VARIABLE, Store, cache_folder
 from dora_diffusion.errors import DataError
 from dora_diffusion.models.loading import Base, load_base
 from dora_diffusion.training.events import Finished, Preparing
@@ -91,6 +92,82 @@ def test_other_weights_other_sizes_and_another_tokenizer_are_other_entries(folde
     store = Store()
     encode_images(load_base(str(sd_folder), device="cpu"), images, [(24, 24)], store=store)
     assert store.fresh == 8
+
+
+@torch.no_grad()  # an adapter's sums are of another order where gradients are wanted
+def conditioned(base: Base, images: list[TrainingImage]) -> bool:
+    """Whether the captions' conditioning is what the encoder says now."""
+    group, _ = encoded(base, images)
+    now = base.family.encode(base.pipe, [images[0].caption]).tensors
+    return all(torch.equal(rows[0], now[name][0]) for name, rows in group.conditioning.tensors.items())
+
+
+def test_an_adapter_in_the_text_encoder_counts_at_its_strength(folder, images, sd_base) -> None:  # type: ignore[no-untyped-def]
+    settings = AdapterConfig(rank=2, target_modules=("to_q",))
+    adapter = inject_adapter(sd_base.denoiser, settings, text_encoders={"text_encoder": sd_base.pipe.text_encoder})
+    for parameter in adapter.parameters():
+        parameter.data.normal_()
+    for strength in (1.0, 0.0, 0.5, 1.0):
+        adapter.strength = strength
+        assert conditioned(sd_base, images)
+    before = encoded(sd_base, images)[0].conditioning
+    adapter.eject()
+    assert conditioned(sd_base, images)
+    after = encoded(sd_base, images)[0].conditioning
+    assert not torch.equal(before.tensors["encoder_hidden_states"], after.tensors["encoder_hidden_states"])
+
+
+def test_an_autoencoder_that_works_in_tiles_and_a_tokenizer_that_fills_up_otherwise(folder, images, sd_base) -> None:  # type: ignore[no-untyped-def]
+    whole, _ = encoded(sd_base, images)
+    sd_base.pipe.vae.enable_tiling()
+    assert encoded(sd_base, images)[1] == 8
+    sd_base.pipe.vae.disable_tiling()
+    sd_base.pipe.tokenizer.padding_side = "left"
+    assert conditioned(sd_base, images)
+    sd_base.pipe.tokenizer.padding_side = "right"
+    sd_base.pipe.tokenizer.chat_template = "{{ messages }}"
+    assert encoded(sd_base, images)[1] == 2
+    assert torch.equal(whole.mean(torch.arange(8)), encoded(sd_base, images)[0].mean(torch.arange(8)))
+
+
+def test_what_a_tokenizer_was_last_called_for_makes_no_other_entry(folder, images, sd_base) -> None:  # type: ignore[no-untyped-def]
+    assert encoded(sd_base, images, cut_captions=True)[1] == 10
+    sd_base.pipe.tokenizer("a", padding="max_length", truncation=True, max_length=5)
+    assert encoded(sd_base, images, cut_captions=True)[1] == 0
+
+
+def test_another_number_of_threads_is_another_entry(folder, images, sd_base) -> None:  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    encoded(sd_base, images)
+    try:
+        torch.set_num_threads(before + 1)
+        assert encoded(sd_base, images)[1] == 10
+    finally:
+        torch.set_num_threads(before)
+    assert encoded(sd_base, images)[1] == 0
+
+
+def test_where_a_base_lies_makes_no_other_entry(folder, images, sd_base, sd_folder, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    encoded(sd_base, images)
+    shutil.copytree(sd_folder, tmp_path / "moved")
+    assert encoded(load_base(str(tmp_path / "moved"), device="cpu"), images)[1] == 0
+
+
+def test_the_folder_by_the_environment(monkeypatch, tmp_path, run) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
+    assert cache_folder() == tmp_path / ".cache/dora-diffusion"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own/dora-diffusion"
+    monkeypatch.setenv(CACHE_VARIABLE, "~nobody-of-this-name/x")
+    assert "there is no user whose home is '~nobody-of-this-name'" in run("cache").flat
+
+
+def test_what_is_no_file_of_the_cache_stays(folder, run) -> None:  # type: ignore[no-untyped-def]
+    (folder / "encoded/aa/strange.safetensors").mkdir(parents=True)
+    assert "0 encoded" in run("cache").flat and "deleted 0" in run("cache", "--clear").flat
+    assert "give both" in run("cache", "--older-than", 3).flat
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])

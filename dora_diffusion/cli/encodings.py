@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Annotated
 
 import typer
 
 from dora_diffusion.cli.terminal import command, console
+from dora_diffusion.errors import ConfigError
 from dora_diffusion.screen import printable
 
 
 @command("cache")
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete what was not used lately (--older-than).")] = False,
-    older_than: Annotated[int, typer.Option(min=0, metavar="DAYS", help="With --clear: unused for so long.")] = 0,
+    older_than: Annotated[
+        int | None, typer.Option(min=0, metavar="DAYS", help="With --clear: unused for so long.")
+    ] = None,
 ) -> None:
     """Show what encoded pictures and captions take on disk, or delete them; runs encode anew what they miss."""
     from dora_diffusion.data.store import Store
 
+    if older_than is not None and not clear:
+        raise ConfigError("--older-than says what --clear deletes: give both.")
     store = Store()
     if clear:
-        size, count = store.clear(time.time() - older_than * 86400)
+        size, count = store.clear(time.time() - older_than * 86400 if older_than else math.inf)
         console.say(
             f"deleted {count:,} encoded pictures and captions, {size / 1e6:,.1f} MB, of {printable(store.folder)}"
         )
@@ -33,4 +39,4 @@ def cache(
         return
     days = [(time.time() - used) / 86400 for _, used in kept]
     size = sum(size for size, _ in kept)
-    console.say(f", {size / 1e6:,.1f} MB, last used {min(days):.0f} to {max(days):.0f} days ago")
+    console.say(f", {size / 1e6:,.1f} MB, last used {max(0, min(days)):.0f} to {max(0, max(days)):.0f} days ago")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import PIL
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from dora_diffusion.data.buckets import Size, nearest_bucket
+from dora_diffusion.data.fingerprints import machine
 from dora_diffusion.data.folder import TrainingImage
 from dora_diffusion.data.pictures import open_image
 from dora_diffusion.data.store import Entry, Store
@@ -187,7 +187,7 @@ def encoding(
 def _captions(base: Base, captions: Sequence[str], store: Store) -> Generator[Encoding, None, list[Conditioning]]:
     """The conditioning of each caption, a batch of one."""
     rows = []
-    made_by = ("caption", base.family.name, str(base.device.type), store.of_texts(base.pipe))
+    made_by = ("caption", base.family.name, machine(base.device), store.of_texts(base.pipe))
     for done, caption in enumerate(captions):
         yield Encoding("captions", done, len(captions))
         entry = store.find(*made_by, caption)
@@ -204,7 +204,7 @@ def _posterior(base: Base, path: Path, picture: Image.Image, size: Size, mirror:
     Each picture by itself: in a batch its last bits would depend on its neighbours.
     """
     vae = base.pipe.vae
-    made_of = ("picture", f"{size}{mirror}{PIL.__version__}", base.family.name, vae.device.type, store.of_weights(vae))
+    made_of = ("picture", f"{size}{mirror}", base.family.name, machine(vae.device), store.of_weights(vae))
     content = path.read_bytes()
     if entry := store.find(*made_of, content):
         return entry

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from dora_diffusion.errors import DataError, OutputError
+from dora_diffusion.data import fingerprints
+from dora_diffusion.data.fingerprints import bytes_of
+from dora_diffusion.errors import ConfigError, DataError, OutputError
 from dora_diffusion.outputs import make_folder, whole_file, writing
+from dora_diffusion.paths import given_path
 
 __all__ = ["CACHE_VARIABLE", "Entry", "Store", "cache_folder"]
 
@@ -32,10 +34,22 @@ VERSION = 1  # of what an entry holds; another one is another entry
 
 
 def cache_folder() -> Path:
-    """Where encodings lie: what DORA_DIFFUSION_CACHE says, or the user's folder for what can be made again."""
+    """Where encodings lie: what DORA_DIFFUSION_CACHE says, or the user's folder for what can be made again.
+
+    Raises ConfigError.
+    """
     if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora-diffusion"
+        try:
+            return Path(given_path(named)).absolute()
+        except ConfigError as error:
+            raise ConfigError(f"{CACHE_VARIABLE}: {error}") from error
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not caches.is_absolute():  # and so, says its specification, to be ignored
+        try:
+            caches = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise ConfigError(f"there is no home folder: name one for encodings in {CACHE_VARIABLE}.") from error
+    return caches / "dora-diffusion"
 
 
 @dataclass(frozen=True)
@@ -93,26 +107,19 @@ class Store:
         return Entry(path, shapes)
 
     def of_weights(self, module: nn.Module) -> str:
-        """A hash of all that a module is: its class, its configuration, and every number in it."""
+        """A hash of all that a module is. It is made once: a store is for modules that stay as they are."""
         if module not in self._fingerprints:
-            digest = hashlib.sha256(f"{type(module).__name__}{_settings(module)}".encode())
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-                digest.update(_bytes_of(tensor))
-            self._fingerprints[module] = digest.hexdigest()
+            self._fingerprints[module] = fingerprints.of_weights(module)
         return self._fingerprints[module]
 
     def of_texts(self, pipe: DiffusionPipeline) -> str:
         """The same of a pipeline's text encoders and tokenizers."""
-        digest = hashlib.sha256()
-        for name, part in sorted(pipe.components.items()):
-            if isinstance(part, nn.Module) and name.startswith("text_encoder"):
-                digest.update(f"{name}{self.of_weights(part)}".encode())
-            elif part is not None and name.startswith("tokenizer"):
-                backend = getattr(part, "backend_tokenizer", None)
-                table = backend.to_str() if backend is not None else repr(sorted(part.get_vocab().items()))
-                digest.update(f"{name}{part.model_max_length}{table}".encode())
-        return digest.hexdigest()
+        encoders = {
+            name: self.of_weights(part)
+            for name, part in pipe.components.items()
+            if isinstance(part, nn.Module) and name.startswith("text_encoder")
+        }
+        return fingerprints.of_texts(pipe, encoders)
 
     def contents(self) -> list[tuple[int, float]]:
         """Bytes and time of the last use of each entry."""
@@ -134,10 +141,11 @@ class Store:
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in sorted(self.folder.glob("encoded/*/*.safetensors")):
             with contextlib.suppress(FileNotFoundError):  # another process clears too
-                yield path, path.stat()
+                if stat.S_ISREG((found := path.lstat()).st_mode):
+                    yield path, found
 
     def _path(self, made_of: tuple[str | bytes, ...]) -> Path:
-        digest = hashlib.sha256(f"{VERSION} {torch.__version__}".encode())
+        digest = hashlib.sha256(f"{VERSION}".encode())
         for part in made_of:
             part = part.encode() if isinstance(part, str) else part
             digest.update(len(part).to_bytes(8, "little") + part)
@@ -155,21 +163,8 @@ def _read(path: Path) -> Mapping[str, Tensor] | None:
     return tensors if f'"crc32":"{_checksum(tensors)}"'.encode() in content else None
 
 
-def _settings(module: nn.Module) -> str:
-    """A model's configuration, without where it came from and what saved it."""
-    config = getattr(module, "config", {})
-    fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    said = {key: value for key, value in fields.items() if not key.startswith("_") and not key.endswith("_version")}
-    return json.dumps(said, sort_keys=True, default=str)
-
-
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     found = 0
     for name in sorted(tensors):
-        found = zlib.crc32(_bytes_of(tensors[name]), zlib.crc32(name.encode(), found))
+        found = zlib.crc32(bytes_of(tensors[name]), zlib.crc32(name.encode(), found))
     return found
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
