@@ -101,7 +101,9 @@ def _name(file: AdapterFile, layer: str, held: Held) -> str:
         raise AdapterFileError(
             f"{file.path}: where the dots go in {layer!r} only the model can tell. Give the base with --base."
         )
-    found = _in_encoder(family, component, path) if component in TEXT_ENCODERS else _in_denoiser(file, family, layer, held)
+    found = (
+        _in_encoder(family, component, path) if component in TEXT_ENCODERS else _in_denoiser(file, family, layer, held)
+    )
     if found is None:
         raise AdapterFileError(
             f"{file.path}: ComfyUI's name for {layer} of {MODEL_LABEL[family]} is not known here, so that it would not "

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dora_diffusion.formats.content import AdapterFile, by_layer
 from dora_diffusion.formats.cutting import cut, is_open, is_turned
-from dora_diffusion.formats.forms import form_of
 from dora_diffusion.formats.fusing import Held, fused_groups
 from dora_diffusion.formats.lycoris import module_keys
 from dora_diffusion.formats.names import TEXT_ENCODERS

@@ -23,7 +23,7 @@ _NAMES = ("", "unet.", "transformer.")
 ALPHA_KEYS = ("alpha", "network_alpha", "ss_network_alpha", *(f"{name}lora_alpha" for name in _NAMES))
 RANK_KEYS = ("rank", "network_dim", "ss_network_dim", *(f"{name}r" for name in _NAMES))
 
-# What PEFT's configuration says of an adapter that its A and B alone do not: where it is so, W0 + s B A is another model.
+# What PEFT's configuration says of an adapter that A and B alone do not, so that W0 + s B A is another model.
 # The values that say it (None: any that is set), and what it is.
 _BASE_CHANGED = "is taken relative to a base that PEFT changes first"
 _WAY_OUT = (
@@ -36,7 +36,12 @@ _CONVERTED = (
     "PEFT, merge_and_unload() it, and give the model, saved with save_pretrained, as a base"
 )
 _MORE_THAN_TENSORS: tuple[tuple[str, re.Pattern[str] | None, str, str], ...] = (
-    ("init_lora_weights", re.compile(r"pissa(_niter_\d+)?", re.I), f"is PEFT's PiSSA, which {_BASE_CHANGED}", _CONVERTED),
+    (
+        "init_lora_weights",
+        re.compile(r"pissa(_niter_\d+)?", re.I),
+        f"is PEFT's PiSSA, which {_BASE_CHANGED}",
+        _CONVERTED,
+    ),
     ("init_lora_weights", re.compile(r"olora", re.I), f"is PEFT's OLoRA, which {_BASE_CHANGED}", _CONVERTED),
     ("init_lora_weights", re.compile(r"corda", re.I), f"is PEFT's CorDA, which {_BASE_CHANGED}", _CONVERTED),
     ("init_lora_weights", re.compile(r"lora_ga", re.I), f"is PEFT's LoRA-GA, which {_BASE_CHANGED}", _CONVERTED),
