@@ -67,10 +67,10 @@ _SAID: Mapping[Effect, str] = {
 }
 
 
-def effect_notes(path: Path, base: Base) -> Iterator[str]:
-    """What is worth saying of an adapter file's layers on this base. Raises AdapterFileError, AdapterMismatchError."""
+def effect_notes(path: Path, base: Base, partial: bool = False) -> Iterator[str]:
+    """What is worth saying of the layers of an adapter file on this base. Raises AdapterFileError, AdapterMismatchError."""
     tolerance = max(LEAST, _rounding(path))
-    with attached(base, path) as adapter:
+    with attached(base, path, partial) as adapter:
         updates = adapter.updates()
         counts = Counter(effect_of(update, tolerance) for update in updates.values())
         decomposed = any(isinstance(update, DoRAUpdate) for update in updates.values())

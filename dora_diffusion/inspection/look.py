@@ -34,7 +34,7 @@ def look_at(paths: Sequence[Path], base: Base | None = None, partial: bool = Fal
                 analysis = analyse(name, summary.kind, summary.rank, changes)
             if source_kind(path) == "adapter":
                 found, _ = find_file(path)
-                summary = replace(summary, notes=(*summary.notes, *effect_notes(found, base)))
+                summary = replace(summary, notes=(*summary.notes, *effect_notes(found, base, partial)))
         looks.append((summary, analysis))
     return looks
 

@@ -156,9 +156,9 @@ def refuse_marked(path: Path, header: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def attached(base: Base, path: str | os.PathLike[str]) -> Iterator[Adapter]:
-    """The adapter in the base for as long as the block lasts."""
-    adapter = load_adapter(base.pipe, path, strength=0.0)
+def attached(base: Base, path: str | os.PathLike[str], partial: bool = False) -> Iterator[Adapter]:
+    """The adapter, or with `partial` what fits of it, in the base for as long as the block lasts."""
+    adapter = load_adapter(base.pipe, path, strength=0.0, partial=partial)
     try:
         yield adapter
     finally:
