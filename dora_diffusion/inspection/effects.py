@@ -68,7 +68,7 @@ _SAID: Mapping[Effect, str] = {
 
 
 def effect_notes(path: Path, base: Base, partial: bool = False) -> Iterator[str]:
-    """What is worth saying of the layers of an adapter file on this base. Raises AdapterFileError, AdapterMismatchError."""
+    """What is worth saying of an adapter on this base. Raises AdapterFileError, AdapterMismatchError."""
     tolerance = max(LEAST, _rounding(path))
     with attached(base, path, partial) as adapter:
         updates = adapter.updates()
