@@ -110,13 +110,13 @@ def test_all_that_is_wrong_stands_in_one_error(tmp_path, model):
     refused(
         path,
         model,
-        "does not fit this base: 1 of 2 layers match",
+        "does not fit this base: 1 of 4 layers match",
         "to_v: not in this model (nearest: to_q)",
         "missing:\n  lora_unet_to_q: lora_B",
         "unexpected:\n  lora_unet_conv_in.odd",
         "misshapen:\n  lora_unet_proj_in: dora_scale of shape [3]",
     )
-    with pytest.warns(UserWarning, match="loaded in part: 1 of 2 layers"):
+    with pytest.warns(UserWarning, match="loaded in part: 1 of 4 layers"):
         assert list(load_adapter(model, path, partial=True).layers) == ["conv_in"]
 
 

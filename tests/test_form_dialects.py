@@ -222,7 +222,7 @@ def test_onetrainers_loha_of_a_convolution_has_its_kernels_axes(tmp_path):
 def test_what_is_written_says_its_form_and_diffusers_layout_refuses_it_with_the_way_out(tmp_path):
     model = bases.unet().eval()
     path = write(model, "lokr dora", tmp_path / "a.safetensors").path
-    with pytest.raises(AdapterFileError, match=r"a LoKr, which this layout does not hold.*--to diff"):
+    with pytest.raises(AdapterFileError, match=r"LoKr, which this layout does not hold.*--to diff"):
         convert_adapter(path, tmp_path / "d.safetensors", "diffusers", base=model)
     again = convert_adapter(path, tmp_path / "k.safetensors", "kohya").path
     file = read_adapter_file(again)

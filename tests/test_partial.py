@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bases
 import pytest
 import torch
 from dialect_files import flat, kohya, lora_delta, make
 from oracles import relative_error
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dora_diffusion.comparison.compare import Column, CompareRequest, columns_of, compare
 from dora_diffusion.comparison.export import command_of, record_of
@@ -87,3 +88,32 @@ def test_what_was_converted_in_part_means_what_it_meant(run, tmp_path, mixed, sd
     for layer, update in adapter.updates().items():
         assert relative_error(update.delta_weight(), made.deltas[layer]) < 1e-5
     adapter.eject()
+
+
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+BROKEN = {
+    "a half is missing": ({f"unet.{ATTENTION}.to_k.lora_A.weight": torch.ones(4, 32)}, "lora_B"),
+    "a difference of a bias that is not there": (
+        {
+            f"unet.{ATTENTION}.to_k.lora_A.weight": torch.ones(4, 32),
+            f"unet.{ATTENTION}.to_k.lora_B.weight": torch.ones(32, 4),
+            f"unet.{ATTENTION}.to_k.diff_b": torch.ones(32),
+        },
+        "a difference of the bias, and this layer has none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_left_out_counts_among_all_layers_of_the_file(tmp_path, case):
+    broken, said = BROKEN[case]
+    A, B = torch.randn(4, 32), torch.randn(32, 4)
+    sound = {f"unet.{ATTENTION}.to_q.lora_A.weight": A, f"unet.{ATTENTION}.to_q.lora_B.weight": B}
+    save_file(sound | broken, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=said):
+        load_adapter(bases.unet(), tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=r"loaded in part: 1 of 2 layers") as warned:
+        adapter = load_adapter(bases.unet(), tmp_path / "a.safetensors", partial=True)
+    assert any(said in str(warning.message) for warning in warned)
+    [(layer, update)] = adapter.updates().items()
+    assert layer == f"{ATTENTION}.to_q" and torch.allclose(update.delta_weight(), B @ A)

@@ -44,7 +44,7 @@ def to_keys(file: AdapterFile) -> dict[str, Tensor]:
     for layer, held in _with_all_biases(file).items():
         for parameter, tensor in held.items():
             if parameter not in ENDINGS or (parameter == "bias_difference" and not _holds_bias(held)):
-                reason = CANNOT_HOLD.get(parameter) or f"a {form_of(held).label}, which this layout does not hold"
+                reason = CANNOT_HOLD.get(parameter) or f"{form_of(held).label}, which this layout does not hold"
                 raise AdapterFileError(
                     f"{file.path}: {layer} has {reason}. Write it as a difference, which is exact everywhere "
                     "(--to diff, with the base), or as it is (--to kohya)."

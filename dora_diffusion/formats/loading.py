@@ -365,7 +365,7 @@ def _fit(file: AdapterFile, views: Mapping[str, FrozenWeight]) -> _Fitted:
             )
         elif path in fitted.tensors:
             fitted.problems.append(f"{_said(layer, file)}: {path} has an update of this file already")
-        elif problem := _misfit(held, views[path], file.dialect in IN_PEFTS_KEYS):
+        elif problem := _misfit(held, views[path], _adds_bias(file, layer)):
             fitted.problems.append(f"{_said(layer, file)}: {problem}{_for_more_inputs(path, held, views[path])}")
         else:
             fitted.places[layer] = path
@@ -411,6 +411,14 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -
     return ""
 
 
+# A layer without a bias is given one by PEFT's lora_bias; other programs leave out a difference of what is not there, so
+# that a file that has one is for another base.
+def _adds_bias(file: AdapterFile, layer: str) -> bool:
+    """Whether the bias of a layer is PEFT's own (lora_B.bias), and no difference (diff_b) beside PEFT's names."""
+    module = file.raw.modules.get(file.written.get(layer, "")) if file.raw is not None else None
+    return file.dialect in IN_PEFTS_KEYS and (module is None or "bias_difference" not in module)
+
+
 def _misfitting_bias(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -> str:
     b = held.get("bias_difference")
     if b is None:
@@ -451,7 +459,9 @@ def _shaped(parameter: str, tensor: Tensor, view: FrozenWeight) -> Tensor:
 def _report(fitted: _Fitted, findings: Findings, here: BaseIdentity, partial: bool) -> None:
     """Raise, or with `partial` warn, saying all that does not fit. Raises AdapterFileError, AdapterMismatchError."""
     file = fitted.file
-    fitting, total = len(fitted.tensors), max(len(file.layers), len(fitted.tensors))
+    # Modules that could not be read came to no layer; each counts as one.
+    unread = max(0, findings.total - len(set(file.written.values())))
+    fitting, total = len(fitted.tensors), max(len(file.layers), len(fitted.tensors)) + unread
     lines = (("\n  " + some(fitted.problems, "\n  ")) if fitted.problems else "") + findings.lines()
     if partial and fitting:
         dropped = f" and {counted(len(file.left_out))} left out" if file.left_out else ""
