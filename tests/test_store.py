@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_helpers import config
 
 from dora_diffusion.adapters.injection import AdapterConfig, inject_adapter
@@ -19,7 +21,9 @@ from dora_diffusion.data.folder import TrainingImage, read_folder
 from dora_diffusion.data.store import CACHE_VARIABLE, Store, cache_folder
 from dora_diffusion.errors import DataError
 from dora_diffusion.models.loading import Base, load_base
+from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.events import Finished, Preparing
+from dora_diffusion.training.loop import Step
 from dora_diffusion.training.run import train
 
 
@@ -214,6 +218,22 @@ def test_a_resumed_run_and_a_twin_encode_nothing(folder, pictures, sd_folder, tm
     monkeypatch.setattr(cache, "_to_pixels", lambda picture: calls.append(picture))
     list(train(settings, overwrite=True))
     assert not calls
+
+
+def test_a_run_whose_encodings_are_deleted_says_so_and_resumes_with_the_same_bits(  # type: ignore[no-untyped-def]
+    folder, pictures, sd_folder, tmp_path
+) -> None:
+    def settings(name: str) -> TrainConfig:
+        return config(pictures, tmp_path / name, sd_folder, kind="dora", steps=6, checkpoint_every=2)
+
+    list(train(settings("whole")))
+    with pytest.raises(DataError, match="The checkpoint after step 2 is whole: train with --resume"):
+        for event in train(settings("cut")):
+            if isinstance(event, Step) and event.step == 3:
+                Store().clear(math.inf)
+    list(train(settings("cut"), resume=True))
+    whole, cut = (load_file(tmp_path / name / "dora.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
 def test_the_command_shows_what_is_there_and_clears_it(folder, images, sd_base, run) -> None:  # type: ignore[no-untyped-def]

@@ -196,3 +196,20 @@ def test_one_parametrisation_does_not_go_on_as_another(tmp_path: Path, pictures:
     refused(lokr, "is a DoKR, and parametrisation = loha was given", parametrisation="loha")
     refused(lokr, "is a DoKR, and a LoKr is to be trained: set kind to dora", kind="lora")
     refused(lokr, "has factor = 4, and factor = 8 was given. Leave factor out", parametrisation="lokr", factor=8)
+
+
+def test_what_is_next_after_going_on_from_a_lokr_is_what_there_is_for_it(pictures, sd_folder, tmp_path, run) -> None:  # type: ignore[no-untyped-def]
+    list(train(config(pictures, tmp_path / "first", sd_folder, kind="dora", parametrisation="lokr", steps=2)))
+    start = (
+        "--instance-prompt",
+        "a disc",
+        "--set",
+        f"start_from={tmp_path / 'first'}",
+        "--set",
+        "steps=2",
+        "--set",
+        "resolution=16",
+    )
+    said = run("train", "--images", pictures, "--base", sd_folder, "--out", tmp_path / "next", "--kind", "dora", *start)
+    assert "dora-diffusion inspect" in said.flat and "dora-diffusion parity" not in said.flat, said.flat
+    assert "dora-diffusion parity" not in (tmp_path / "next/README.md").read_text()

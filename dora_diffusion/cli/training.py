@@ -115,7 +115,7 @@ def train(
     from dora_diffusion.console import show_training
     from dora_diffusion.data.folder import first_caption
     from dora_diffusion.training.config import parse_assignments, resolve_config
-    from dora_diffusion.training.events import Finished, Stopped
+    from dora_diffusion.training.events import Finished, Settled, Stopped
     from dora_diffusion.training.run import train as run_training
 
     options: dict[str, object] = {
@@ -154,7 +154,8 @@ def train(
     console.say(f"The whole configuration is in {Path(resolved.out) / 'config.toml'}.")
     made = [operand(event.path) for event in events if isinstance(event, Finished)]
     if made:
-        say_next(_after_training(resolved, prompt, made))
+        settled = next((event.config for event in events if isinstance(event, Settled)), resolved)  # as start_from is
+        say_next(_after_training(settled, prompt, made))
 
 
 def _after_training(config: TrainConfig, prompt: str, made: list[str]) -> Iterator[str]:

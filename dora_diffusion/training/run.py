@@ -20,7 +20,7 @@ from dora_diffusion.adapters.injection import Adapter, Kind
 from dora_diffusion.data.cache import Encoding
 from dora_diffusion.data.folder import list_pictures
 from dora_diffusion.data.store import Store
-from dora_diffusion.errors import ConfigError, OutputError, TrainingError
+from dora_diffusion.errors import ConfigError, DataError, OutputError, TrainingError
 from dora_diffusion.formats.files import read_adapter_file, save_adapter
 from dora_diffusion.formats.reading import some
 from dora_diffusion.generation import GenerationRequest, check_prompt, generate
@@ -278,6 +278,10 @@ def _saying_what_is_kept(out: Path, kind: Kind) -> Iterator[None]:
         way = "No checkpoint was written before." if step is None else f"The checkpoint after step {step} is whole: "
         way += "" if step is None else "when there is room again, the same command goes on (train with --resume)."
         raise OutputError(f"{error} {way}") from error
+    except DataError as error:  # an encoding is gone
+        step = kept_step(out, kind)
+        way = f" The checkpoint after step {step} is whole: train with --resume." * (step is not None)
+        raise DataError(f"{error}{way}") from error
     except TrainingError as error:
         kept = sorted(path.name for path in (out / "steps").glob(f"{kind}-*.safetensors"))
         step = kept_step(out, kind)
