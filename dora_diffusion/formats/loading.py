@@ -411,10 +411,11 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -
     return ""
 
 
-# A layer without a bias is given one by PEFT's lora_bias; other programs leave out a difference of what is not there, so
-# that a file that has one is for another base.
 def _adds_bias(file: AdapterFile, layer: str) -> bool:
-    """Whether the bias of a layer is PEFT's own (lora_B.bias), and no difference (diff_b) beside PEFT's names."""
+    """Whether the bias of a layer is PEFT's own (lora_B.bias), and no difference (diff_b) beside PEFT's names.
+
+    PEFT's gives one to a layer that has none; others leave out a difference of what is not there: it is for another base.
+    """
     module = file.raw.modules.get(file.written.get(layer, "")) if file.raw is not None else None
     return file.dialect in IN_PEFTS_KEYS and (module is None or "bias_difference" not in module)
 
