@@ -211,5 +211,5 @@ def test_what_is_next_after_going_on_from_a_lokr_is_what_there_is_for_it(picture
         "resolution=16",
     )
     said = run("train", "--images", pictures, "--base", sd_folder, "--out", tmp_path / "next", "--kind", "dora", *start)
-    assert "dora-diffusion inspect" in said.flat and "dora-diffusion parity" not in said.flat, said.flat
-    assert "dora-diffusion parity" not in (tmp_path / "next/README.md").read_text()
+    assert "dora-diffusion parity" in said.flat, said.flat
+    assert "dora-diffusion parity" in (tmp_path / "next/README.md").read_text()

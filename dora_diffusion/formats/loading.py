@@ -414,7 +414,7 @@ def _misfit(held: Mapping[str, Tensor], view: FrozenWeight, adds_biases: bool) -
 def _adds_bias(file: AdapterFile, layer: str) -> bool:
     """Whether the bias of a layer is PEFT's own (lora_B.bias), and no difference (diff_b) beside PEFT's names.
 
-    PEFT's gives one to a layer that has none; others leave out a difference of what is not there: it is for another base.
+    PEFT gives a layer one that has none; others leave a difference of what is not there out: it is for another base.
     """
     module = file.raw.modules.get(file.written.get(layer, "")) if file.raw is not None else None
     return file.dialect in IN_PEFTS_KEYS and (module is None or "bias_difference" not in module)

@@ -64,18 +64,11 @@ def card_text(
             *([f"Say {code(config.instance_prompt)}.\n"] if config.instance_prompt else []),
             "## Load\n",
             _load(last, _literal(embedded), _literal(prompt)),
-            _elsewhere(last),
+            "What other programs make of it, and a file for each: `dora-diffusion parity` and `convert`.\n",
             "## Training\n",
             _table(files),
         )
     )
-
-
-def _elsewhere(file: AdapterFile) -> str:
-    """Of other forms than B A parity knows no rules of other programs."""
-    if file.config.parametrisation == "lora":
-        return "What other programs make of it, and a file for each: `dora-diffusion parity` and `convert`.\n"
-    return "A file for other programs: `dora-diffusion convert --to lora` or, exactly, `--to diff`.\n"
 
 
 def _load(file: AdapterFile, base: str, prompt: str) -> str:
