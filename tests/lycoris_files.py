@@ -40,6 +40,12 @@ ALGORITHMS: dict[str, dict[str, object]] = {
     "locon dora by input": {"algo": "locon", "dora_wd": True, "wd_on_output": False},
 }
 
+WITH_NORMS: dict[str, dict[str, object]] = {
+    "locon, norms": {"algo": "locon", "train_norm": True},
+    "lokr dora, norms": {"algo": "lokr", "factor": 4, "dora_wd": True, "train_norm": True},
+    "full, norms": {"algo": "full", "train_norm": True},
+}
+
 
 @dataclass
 class Written:
@@ -62,7 +68,13 @@ def preset(changes: dict[str, object]) -> None:
 def wrapped(model: nn.Module, algorithm: str, seed: int = 0) -> nn.Module:
     """LyCORIS's own network over all layers of the model, with random values everywhere."""
     preset({"enable_conv": True, "target_module": [type(model).__name__]})
-    options = {"linear_dim": 4, "linear_alpha": 3.0, "conv_dim": 4, "conv_alpha": 3.0, **ALGORITHMS[algorithm]}
+    options = {
+        "linear_dim": 4,
+        "linear_alpha": 3.0,
+        "conv_dim": 4,
+        "conv_alpha": 3.0,
+        **(ALGORITHMS | WITH_NORMS)[algorithm],
+    }
     torch.manual_seed(seed)
     network = lycoris.create_lycoris(model, 1.0, **options)
     network.apply_to()  # which makes its modules known to it; it stays out of the model's way

@@ -192,14 +192,7 @@ def test_by_diffusers_names_everything_may_be_changed_of_every_family(tmp_path, 
         assert lost == (family in ("sd3", "flux", "chroma"))
 
 
-lycoris_files.ALGORITHMS |= {
-    "locon, norms": {"algo": "locon", "train_norm": True},
-    "lokr dora, norms": {"algo": "lokr", "factor": 4, "dora_wd": True, "train_norm": True},
-    "full, norms": {"algo": "full", "train_norm": True},
-}
-
-
-@pytest.mark.parametrize("algorithm", ["locon, norms", "lokr dora, norms", "full, norms"])
+@pytest.mark.parametrize("algorithm", lycoris_files.WITH_NORMS)
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_train_norm_gives_what_it_gives_inside_lycoris(tmp_path, algorithm, strength):
     model = bases.unet()

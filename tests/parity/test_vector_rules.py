@@ -26,8 +26,6 @@ from dora_diffusion.inspection.parity import Parity, compare_programs
 from dora_diffusion.inspection.programs import program_named
 from dora_diffusion.models.loading import Base
 
-lycoris_files.ALGORITHMS |= {"full, norms": {"algo": "full", "train_norm": True}}
-
 
 @pytest.fixture
 def base() -> Base:
@@ -92,11 +90,12 @@ def in_diffusers(path: Path, strength: float) -> torch.Tensor:
 
 
 def in_lycoris(path: Path, strength: float) -> torch.Tensor:
-    from lycoris import LycorisNetwork, create_lycoris_from_weights
+    from lycoris import create_lycoris_from_weights
+    from lycoris_files import preset
 
     model = bases.unet()
     tensors = {key.replace("lora_unet_", "lycoris_"): tensor for key, tensor in load_file(path).items()}
-    LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})
+    preset({})
     network, _ = create_lycoris_from_weights(strength, str(path), model, tensors)
     network.apply_to()
     network.set_multiplier(strength)
