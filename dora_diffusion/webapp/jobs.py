@@ -235,14 +235,15 @@ class TrainingJob:
 
     def _over(self, phase: Phase, text: str) -> None:
         self._say(text)
-        self._set(phase=phase, text=text, done=1.0 if phase == "finished" else self.state.done)
-        self._save()
+        over = replace(self.state, phase=phase, text=text, done=1.0 if phase == "finished" else self.state.done)
+        self._save(over)  # before it shows: who sees that the job is over looks into the folder for how it ended
+        self.state = replace(over, version=self.state.version + 1)
 
-    def _save(self) -> None:
+    def _save(self, state: JobState | None = None) -> None:
         """The run's folder says how it stands; a disk that is full must not end the training."""
+        state = state or self.state
         try:
-            error = str(self.state.error or "")
-            write_status(Path(self.config.out), self.state.phase, self.state.text, error, self.config)
+            write_status(Path(self.config.out), state.phase, state.text, str(state.error or ""), self.config)
         except DoraDiffusionError as error:
             self._say(str(error))
 

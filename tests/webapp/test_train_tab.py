@@ -23,7 +23,7 @@ from dora_diffusion.formats.files import read_adapter_file
 from dora_diffusion.memory import not_enough
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run import _ways_to_need_less
-from dora_diffusion.webapp import parts, uploads
+from dora_diffusion.webapp import jobs, parts, uploads
 from dora_diffusion.webapp.jobs import JobState
 from dora_diffusion.webapp.train_form import PRESETS, Pictures, TrainForm, checks
 from dora_diffusion.webapp.visitors import visitor_of
@@ -98,6 +98,21 @@ def test_a_run_that_the_server_left_is_called_interrupted_and_can_be_resumed(tab
     panel, _ = tabs.train.resume((folder.name,), PAGE)
     assert not panel["visible"]
     assert studio.jobs.of(ME).wait(HANGS) and studio.jobs.of(ME).snapshot().phase == "finished"
+
+
+def test_who_sees_that_a_job_is_over_finds_in_its_folder_how_it_ended(studio, few_pictures, monkeypatch):
+    order: list[tuple[str, bool]] = []
+    write = jobs.write_status
+
+    def noted(folder: Path, phase: str, *rest: object) -> None:
+        write(folder, phase, *rest)
+        order.append((phase, bool(job) and job[0].state.is_over))
+
+    job: list[jobs.TrainingJob] = []
+    monkeypatch.setattr(jobs, "write_status", noted)
+    job.append(start_job(studio, few_pictures))
+    assert job[0].wait(HANGS) and job[0].snapshot().phase == "finished"
+    assert order[-1] == ("finished", False)
 
 
 def test_a_failed_job_is_called_failed_with_its_reason(tabs, studio, tmp_path):
