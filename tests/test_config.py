@@ -31,7 +31,10 @@ def test_a_configuration_survives_the_way_through_a_file(tmp_path: Path) -> None
         ({"parametrisation": "locr"}, "parametrisation = 'locr': input should be 'lora', 'lokr' or 'loha'"),
         ({"parametrisation": "lokr", "factor": 0}, "factor is 0; it must be a whole number of at least 1"),
         ({"parametrisation": "lokr", "factor": True}, "factor = true: this key is no switch"),
-        ({"factor": 4}, "factor = 4 is LoKr's, and parametrisation is 'lora': leave factor out"),
+        (
+            {"factor": 4},
+            "parametrisation is 'lora': set parametrisation to 'lokr', or leave factor out",
+        ),
         ({"parametrisation": "loha", "full_matrix": True}, "full_matrix is LoKr's, and parametrisation is 'loha'"),
     ],
 )

@@ -218,7 +218,7 @@ def factors_of(parameter: Tensor) -> int:
         ({"parametrisation": "lokr", "factor": 0}, "factor is 0; it must be a whole number of at least 1"),
         ({"parametrisation": "lokr", "factor": -2}, "factor is -2"),
         ({"parametrisation": "lokr", "factor": 2.5}, "factor is 2.5"),
-        ({"parametrisation": "loha", "factor": 4}, "factor = 4 is LoKr's, and parametrisation is 'loha'"),
+        ({"parametrisation": "loha", "factor": 4}, "factor is LoKr's, and parametrisation is 'loha'"),
         ({"full_matrix": True}, "full_matrix is LoKr's, and parametrisation is 'lora'"),
     ],
 )

@@ -63,10 +63,12 @@ def check_parametrisation(parametrisation: str, factor: int, full_matrix: bool) 
         )
     if parametrisation == "lokr":
         return
-    if factor != -1:
-        raise ConfigError(f"factor = {factor} is LoKr's, and parametrisation is {parametrisation!r}: leave factor out.")
-    if full_matrix:
-        raise ConfigError(f"full_matrix is LoKr's, and parametrisation is {parametrisation!r}: leave full_matrix out.")
+    for name, given in (("factor", factor != -1), ("full_matrix", full_matrix)):
+        if given:
+            raise ConfigError(
+                f"{name} is LoKr's, and parametrisation is {parametrisation!r}: set parametrisation to 'lokr', or "
+                f"leave {name} out."
+            )
 
 
 def check_trained(parametrisation: str) -> None:
