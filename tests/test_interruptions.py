@@ -63,7 +63,9 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     name: str, times: int, status: int, tmp_path: Path, pictures: Path, sd_folder: Path
 ) -> None:
     """A terminal that closes sends SIGHUP twice: itself, and through the shell."""
-    signal.signal(signal.Signals[name], signal.SIG_DFL)  # what is ignored here, as below nohup, is ignored by children too
+    signal.signal(
+        signal.Signals[name], signal.SIG_DFL
+    )  # what is ignored here, as below nohup, is ignored by children too
     program = command(pictures, sd_folder, tmp_path / "out")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
