@@ -6,7 +6,9 @@ sends becomes a path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +51,7 @@ class Shelf:
 
     def all(self, visitor: str) -> list[Shelved]:
         """Newest first, the packaged pair last."""
-        dated = sorted(((path.stat().st_mtime, path) for path in self._files(visitor)), reverse=True)
+        dated = sorted(_dated(self._files(visitor)), reverse=True)
         samples = [Shelved(key, SAMPLE_LABELS[key], self._sample(key)) for key in SAMPLES if self.with_samples]
         return [self._shelved(path, visitor) for _, path in dated[:MOST_OFFERED]] + samples
 
@@ -105,10 +107,13 @@ class Shelf:
         return self._shelved(path, visitor)
 
     def _files(self, visitor: str) -> Iterator[Path]:
-        for path in self.outputs.rglob("*.safetensors"):
-            inside = path.relative_to(self.outputs).parts
-            if path.is_file() and not any(part in SKIPPED or part.startswith(".") for part in inside):
-                yield path
+        # os.walk, and no glob, which ends in an error where a folder goes while it looks: that of a run being replaced,
+        # or of a file being written.
+        for folder, inside, names in os.walk(self.outputs):
+            inside[:] = [name for name in inside if name not in SKIPPED and not name.startswith(".")]
+            for path in (Path(folder) / name for name in names if name.endswith(".safetensors")):
+                if path.is_file() and not path.name.startswith("."):
+                    yield path
         yield from self._uploads(visitor).glob("*.safetensors")
         for runs in self.runs.folders(visitor):
             yield from (*runs.glob("*.safetensors"), *runs.glob("steps/*.safetensors"))
@@ -147,3 +152,10 @@ def _trained(path: Path) -> tuple[Path, str, str]:
     kind, _, step = path.stem.partition("-")
     kind = adapter_label(kind, parametrisation_of(run))
     return run, kind, f"trained {started_by(run.name)}" + (f", after {int(step)} steps" if step.isdigit() else "")
+
+
+def _dated(paths: Iterable[Path]) -> Iterator[tuple[float, Path]]:
+    """Each with the time of its last change, without those that have gone meanwhile."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            yield path.stat().st_mtime, path

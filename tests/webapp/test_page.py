@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from web_pages import ME
 
 from dora_diffusion.errors import AdapterFileError, ConfigError, TrainingError
 from dora_diffusion.webapp.app import _hosts, _login, build, launch
+from dora_diffusion.webapp.example import EXAMPLE
 from dora_diffusion.webapp.jobs import TrainingJobs
+from dora_diffusion.webapp.studio import Studio
 from dora_diffusion.webapp.visitors import visitor_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:gradio")  # toasts, which no page is there to show
@@ -66,3 +70,26 @@ def test_tools_that_ask_for_no_login_are_not_offered_where_a_login_is_asked_for(
     with pytest.raises(ConfigError, match="--mcp does not go with --auth"):
         launch(outputs=tmp_path, auth="user:password", mcp=True)
     assert not any(tmp_path.iterdir())
+
+
+def test_folders_that_come_and_go_meanwhile_do_not_stop_the_list_of_adapters(studio: Studio, tmp_path: Path) -> None:
+    """As scratch folders of files that are being written do."""
+    run, over = studio.outputs / "run", threading.Event()
+    run.mkdir()
+    shutil.copy(EXAMPLE / "lora.safetensors", run / "kept.safetensors")
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            (run / "deep" / "deeper").mkdir(parents=True)
+            shutil.copy(run / "kept.safetensors", run / "passing.safetensors")
+            (run / "passing.safetensors").unlink()
+            shutil.rmtree(run / "deep")
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(300):
+            assert any(shelved.path.name == "kept.safetensors" for shelved in studio.shelf.all(ME))
+    finally:
+        over.set()
+        thread.join()
