@@ -32,7 +32,7 @@ from dora_diffusion.adapters.kernels import (
 )
 from dora_diffusion.errors import AdapterStateError
 
-__all__ = ["AdaptedLayer", "DoRAUpdate", "InputAxisDoRAUpdate", "LoRAUpdate"]
+__all__ = ["AdaptedLayer", "DoRAUpdate", "InputAxisDoRAUpdate", "LoRAUpdate", "bias_shift"]
 
 
 class LoRAUpdate(nn.Module):
@@ -58,13 +58,17 @@ class LoRAUpdate(nn.Module):
         """With `tensors` the parameters have these values; without, those that training starts from."""
         super().__init__()
         self.frozen = frozen
-        self.scale = scale
         self.strength = 1.0
         self.dropout = nn.Dropout(dropout)
         self.register_parameter("bias_difference", None)
         device = device_of(frozen.module)
         for name, tensor in (self.start(frozen, rank, generator) if tensors is None else tensors).items():
             self.register_parameter(name, nn.Parameter(tensor.detach().to(device, torch.float32, copy=True)))
+        self.scale = self.scaled_by(scale)
+
+    def scaled_by(self, scale: float) -> float:
+        """s of these parameters, where `scale` was asked for."""
+        return scale
 
     @staticmethod
     def start(frozen: FrozenLayer, rank: int, generator: torch.Generator | None) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ With a magnitude it is what its users call DoKR.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -36,18 +35,9 @@ class LoKrUpdate(WholeUpdate):
     core lokr_t2 [r, r, kh, kw] between lokr_w2_a [r, out_2] and lokr_w2_b [r, in_2]. out = out_1 out_2, in = in_1 in_2.
     """
 
-    def __init__(
-        self,
-        frozen: FrozenLayer,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-        generator: torch.Generator | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__(frozen, rank, scale, dropout, generator, tensors)
-        if {"lokr_w1", "lokr_w2"} <= self._parameters.keys():
-            self.scale = 1.0  # with both factors whole there is no rank that alpha could be divided by
+    def scaled_by(self, scale: float) -> float:
+        """1 with both factors whole: there is no rank then that alpha could be divided by."""
+        return 1.0 if {"lokr_w1", "lokr_w2"} <= self._parameters.keys() else scale
 
     @staticmethod
     def start(

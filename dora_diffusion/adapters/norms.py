@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate
+from dora_diffusion.adapters.layers import AdaptedLayer, LoRAUpdate, bias_shift
 
 __all__ = ["AdaptedNorm", "FrozenNorm", "freeze_norm"]
 
@@ -103,15 +103,9 @@ class AdaptedNorm(AdaptedLayer):
 
     def _added(self, active: list[LoRAUpdate]) -> dict[str, Tensor]:
         """sum_k w_k (W'_k - W0) and the same of the bias, float32, where something is added."""
-        weight: Tensor | None = None
-        bias: Tensor | None = None
-        for update in active:
-            change = update.strength * self._difference(update)
-            weight = change if weight is None else weight + change
-            if update.bias_difference is not None:
-                shift = update.strength * update.bias_difference
-                bias = shift if bias is None else bias + shift
-        return {name: t for name, t in (("weight", weight), ("bias", bias)) if t is not None}
+        changes = [update.strength * self._difference(update) for update in active]
+        added = {"weight": torch.stack(changes).sum(0) if changes else None, "bias": bias_shift(active)}
+        return {name: change for name, change in added.items() if change is not None}
 
     @staticmethod
     def _difference(update: LoRAUpdate) -> Tensor:

@@ -22,7 +22,16 @@ from dora_diffusion.adapters.lokr import LoKrPartUpdate, LoKrUpdate
 from dora_diffusion.adapters.orthogonal import BOFTUpdate, OFTUpdate
 from dora_diffusion.adapters.whole import BiasUpdate, DifferenceUpdate, ReplacementUpdate
 
-__all__ = ["LOW_RANK", "UnscaledNormDoRAUpdate", "decomposed", "update_class", "update_of"]
+__all__ = [
+    "LOHA",
+    "LOKR_W1",
+    "LOKR_W2",
+    "LOW_RANK",
+    "UnscaledNormDoRAUpdate",
+    "decomposed",
+    "update_class",
+    "update_of",
+]
 
 
 class UnscaledNormDoRAUpdate(DoRAUpdate):

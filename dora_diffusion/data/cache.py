@@ -190,10 +190,12 @@ def _captions(base: Base, captions: Sequence[str], store: Store) -> Generator[En
     made_by = ("caption", base.family.name, machine(base.device), store.of_texts(base.pipe))
     for done, caption in enumerate(captions):
         yield Encoding("captions", done, len(captions))
-        entry = store.find(*made_by, caption)
-        if entry is None:
-            entry = store.keep(base.family.encode(base.pipe, [caption]).tensors, *made_by, caption)
-        rows.append(Conditioning(entry.load()))
+        tensors = store.read(*made_by, caption)
+        if tensors is None:
+            encoded = base.family.encode(base.pipe, [caption]).tensors
+            tensors = {name: tensor.cpu() for name, tensor in encoded.items()}
+            store.keep(tensors, *made_by, caption)
+        rows.append(Conditioning(tensors))
     yield Encoding("captions", len(captions), len(captions))
     return rows
 

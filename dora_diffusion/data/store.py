@@ -80,25 +80,31 @@ class Store:
     folder: Path = field(default_factory=cache_folder)
     fresh: int = 0
     unwritten: str = ""
+    _prepared: set[Path] = field(default_factory=set)  # folders that were looked at and cleared of left-overs
     _fingerprints: WeakKeyDictionary[nn.Module, str] = field(default_factory=WeakKeyDictionary)
+
+    def read(self, *made_of: str | bytes) -> Mapping[str, Tensor] | None:
+        """What these ingredients gave, if it is there and sound."""
+        path = self._path(made_of)
+        tensors = _read(path)
+        if tensors is not None:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # its age is that of its last use
+        return tensors
 
     def find(self, *made_of: str | bytes) -> Entry | None:
         """The entry of these ingredients, if it is there and sound."""
-        path = self._path(made_of)
-        tensors = _read(path)
-        if tensors is None:
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # its age is that of its last use
-        return Entry(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        tensors = self.read(*made_of)
+        return None if tensors is None else Entry(self._path(made_of), _shapes(tensors))
 
     def keep(self, tensors: Mapping[str, Tensor], *made_of: str | bytes) -> Entry:
         """Write what these ingredients gave. Where that cannot be, it stays in memory, and `unwritten` says why."""
         path, self.fresh = self._path(made_of), self.fresh + 1
         kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+        shapes = _shapes(kept)
         try:
-            make_folder(path.parent)
+            if path.parent not in self._prepared:
+                self._prepared.add(make_folder(path.parent))
             with whole_file(path) as temporary:
                 temporary.write_bytes(save(kept, {"crc32": str(_checksum(kept))}))
         except (OutputError, OSError) as error:
@@ -161,6 +167,10 @@ def _read(path: Path) -> Mapping[str, Tensor] | None:
     except (OSError, SafetensorError, ValueError):
         return None
     return tensors if f'"crc32":"{_checksum(tensors)}"'.encode() in content else None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:

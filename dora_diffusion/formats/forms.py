@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.injection import Parametrisation
 from dora_diffusion.adapters.input_rotation import size_of
+from dora_diffusion.adapters.variants import LOHA, LOKR_W1, LOKR_W2
 
 __all__ = [
     "BIASES",
@@ -185,14 +186,13 @@ def _bias_problem(held: Held) -> str:
 
 # LoHa
 
-_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
 
 
 def _loha_problem(held: Held) -> str:
     # OneTrainer writes a convolution's factors with the kernel's axes.
     axes = (2,) if "hada_t1" in held else (2, 4)
-    if wrong := _all_of(held, {**dict.fromkeys(_HADA, axes), **dict.fromkeys(_CORES, (4,))}):
+    if wrong := _all_of(held, {**dict.fromkeys(LOHA, axes), **dict.fromkeys(_CORES, (4,))}):
         return wrong
     if any(set(held[name].shape[2:]) - {1} for name in ("hada_w1_a", "hada_w2_a")):
         return f"hada_w1_a of shape {_shape(held, 'hada_w1_a')}"
@@ -215,9 +215,6 @@ def _loha_sizes(held: Held) -> Sizes:
 
 
 # LoKr
-
-_W1 = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
-_W2 = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"), ("lokr_w2_a", "lokr_w2_b", "lokr_t2"))
 
 
 def _lokr_problem(held: Held) -> str:
@@ -379,7 +376,7 @@ FORMS = (
     Form(
         "loha",
         "LoHa",
-        (frozenset(_HADA), frozenset({*_HADA, *_CORES})),
+        (frozenset(LOHA), frozenset({*LOHA, *_CORES})),
         _loha_problem,
         _loha_sizes,
         lambda held: held["hada_w1_b"].shape[0],
@@ -388,7 +385,7 @@ FORMS = (
     Form(
         "lokr",
         "LoKr",
-        tuple(frozenset(w1 + w2) for w1, w2 in itertools.product(_W1, _W2)),
+        tuple(frozenset(w1 + w2) for w1, w2 in itertools.product(LOKR_W1, LOKR_W2)),
         _lokr_problem,
         _lokr_sizes,
         _lokr_rank,

@@ -85,11 +85,12 @@ def read_with_findings(
     _check_one_adapter(found, tensors)
     tensors, words, loose = split_off(tensors)
     findings = Findings()
-    modules, leaves = _by_module(tensors, findings)
+    splits = _split(tensors)
+    modules, leaves = _by_module(tensors, splits, findings)
     dialect = _dialect(found, leaves, header, modules, findings)
     _check_values(found, tensors)
     sound, notes = _sound(modules, findings)
-    keys = {key: split[0] if split else "" for key, split in _split(tensors).items()}
+    keys = {key: split[0] if split else "" for key, split in splits.items()}
     peft_named = any(leaf.dialect == "PEFT" for leaf in leaves)
     raw = Raw(sound, keys, peft_named, peft_config, alpha, (*said, *map(_beside, words), *loose, *notes))
     file = AdapterFile(found, "unet", AdapterConfig(), {}, read_description(found, header), dialect, header, raw=raw)
@@ -159,16 +160,21 @@ def _check_one_adapter(path: Path, keys: Collection[str]) -> None:
         )
 
 
-def _split(keys: Iterable[str]) -> dict[str, tuple[str, Leaf] | None]:
+Splits = dict[str, tuple[str, Leaf] | None]
+
+
+def _split(keys: Iterable[str]) -> Splits:
     """`split_keys`, with a module's name spelt the same way in all of its keys."""
     return {key: split and (names.one_spelling(split[0]), split[1]) for key, split in split_keys(keys).items()}
 
 
-def _by_module(raw: Mapping[str, Tensor], findings: Findings) -> tuple[dict[str, dict[str, Tensor]], set[Leaf]]:
+def _by_module(
+    raw: Mapping[str, Tensor], splits: Splits, findings: Findings
+) -> tuple[dict[str, dict[str, Tensor]], set[Leaf]]:
     modules: dict[str, dict[str, Tensor]] = {}
     leaves: set[Leaf] = set()
     others: dict[str, str] = {}  # modules of a method that is not read: what else they have is none of ours
-    for key, split in _split(raw).items():
+    for key, split in splits.items():
         if split is None:
             if other := foreign(key):
                 others.setdefault(*other)
